@@ -1,0 +1,124 @@
+"""Checkpoints that cannot be half-written, and that cannot do harm when they are read. Knows nothing of CVAEs.
+
+A file is what `torch.save` writes, followed by 40 bytes: `SHA-256\\0` and the digest of all before them. `torch.load` reads
+it too, since a zip file may have such a tail.
+"""
+
+import hashlib
+import io
+import os
+import pickletools
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cvae.errors import DataError, DiskError
+
+FORMAT = 1
+TAG = b"SHA-256\0"
+TAIL = len(TAG) + hashlib.sha256().digest_size
+
+ALLOWED = (torch.Tensor, int, float, str, bool, type(None))
+NEEDED_NAMES = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"} | {
+    f"torch {kind}Storage" for kind in ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Byte", "Bool")
+}
+
+
+def save(path: Path, content: Mapping[str, Any]) -> None:
+    """Write tensors and plain values (numbers, strings, lists, dicts), wholly or not at all.
+
+    Raises TypeError for anything else, and DiskError if it cannot be written: then what stood at `path` still does.
+    """
+    _refuse_objects(content, path.name)
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, **content}, buffer)
+    view = buffer.getbuffer()
+    write_atomically(path, view, TAG + hashlib.sha256(view).digest())
+
+
+def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Read what `save` wrote, its tensors onto the device.
+
+    Raises DataError, naming the file, if it is missing, damaged, of another format, or holds anything but tensors and
+    plain values; nothing in it is ever run.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+    body, tail = memoryview(data)[:-TAIL], data[-TAIL:]
+    if tail != TAG + hashlib.sha256(body).digest():
+        raise DataError(f"{path}: is damaged or no checkpoint of this program (its digest does not match)")
+    try:
+        _refuse_harm(body)
+        content = torch.load(io.BytesIO(body), map_location=device, weights_only=True)
+    except Exception as error:  # a forged file may fail anywhere in the reader
+        raise DataError(f"{path}: is no checkpoint of this program ({type(error).__name__})") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise DataError(f"{path}: is not a checkpoint of format {FORMAT}, which this version reads")
+    return content
+
+
+def _refuse_objects(value: object, where: str) -> None:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if not isinstance(key, str | int):
+                raise TypeError(f"{where} has a key of {type(key).__name__}")
+            _refuse_objects(item, f"{where}[{key!r}]")
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _refuse_objects(item, where)
+    elif not isinstance(value, ALLOWED):
+        raise TypeError(f"{where} is of {type(value).__name__}; a checkpoint holds tensors and plain values")
+
+
+def _refuse_harm(body: memoryview) -> None:
+    """Raise unless the archive is uncompressed and its pickle names nothing but what tensors and dicts need."""
+    with zipfile.ZipFile(io.BytesIO(body)) as archive:
+        entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise ValueError("compressed entries")
+        if sum(entry.file_size for entry in entries) > len(body):
+            raise ValueError("overlapping entries")
+        pickles = [entry for entry in entries if entry.filename.endswith(".pkl")]
+        if len(pickles) != 1:
+            raise ValueError("not one pickle")
+        for opcode, argument, _ in pickletools.genops(archive.read(pickles[0])):
+            if opcode.name == "GLOBAL" and argument not in NEEDED_NAMES:
+                raise ValueError(f"names {argument}")
+            if opcode.name in ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"):
+                raise ValueError(f"opcode {opcode.name}")
+
+
+def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
+    """Write a file wholly or not at all, and have it on the disk, not only in a cache, before this returns.
+
+    The bytes go to a temporary file beside it, which then takes its place. Raises DiskError.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        try:
+            temporary.unlink(missing_ok=True)
+        except OSError:
+            pass  # the disk is read-only, or gone: the first error says so
+        raise DiskError(f"{path}: cannot be written ({error.strerror or error}); what stood there is intact") from None
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

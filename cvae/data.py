@@ -1,0 +1,116 @@
+"""The images: find, verify and split them, and hold them on the device.
+
+All of MNIST comes with the package (Y. LeCun, C. Cortes, C. J. C. Burges; CC BY-SA 3.0); `--data` names a folder with
+other images in the same format.
+"""
+
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cvae.errors import DataError
+from cvae.idx import SUFFIXES, read_idx
+from cvae.quadrants import Quadrants
+
+Part = Literal["train", "t10k"]
+
+SHA256 = {  # of the four files, uncompressed
+    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+}
+
+
+def load_train(folder: Path | None = None) -> tuple[Tensor, Tensor]:
+    """The training images and the validation images, each uint8 `[N, height, width]`, 0 to 255.
+
+    The last 10,000 of the 60,000 images of MNIST are for validation; of fewer images, the last sixth.
+    `folder`: as in `load_images`. Raises DataError.
+    """
+    images = load_images(folder, "train")
+    num_validation = 10_000 if len(images) >= 60_000 else len(images) // 6
+    if num_validation == 0:
+        raise DataError(f"{folder}: {len(images)} training images are too few to hold out a sixth; give at least 6")
+    return images[:-num_validation], images[-num_validation:]
+
+
+def load_test(folder: Path | None = None) -> Tensor:
+    """The test images, uint8 `[N, height, width]`, 0 to 255: for `eval.py` alone. Raises DataError."""
+    return load_images(folder, "t10k")
+
+
+def load_images(folder: Path | None, part: Part) -> Tensor:
+    """The images of one part of a data set, uint8 `[N, height, width]`; its labels are read to be checked only.
+
+    `folder`: where the IDX files lie (plain, .gz or .xz), flat or in torchvision's layout, `MNIST/raw` below it;
+    None: the embedded MNIST. Raises DataError, naming the file at fault.
+    """
+    names = (f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte")
+    if folder is None:
+        embedded = resources.files("cvae") / "mnist"
+        with resources.as_file(embedded) as directory:
+            images, labels = (
+                read_idx(directory / f"{name}.xz", num_dims, SHA256[name])
+                for name, num_dims in zip(names, (3, 1), strict=True)
+            )
+        return images
+    paths = [_find(folder, name) for name in names]
+    images, labels = read_idx(paths[0], 3), read_idx(paths[1], 1)
+    if len(images) != len(labels):
+        raise DataError(f"{paths[1]}: has {len(labels)} labels for the {len(images)} images of {paths[0].name}")
+    if min(images.shape[1:]) < 2:
+        raise DataError(f"{paths[0]}: images of {images.shape[1]}×{images.shape[2]} pixels have no four quadrants")
+    return images
+
+
+def _find(folder: Path, name: str) -> Path:
+    """The file of this name, in the folder itself or in torchvision's layout below it."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: there is no such folder; --data names one with the four IDX files")
+    places = [folder, folder / "MNIST" / "raw", folder / "raw", *sorted(folder.glob("*/raw"))]
+    for place in places:
+        for suffix in SUFFIXES:
+            path = place / (name + suffix)
+            if path.is_file():
+                return path
+    raise DataError(f"{folder}: has no {name} (plain, .gz or .xz), nor has its MNIST/raw/")
+
+
+class Batch(NamedTuple):
+    """Some images, split: x `[B, num_observed]` and y `[B, num_hidden]` in [0, 1], and the baseline's guess for y."""
+
+    x: Tensor
+    y: Tensor
+    y_hat: Tensor | None
+
+
+class ImageSet:
+    """Images on the device: uint8 vectors `[N, num_pixels]` with the observed pixels first, and batches of them.
+
+    `y_hat` `[N, num_hidden]` can be set to the guesses of a frozen baseline, so that they are computed only once.
+    """
+
+    def __init__(self, images: Tensor, quadrants: Quadrants, device: torch.device | str = "cpu"):
+        self.vectors = quadrants.vectors(images.to(device))
+        self.num_observed = quadrants.num_observed
+        self.y_hat: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    def batch(self, rows: Tensor | slice) -> Batch:
+        """The images at these rows: int64 `[B]` on the device, or a slice."""
+        pixels = self.vectors[rows].float().div_(255)
+        y_hat = None if self.y_hat is None else self.y_hat[rows]
+        return Batch(pixels[:, : self.num_observed], pixels[:, self.num_observed :], y_hat)
+
+    def batches(self, size: int, start: int = 0, end: int | None = None) -> Iterator[Batch]:
+        """The images from start to end in order, `size` at a time and the rest at last."""
+        end = len(self) if end is None else end
+        for first in range(start, end, size):
+            yield self.batch(slice(first, min(first + size, end)))

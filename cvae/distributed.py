@@ -1,0 +1,88 @@
+"""One training on several processes, as `torchrun` starts them: who does what, and what they tell each other.
+
+With one process everything here is a no-op, and `torch.distributed` is never initialised.
+"""
+
+import os
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cvae.errors import CvaeError, UsageError
+
+T = TypeVar("T")
+TIMEOUT = timedelta(minutes=5)
+
+
+class Processes:
+    """The processes of this training: this one's `rank`, and how many there are, `count`."""
+
+    def __init__(self) -> None:
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.count = int(os.environ.get("WORLD_SIZE", "1"))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that writes and prints."""
+        return self.rank == 0
+
+    def connect(self, device: torch.device) -> None:
+        """Meet the others: by NCCL on CUDA, else by gloo."""
+        if self.count > 1:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+
+    def disconnect(self) -> None:
+        """Part from the others."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def share(self, length: int) -> slice:
+        """This process's part of `length` things in order."""
+        return slice(length * self.rank // self.count, length * (self.rank + 1) // self.count)
+
+    def share_of_batch(self, batch_size: int) -> slice:
+        """This process's part of a batch, the same size for all. Raises UsageError where it does not divide."""
+        if batch_size % self.count:
+            raise UsageError(f"a batch of {batch_size} images cannot be shared evenly by {self.count} processes")
+        return self.share(batch_size)
+
+    def sum_(self, *tensors: Tensor) -> None:
+        """Replace each tensor by its sum over all processes, in one exchange. The tensors share one dtype and device."""
+        if self.count > 1:
+            flat = torch.cat([tensor.flatten() for tensor in tensors])
+            dist.all_reduce(flat)
+            for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+                tensor.copy_(total.view_as(tensor))
+
+    def sum_gradients(self, parameters: Iterable[Tensor], *others: Tensor) -> None:
+        """As `sum_`, of the parameters' gradients and whatever else there is to agree on."""
+        if self.count > 1:
+            self.sum_(*(p.grad for p in parameters if p.grad is not None), *others)
+
+    def maximum(self, value: int, device: torch.device) -> int:
+        """The largest of the processes' values."""
+        if self.count == 1:
+            return value
+        tensor = torch.tensor(value, device=device)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return int(tensor)
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        """What `action` returns in the main process, in every one of them. An expected failure is raised in all."""
+        if self.count == 1:
+            return action()
+        outcome: list[T | CvaeError | None] = [None]
+        if self.is_main:
+            try:
+                outcome[0] = action()
+            except CvaeError as error:
+                outcome[0] = error
+        dist.broadcast_object_list(outcome)
+        if isinstance(outcome[0], CvaeError):
+            raise outcome[0]
+        return outcome[0]  # type: ignore[return-value]

@@ -1,0 +1,39 @@
+"""What can go wrong, one class per exit code, each raised with one line that says what is wrong and what to do."""
+
+
+class CvaeError(Exception):
+    """An expected failure: the scripts print its message as one line and exit with `exit_code`."""
+
+    exit_code = 1
+
+
+class UsageError(CvaeError):
+    """The request cannot be served as it was made: a flag, a device, a folder that is taken."""
+
+    exit_code = 2
+
+
+class DataError(CvaeError):
+    """A file that was to be read (data, checkpoint, settings) is missing, damaged or not what it should be."""
+
+    exit_code = 3
+
+
+class NonFiniteError(CvaeError):
+    """Training produces NaN or infinity step after step; the weights never took them."""
+
+    exit_code = 4
+
+
+class DiskError(CvaeError):
+    """A file could not be written; what stood there before is intact."""
+
+    exit_code = 5
+
+
+class Interrupted(CvaeError):
+    """Ctrl-C (exit 130) or SIGTERM (exit 143): training left at a step boundary."""
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.exit_code = 128 + signal_number

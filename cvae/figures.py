@@ -1,0 +1,69 @@
+"""The pictures: rows of digits, what was given, what was there, and what the models make of it."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from cvae.quadrants import Quadrants
+
+if TYPE_CHECKING:
+    from cvae.model import CVAE, Baseline
+
+NOT_GIVEN = (0.36, 0.44, 0.56)  # the colour of a hidden pixel in the row of inputs
+PAPER, INK = (255, 255, 255), (40, 40, 40)
+GAP = 2
+
+
+@torch.no_grad()
+def completion_rows(
+    images: Tensor, quadrants: Quadrants, baseline: "Baseline", cvae: "CVAE | None" = None, eps: Tensor | None = None
+) -> list[tuple[str, Tensor]]:
+    """Labelled rows of completions of these images: input, truth, the baseline's guess, and the CVAE's samples.
+
+    images: uint8 `[N, height, width]`. eps: the noise of the samples, `[S, N, Z]`. Each row comes back as its label
+    and pictures `[N, 3, height, width]` in [0, 1].
+    """
+    x, y = quadrants.split(images.float() / 255)
+    hidden = ~quadrants.observed.to(images.device)
+    given = _colour(quadrants.compose(x, torch.zeros_like(y)))
+    given = torch.where(hidden, torch.tensor(NOT_GIVEN, device=images.device)[:, None, None], given)
+    rows = [("input", given), ("truth", _colour(quadrants.compose(x, y)))]
+    rows.append(("NN", _colour(quadrants.compose(x, baseline.guess(x)))))
+    if cvae is not None and eps is not None:
+        samples = _colour(quadrants.compose(x, cvae.complete(x, eps)))
+        rows += [(f"CVAE {i}", sample) for i, sample in enumerate(samples, start=1)]
+    return rows
+
+
+def _colour(images: Tensor) -> Tensor:
+    """Grey images `[..., height, width]` as `[..., 3, height, width]`."""
+    return images.unsqueeze(-3).expand(*images.shape[:-2], 3, *images.shape[-2:])
+
+
+def draw_rows(rows: list[tuple[str, Tensor]], zoom: int = 2) -> Tensor:
+    """A picture of the labelled rows on white, uint8 `[3, height, width]`; `zoom`: screen pixels per pixel."""
+    font = ImageFont.load_default(size=6 * zoom)
+    margin = max(int(font.getlength(label)) for label, _ in rows) + 4 * zoom
+    count, _, height, width = rows[0][1].shape
+    cell_height, cell_width = (height + GAP) * zoom, (width + GAP) * zoom
+    picture = Image.new("RGB", (margin + count * cell_width, len(rows) * cell_height + GAP * zoom), PAPER)
+    draw = ImageDraw.Draw(picture)
+    for i, (label, images) in enumerate(rows):
+        top = GAP * zoom + i * cell_height
+        draw.text((margin - 2 * zoom, top + height * zoom // 2), label, fill=INK, font=font, anchor="rm")
+        pixels = images.mul(255).round().to("cpu", torch.uint8).permute(0, 2, 3, 1).contiguous()
+        for j, image in enumerate(pixels.numpy()):
+            tile = Image.fromarray(image).resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
+            picture.paste(tile, (margin + j * cell_width, top))
+    return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(*picture.size[::-1], 3).permute(2, 0, 1)
+
+
+def encode_png(picture: Tensor) -> bytes:
+    """The PNG file of a picture, uint8 `[3, height, width]`."""
+    import io
+
+    buffer = io.BytesIO()
+    Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()).save(buffer, "PNG")
+    return buffer.getvalue()

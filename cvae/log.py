@@ -1,0 +1,99 @@
+"""What a run writes as it goes: `metrics.jsonl`, and the same numbers and a picture as TensorBoard's events."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from cvae.errors import DiskError
+from cvae.run_folder import METRICS
+
+EVENTS = "events.out.tfevents."
+
+
+class RunLog:
+    """The log of the run in a folder, which can be taken back to an earlier position: a resumed run goes on from there.
+
+    `position` is the size of each file, by name, as a checkpoint keeps it; what was written after it is dropped, so
+    that each epoch stands in the log once. Methods raise DiskError if the log cannot be written.
+    """
+
+    def __init__(self, folder: Path, position: dict[str, int]):
+        self._folder = folder
+        try:
+            self._rewind(position)
+            self._metrics = open(folder / METRICS, "ab", buffering=0)
+            self._events = SummaryWriter(str(folder), max_queue=1000, flush_secs=3600)
+        except OSError as error:
+            raise self._failure(error) from None
+
+    def _rewind(self, position: dict[str, int]) -> None:
+        for path in [self._folder / METRICS, *self._folder.glob(EVENTS + "*")]:
+            size = position.get(path.name, 0)
+            if size == 0:
+                path.unlink(missing_ok=True)
+            elif path.stat().st_size > size:
+                os.truncate(path, size)
+
+    def describe(self, settings: dict[str, Any]) -> None:
+        """The settings, as a text for TensorBoard."""
+        rows = "".join(f"| {name} | {value} |\n" for name, value in settings.items())
+        self._events.add_text("settings", "| setting | value |\n|---|---|\n" + rows)
+
+    def epoch(self, phase: str, record: dict[str, Any], picture: Tensor) -> None:
+        """One epoch of a phase: its numbers, and a picture, uint8 `[3, height, width]`."""
+        step = record["epoch"]
+        line = {"phase": phase, **{key: _finite(value) for key, value in record.items()}}
+        try:
+            self._metrics.write((json.dumps(line) + "\n").encode())
+            for key, value in line.items():
+                if key not in ("phase", "epoch") and value is not None:
+                    # "train_kl" becomes "cvae/kl/train", so that the two curves stand side by side.
+                    part, _, quantity = key.partition("_")
+                    tag = f"{quantity}/{part}" if part in ("train", "validation") else key
+                    self._events.add_scalar(f"{phase}/{tag}", value, step)
+            self._events.add_image(f"{phase}/completions", picture, step)
+            self._events.flush()
+        except (OSError, ValueError) as error:
+            raise self._failure(error) from None
+
+    def finish(self, settings: dict[str, Any], results: dict[str, float]) -> None:
+        """The settings and the results as hyperparameters of one run."""
+        plain = {name: value if isinstance(value, int | float | str) else str(value) for name, value in settings.items()}
+        for summary in hparams(plain, results):
+            self._events._get_file_writer().add_summary(summary)
+        for name, value in results.items():
+            self._events.add_scalar(name, value)
+
+    def position(self) -> dict[str, int]:
+        """The size of each file of the log, all of it being on the disk."""
+        sizes = {}
+        try:
+            for path in [self._folder / METRICS, *self._folder.glob(EVENTS + "*")]:
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+                    sizes[path.name] = os.fstat(file.fileno()).st_size
+        except OSError as error:
+            raise self._failure(error) from None
+        return sizes
+
+    def close(self) -> None:
+        """Close the files."""
+        try:
+            self._metrics.close()
+            self._events.close()
+        except (OSError, ValueError) as error:
+            raise self._failure(error) from None
+
+    def _failure(self, error: Exception) -> DiskError:
+        return DiskError(f"{self._folder}: the log cannot be written ({getattr(error, 'strerror', None) or error})")
+
+
+def _finite(value: Any) -> Any:
+    """The value, or None in the place of a NaN or an infinity, which JSON does not have."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,62 @@
+"""Which pixels are observed: the quadrants of an image, and the order of pixels in which the networks see it."""
+
+import torch
+from torch import Tensor
+
+
+def observed_quadrants(num_quadrants: int, height: int = 28, width: int = 28) -> Tensor:
+    """The mask of the pixels that are given, bool `[height, width]`, True = given.
+
+    1 quadrant: the bottom left one; 2: the left half; 3: all but the bottom right one. The halves of an odd
+    size are cut by floor division, so that the left and the upper half are the smaller ones.
+
+    Raises ValueError unless `num_quadrants` is 1, 2 or 3 and both sides have at least 2 pixels.
+    Source: Sohn et al. 2015, section 5.1, with the choice of quadrants of the Pyro tutorial.
+    """
+    if num_quadrants not in (1, 2, 3):
+        raise ValueError(f"1, 2 or 3 quadrants can be observed, not {num_quadrants}")
+    if height < 2 or width < 2:
+        raise ValueError(f"an image of {height}×{width} pixels has no four quadrants")
+    lower = torch.arange(height)[:, None] >= height // 2
+    left = torch.arange(width)[None, :] < width // 2
+    return (lower & left, left.expand(height, width).clone(), lower | left)[num_quadrants - 1]
+
+
+class Quadrants:
+    """The split of an image into the observed pixels x and the hidden pixels y.
+
+    The networks see an image as a vector with its observed pixels first and its hidden pixels after them, each part
+    in raster order: x and y are then slices, and no mask is needed where the computing is done. `order[i]` is the
+    raster position of the i-th pixel of that vector; the rows and columns of the networks' weights that stand
+    for pixels follow it too.
+
+    Attributes: `observed` bool `[height, width]`, True = given; `order` int64 `[height * width]`;
+    `num_observed`, `num_hidden`, `num_pixels`: counts of pixels.
+    """
+
+    def __init__(self, num_quadrants: int, height: int = 28, width: int = 28):
+        self.observed = observed_quadrants(num_quadrants, height, width)
+        self.height, self.width = height, width
+        self.order = torch.argsort(~self.observed.flatten(), stable=True)
+        self.num_pixels = height * width
+        self.num_observed = int(self.observed.sum())
+        self.num_hidden = self.num_pixels - self.num_observed
+
+    def vectors(self, images: Tensor) -> Tensor:
+        """Images `[..., height, width]` as vectors `[..., num_pixels]`, observed pixels first; any dtype."""
+        return images.flatten(-2).index_select(-1, self.order.to(images.device))
+
+    def split(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images `[..., height, width]` as (x `[..., num_observed]`, y `[..., num_hidden]`); any dtype."""
+        vectors = self.vectors(images)
+        return vectors[..., : self.num_observed], vectors[..., self.num_observed :]
+
+    def compose(self, x: Tensor, y: Tensor) -> Tensor:
+        """The images `[..., height, width]` whose observed pixels are x and whose hidden pixels are y.
+
+        The inverse of `split`; x `[..., num_observed]` and y `[..., num_hidden]` broadcast against each other.
+        """
+        leading = torch.broadcast_shapes(x.shape[:-1], y.shape[:-1])
+        vectors = torch.cat([x.expand(*leading, -1), y.expand(*leading, -1)], dim=-1)
+        raster = torch.argsort(self.order).to(vectors.device)
+        return vectors.index_select(-1, raster).unflatten(-1, (self.height, self.width))

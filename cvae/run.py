@@ -1,0 +1,150 @@
+"""One training as it runs: what it runs on, where it writes, and what it leaves after each epoch."""
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor, nn
+
+from cvae import checkpoint
+from cvae.distributed import Processes
+from cvae.errors import DataError, Interrupted
+from cvae.log import RunLog
+from cvae.optimizer import GuardedAdam
+from cvae.run_folder import BEST, LAST, SUMMARY, create_run, lock_run, write_json
+from cvae.runtime import Interruption
+from cvae.settings import Settings
+
+
+@dataclass
+class Progress:
+    """How far a phase has come; `best` is the lowest validation −ELBO so far, in nats per image."""
+
+    epoch: int = 0
+    best_epoch: int = 0
+    best: float = math.inf
+    seconds: float = 0.0
+
+    def is_over(self, epochs: int, patience: int) -> bool:
+        """Whether the phase has had its epochs, or has gone so many of them without improvement."""
+        return self.epoch >= epochs or self.epoch - self.best_epoch >= patience
+
+
+@dataclass
+class Run:
+    """A run: its folder and settings, and what it runs on."""
+
+    folder: Path
+    settings: Settings
+    device: torch.device
+    precision: str
+    processes: Processes
+    interruption: Interruption
+    quiet: bool = False
+    log: RunLog | None = None  # open in the main process
+    lock: TextIO | None = None
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Close the log, and let go of the folder."""
+        try:
+            if self.log is not None:
+                self.log.close()
+        finally:
+            if self.lock is not None:
+                self.lock.close()
+
+    def say(self, line: str) -> None:
+        """Print a line, once for all processes."""
+        if self.processes.is_main and not self.quiet:
+            print(line, flush=True)
+
+    def claim(self, resume: bool, overwrite: bool) -> dict[str, Any]:
+        """Hold the folder, made now unless it is resumed; returns the checkpoint to go on from, {} for a fresh start.
+
+        Raises UsageError if the folder is taken, DataError if it cannot be gone on from, DiskError.
+        """
+        self.processes.on_main(lambda: self._claim(resume, overwrite))
+        path = self.folder / LAST
+        last = checkpoint.load(path, self.device) if path.exists() else {}
+        if last and not {"phase", "progress", "model", "optimizer", "log"} <= last.keys():
+            raise DataError(f"{path}: is no checkpoint of a training")
+        return last
+
+    def _claim(self, resume: bool, overwrite: bool) -> None:
+        if resume:
+            self.lock = lock_run(self.folder)
+        else:
+            self.lock = create_run(self.folder, self.settings, self.device, self.processes.count, overwrite)
+
+    def is_finished(self, last: dict[str, Any]) -> bool:
+        """Whether nothing is left to do; if there is, opens the log for it, taken back to where the checkpoint was written."""
+        finished = False
+        if (self.folder / SUMMARY).exists() and last.get("phase") == "cvae":
+            progress = Progress(**last["progress"])
+            finished = progress.is_over(self.settings.epochs, self.settings.patience)
+        return finished
+
+    def open_log(self, last: dict[str, Any]) -> None:
+        """Open the log, taken back to where the checkpoint was written."""
+        self.processes.on_main(lambda: self._open_log(last))
+
+    def _open_log(self, last: dict[str, Any]) -> None:
+        (self.folder / SUMMARY).unlink(missing_ok=True)
+        self.log = RunLog(self.folder, last.get("log", {}))
+        if not last:
+            self.log.describe(self.settings.to_dict())
+
+    def restore(self, last: dict[str, Any], model: nn.Module, optimizer: GuardedAdam) -> Progress:
+        """Put model and optimizer where the checkpoint has them. Raises DataError if it does not fit them."""
+        try:
+            model.load_state_dict(last["model"])
+            optimizer.load_state_dict(last["optimizer"])
+            progress = Progress(**last["progress"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise DataError(f"{self.folder / LAST}: does not fit the run's settings ({type(error).__name__})") from None
+        self.processes.on_main(lambda: self.save_best(last))  # the process may have ended between the two files
+        return progress
+
+    def load_best(self) -> dict[str, Tensor]:
+        """The best weights of the phase that was trained last."""
+        return checkpoint.load(self.folder / BEST, self.device)["model"]
+
+    def open_log(self, last: dict[str, Any]) -> None:
+        """Open the log, taken back to where the checkpoint was written."""
+        if self.processes.is_main:
+            self.log = RunLog(self.folder, last.get("log", {}))
+            if not last:
+                self.log.describe(self.settings.to_dict())
+
+    def save_epoch(self, phase: str, progress: Progress, state: dict[str, Any], record: dict[str, Any], picture: Tensor) -> None:
+        """Write an epoch: the log first, so that `last.pt` can say how much of it there is, and `best.pt` after that.
+
+        Whatever moment the process is killed in, `last.pt` is whole, what the log has beyond it can be dropped, and a
+        `best.pt` that it is ahead of can be made from it.
+        """
+        assert self.log is not None
+        self.log.epoch(phase, record, picture)
+        content = {"phase": phase, "progress": asdict(progress), **state, "log": self.log.position()}
+        checkpoint.save(self.folder / LAST, content)
+        self.save_best(content)
+
+    def save_best(self, last: dict[str, Any]) -> None:
+        """Write `best.pt` if the epoch that this checkpoint holds is the best one."""
+        if last["progress"]["epoch"] == last["progress"]["best_epoch"]:
+            checkpoint.save(self.folder / BEST, {"phase": last["phase"], "model": last["model"]})
+
+    def finish(self, progress: Progress) -> None:
+        """Write `summary.json`, by which `eval.py` knows a finished run."""
+        assert self.log is not None
+        self.log.finish(self.settings.to_dict(), {"validation_neg_elbo": progress.best, "seconds": progress.seconds})
+        write_json(self.folder / SUMMARY, asdict(progress))
+
+    def leave_if_interrupted(self) -> None:
+        """Raises Interrupted, in all processes at once, if a signal came to one of them."""
+        if number := self.processes.maximum(self.interruption.signal_number, self.device):
+            raise Interrupted(f"interrupted; to go on: python train.py --resume {self.folder}", number)

@@ -1,0 +1,155 @@
+"""Run folders: made whole or not at all, held by one training at a time, found again by `eval.py`.
+
+A run folder holds `config.json` (settings, versions, machine), `metrics.jsonl` (a line per epoch and phase), TensorBoard's
+events, `last.pt` (everything to go on from), `best.pt` (the best weights) and, once it is finished, `summary.json`.
+"""
+
+import fcntl
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from cvae.checkpoint import write_atomically
+from cvae.errors import DataError, DiskError, UsageError
+from cvae.settings import Settings
+
+CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
+BEST, LAST, LOCK = "best.pt", "last.pt", ".lock"
+
+
+def create_run(path: Path, settings: Settings, device: torch.device, processes: int, overwrite: bool) -> TextIO:
+    """Make a run folder with its `config.json`, and return the lock on it, which holds while it is kept open.
+
+    Raises UsageError if the folder stands already (with `overwrite`: if it is no run folder, or a training holds it)
+    and DiskError if it cannot be made.
+    """
+    staging = path.with_name(f".{path.name}.{os.getpid()}.new")
+    try:
+        if path.exists():
+            if not overwrite:
+                raise UsageError(f"{path} exists already: --resume {path} goes on with it, --overwrite starts it anew")
+            _remove_run(path)
+        staging.mkdir(parents=True)
+        try:
+            write_json(staging / CONFIG, {"settings": settings.to_dict(), **describe_machine(device, processes)})
+            lock = lock_run(staging)
+            os.rename(staging, path)
+        except OSError:
+            shutil.rmtree(staging, ignore_errors=True)
+            if path.exists():
+                raise UsageError(f"{path} was just made by another training") from None
+            raise
+    except OSError as error:
+        raise DiskError(f"{path}: cannot be made ({error.strerror or error})") from None
+    return lock
+
+
+def _remove_run(path: Path) -> None:
+    if not (path / CONFIG).is_file():
+        raise UsageError(f"{path} is no run folder and is left as it is; choose another --name")
+    with lock_run(path):
+        doomed = path.with_name(f".{path.name}.{os.getpid()}.old")
+        os.rename(path, doomed)
+        shutil.rmtree(doomed)
+
+
+def lock_run(path: Path) -> TextIO:
+    """Hold a run folder for this process; the lock dies with it. Raises UsageError if another training holds it."""
+    try:
+        lock = open(path / LOCK, "a")
+    except OSError as error:
+        raise DiskError(f"{path}: cannot be written to ({error.strerror or error})") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        raise UsageError(f"{path} is held by another training; wait for it, or choose another --name") from None
+    return lock
+
+
+def read_settings(path: Path) -> Settings:
+    """The settings of the run in a folder. Raises DataError if it has none that can be read."""
+    file = path / CONFIG
+    if not file.is_file():
+        raise DataError(f"{path} is no run folder: it has no {CONFIG}")
+    config = read_json(file)
+    try:
+        return Settings.from_dict(config.get("settings") if isinstance(config, dict) else None)
+    except ValueError as error:
+        raise DataError(f"{file}: {error}") from None
+
+
+def finished_runs(folder: Path) -> list[Path]:
+    """The finished runs right below a folder, or the folder itself if it is one, by name. Raises DataError if none."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: there is no such folder; train first: python train.py")
+    candidates = [folder, *sorted(folder.iterdir())]
+    found = [path for path in candidates if (path / SUMMARY).is_file() and (path / BEST).is_file()]
+    if not found:
+        raise DataError(f"{folder}: has no finished run; train one: python train.py")
+    return found
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file says. Raises DataError, naming the file, if it cannot be read."""
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: is no valid JSON ({error})") from None
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`, each a dict; a last line that is still being written is left out.
+
+    Raises DataError, naming the file, if it cannot be read.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}, line {number}: is no valid JSON ({error})") from None
+        if not isinstance(record, dict):
+            raise DataError(f"{path}, line {number}: is no record of an epoch")
+        records.append(record)
+    return records
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a JSON file atomically. Raises DiskError."""
+    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def describe_machine(device: torch.device, processes: int) -> dict[str, Any]:
+    """What a run's numbers and times may depend on beside its settings: versions, revision, hardware."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else (platform.processor() or platform.machine())
+    return {
+        "git_revision": _git_revision(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "device": {"type": device.type, "name": name, "threads": torch.get_num_threads(), "processes": processes},
+        "command": ["train.py", *sys.argv[1:]],
+    }
+
+
+def _git_revision() -> str | None:
+    """The commit of the source, `+` behind it where the source was changed since; None without git."""
+    here = Path(__file__).resolve().parent
+    git = ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
+    try:
+        result = subprocess.run(git, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip() or None

@@ -1,0 +1,139 @@
+"""What a training runs on: device, precision, seeds, memory, signals, CUDA graphs. Knows nothing of CVAEs."""
+
+import ctypes
+import hashlib
+import os
+import signal
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from types import FrameType
+
+import torch
+from torch import Tensor
+
+from cvae.errors import UsageError
+
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def resolve_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device called `auto`, `cpu`, `cuda` or `cuda:n`; of several processes each takes its own for plain `cuda`.
+
+    Raises UsageError for another name and for a device that is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return torch.device("cpu")
+    kind, _, number = name.partition(":")
+    if kind != "cuda" or (number and not number.isdecimal()) or name.endswith(":"):
+        raise UsageError(f"there is no device {name!r}; choose auto, cpu, cuda or cuda:n")
+    if not torch.cuda.is_available():
+        raise UsageError("CUDA is not available here (no GPU, no driver, or a PyTorch without CUDA); use --device cpu")
+    index = int(number) if number else local_rank
+    if index >= torch.cuda.device_count():
+        raise UsageError(f"there is no device cuda:{index}; {torch.cuda.device_count()} GPUs are visible")
+    return torch.device("cuda", index)
+
+
+def resolve_precision(name: str, device: torch.device) -> str:
+    """`fp32`, `bf16` or `fp16`; `auto` is fp32 on a CPU, on CUDA bf16 where the GPU computes it, else fp16."""
+    if name != "auto":
+        return name
+    if device.type == "cpu":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
+    """Matrix products in `precision`; the parameters stay in float32."""
+    return torch.autocast(device.type, HALF[precision]) if precision in HALF else nullcontext()
+
+
+def prepare(device: torch.device) -> None:
+    """Process-wide settings for speed, before the first tensor of any size."""
+    torch.set_flush_denormal(True)  # numbers under 1e-38 count as zero: a trained net's run into thousands of cycles
+    _keep_freed_memory()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep freed memory instead of giving it back: each step needs it again, and new pages cost faults."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return  # another C library: as it is
+    m_trim_threshold, m_mmap_threshold = -1, -3
+    mallopt(m_mmap_threshold, 32 << 20)  # the largest that glibc takes; whole data sets stay outside the heap
+    mallopt(m_trim_threshold, 1 << 30)
+
+
+def derive_seed(*key: object) -> int:
+    """A seed of 63 bits that depends on the whole key: (seed, phase, epoch), say, so that there is no state to keep."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8]) >> 1
+
+
+def generator(device: torch.device, *key: object) -> torch.Generator:
+    """A generator of random numbers on the device, seeded by `derive_seed(*key)`."""
+    return torch.Generator(device).manual_seed(derive_seed(*key))
+
+
+class Interruption:
+    """While it is entered, Ctrl-C and SIGTERM are only remembered, in `signal_number`, for a good moment to leave.
+
+    A second Ctrl-C ends the process at once.
+    """
+
+    def __init__(self) -> None:
+        self.signal_number = 0
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> "Interruption":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.signal_number == signal.SIGINT:
+            os._exit(128 + number)
+        self.signal_number = number
+
+
+class GraphedStep:
+    """A training step, captured whole in a CUDA graph and replayed: one launch for some hundred kernels.
+
+    `step(*inputs)` must be free of host synchronisation, keep its results in tensors that it updates in place, and be
+    called with inputs of the same shapes each time. The first calls run as they are, on the side stream that capture
+    asks for: they are steps like any other, and they let the libraries and the optimizer make what they allocate once.
+    """
+
+    WARM_UP = 3
+
+    def __init__(self, step: Callable[..., None]):
+        self._step = step
+        self._calls = 0
+        self._stream = torch.cuda.Stream()
+        self._graph = torch.cuda.CUDAGraph()
+        self._inputs: tuple[Tensor, ...] = ()
+
+    def __call__(self, *inputs: Tensor) -> None:
+        if self._calls < self.WARM_UP:
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                self._step(*inputs)
+            torch.cuda.current_stream().wait_stream(self._stream)
+        else:
+            if self._calls == self.WARM_UP:
+                self._inputs = tuple(tensor.clone() for tensor in inputs)
+                with torch.cuda.graph(self._graph):  # records, runs nothing
+                    self._step(*self._inputs)
+            for static, new in zip(self._inputs, inputs, strict=True):
+                static.copy_(new)
+            self._graph.replay()
+        self._calls += 1
