@@ -210,13 +210,17 @@ def train_run(run: Run, resume: bool, overwrite: bool) -> None:
     draw = lambda: draw_rows(completion_rows(digits, quadrants, baseline, cvae, eps))  # noqa: E731
     progress = fit("cvae", cvae, train, validation, draw, run, last)
     run.processes.on_main(lambda: run.finish(progress))
-    run.say(f"{run.folder}: trained in {progress.seconds:.0f} s. Next: python eval.py, tensorboard --logdir {run.folder.parent}")
+    run.say(
+        f"{run.folder}: trained in {progress.seconds:.0f} s. Next: python eval.py, tensorboard --logdir {run.folder.parent}"
+    )
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
     """The command line, and the settings that are given on it, by name."""
     default = Settings()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS
+    )
     setting = parser.add_argument_group("settings")
 
     def add(flag: str, kind: Callable[[str], Any], text: str, **more: Any) -> None:
@@ -235,7 +239,13 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, Any
         shown = " ".join(map(str, shown)) if isinstance(shown, tuple) else shown
         setting.add_argument(flag, type=check, help=f"{text} (default: {shown})", **more)
 
-    add("--quadrants", int, "how many quadrants are observed: 1, 2 or 3; several numbers make several runs", nargs="+", metavar="N")
+    add(
+        "--quadrants",
+        int,
+        "how many quadrants are observed: 1, 2 or 3; several numbers make several runs",
+        nargs="+",
+        metavar="N",
+    )
     add("--device", str, "auto, cpu, cuda or cuda:n")
     add("--precision", str, "auto, fp32, bf16 or fp16; auto is fp32 on a CPU, mixed on CUDA")
     add("--epochs", int, "at most so many epochs of the CVAE", metavar="N")
@@ -251,10 +261,18 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, Any
     add("--seed", int, "of everything random", metavar="N")
     add("--data", str, "a folder with the four IDX files of another data set; none: the embedded MNIST", metavar="DIR")
     add("--train-limit", int, "use the first N training images only", metavar="N")
-    setting.add_argument("--compile", action="store_true", help="torch.compile the model: on a CPU a minute for a tenth")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where run folders are (default: runs)")
-    parser.add_argument("--name", default=None, help="of the run folder (default: q1, q2, q3); with several runs -q1, … is added")
-    parser.add_argument("--resume", type=Path, default=None, metavar="RUN", help="go on with a run, by its name or folder")
+    setting.add_argument(
+        "--compile", action="store_true", help="torch.compile the model: on a CPU a minute for a tenth"
+    )
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs"), metavar="DIR", help="where run folders are (default: runs)"
+    )
+    parser.add_argument(
+        "--name", default=None, help="of the run folder (default: q1, q2, q3); with several runs -q1, … is added"
+    )
+    parser.add_argument(
+        "--resume", type=Path, default=None, metavar="RUN", help="go on with a run, by its name or folder"
+    )
     parser.add_argument("--overwrite", action="store_true", default=False, help="replace an existing run folder")
     parser.add_argument("--quiet", action="store_true", default=False, help="print nothing but errors")
     options = parser.parse_args(argv)
@@ -273,7 +291,9 @@ def plan(options: argparse.Namespace, given: dict[str, Any]) -> list[tuple[Path,
         for name, value in given.items():
             value = value[0] if name == "quadrants" and len(value) == 1 else value
             if name != "epochs" and value != getattr(settings, name):
-                raise UsageError(f"{folder} was begun with {name.replace('_', '-')} {getattr(settings, name)}, which cannot change now; leave the flag out")
+                raise UsageError(
+                    f"{folder} was begun with {name.replace('_', '-')} {getattr(settings, name)}, which cannot change now; leave the flag out"
+                )
         return [(folder, replace(settings, epochs=given.get("epochs", settings.epochs)))]
     several = given.pop("quadrants", [1])
     if len(set(several)) != len(several):

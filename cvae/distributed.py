@@ -64,6 +64,14 @@ class Processes:
         if self.count > 1:
             self.sum_(*(p.grad for p in parameters if p.grad is not None), *others)
 
+    def gather(self, part: Tensor) -> Tensor:
+        """The parts `[..., n]` of all processes, joined in the order of their ranks."""
+        if self.count == 1:
+            return part
+        parts: list[Tensor] = [part] * self.count
+        dist.all_gather_object(parts, part.cpu())
+        return torch.cat(parts, dim=-1)
+
     def maximum(self, value: int, device: torch.device) -> int:
         """The largest of the processes' values."""
         if self.count == 1:

@@ -57,7 +57,9 @@ def draw_rows(rows: list[tuple[str, Tensor]], zoom: int = 2) -> Tensor:
         for j, image in enumerate(pixels.numpy()):
             tile = Image.fromarray(image).resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
             picture.paste(tile, (margin + j * cell_width, top))
-    return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(*picture.size[::-1], 3).permute(2, 0, 1)
+    return (
+        torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(*picture.size[::-1], 3).permute(2, 0, 1)
+    )
 
 
 def encode_png(picture: Tensor) -> bytes:

@@ -64,7 +64,9 @@ class RunLog:
 
     def finish(self, settings: dict[str, Any], results: dict[str, float]) -> None:
         """The settings and the results as hyperparameters of one run."""
-        plain = {name: value if isinstance(value, int | float | str) else str(value) for name, value in settings.items()}
+        plain = {
+            name: value if isinstance(value, int | float | str) else str(value) for name, value in settings.items()
+        }
         for summary in hparams(plain, results):
             self._events._get_file_writer().add_summary(summary)
         for name, value in results.items():

@@ -121,7 +121,9 @@ class Run:
             if not last:
                 self.log.describe(self.settings.to_dict())
 
-    def save_epoch(self, phase: str, progress: Progress, state: dict[str, Any], record: dict[str, Any], picture: Tensor) -> None:
+    def save_epoch(
+        self, phase: str, progress: Progress, state: dict[str, Any], record: dict[str, Any], picture: Tensor
+    ) -> None:
         """Write an epoch: the log first, so that `last.pt` can say how much of it there is, and `best.pt` after that.
 
         Whatever moment the process is killed in, `last.pt` is whole, what the log has beyond it can be dropped, and a

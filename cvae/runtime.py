@@ -50,13 +50,16 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
     return torch.autocast(device.type, HALF[precision]) if precision in HALF else nullcontext()
 
 
-def prepare(device: torch.device) -> None:
-    """Process-wide settings for speed, before the first tensor of any size."""
+def prepare(device: torch.device, tf32: bool = True) -> None:
+    """Process-wide settings for speed, before the first tensor of any size.
+
+    tf32: let CUDA compute the float32 products that autocast leaves with ten bits of mantissa.
+    """
     torch.set_flush_denormal(True)  # numbers under 1e-38 count as zero: a trained net's run into thousands of cycles
     _keep_freed_memory()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
 
 
 def _keep_freed_memory() -> None:
