@@ -1,12 +1,12 @@
-"""Print the table of conditional log-likelihoods (CLL) of the finished runs, on the test images, and draw their completions.
+"""Print the table of conditional log-likelihoods (CLL) of the finished runs on the test images, and draw completions.
 
     python eval.py                                    # all finished runs below runs/
     python eval.py --runs runs/q1 --samples 1000      # one run, tighter estimates
     python eval.py --format markdown                  # or json, csv
-    torchrun --nproc-per-node 2 eval.py               # the images shared by two processes, the same table
+    torchrun --nproc-per-node 2 eval.py               # the images shared by two processes: the same table
 
-One column a run, in nats per image, lower is better, with the standard error over the images beside each number. The only
-place that reads the test images. Exit codes: 0 done, 2 usage, 3 data, checkpoint or no finished run, 5 disk, 130 Ctrl-C.
+One column a run, in nats per image, lower is better, with the standard error over the images beside each number. The
+only place that reads the test images. Exit codes: 0 done, 2 usage, 3 data, checkpoint or no finished run, 5 disk.
 """
 
 if __name__ == "__main__":  # Ctrl-C simply ends: there is nothing to lose
@@ -25,7 +25,7 @@ from tqdm import tqdm
 from cvae import checkpoint, runtime, tables
 from cvae.data import ImageSet, load_test
 from cvae.distributed import Processes
-from cvae.errors import CvaeError, DataError
+from cvae.errors import CvaeError, DataError, PeerLost
 from cvae.figures import completion_rows, draw_rows, encode_png
 from cvae.likelihood import Likelihoods, evaluate
 from cvae.model import CVAE, Baseline
@@ -129,7 +129,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if options.figure and options.format == "text":
                 print("\n" + "\n".join(f"figure: {path}" for path in figures.values()))
     except CvaeError as error:
-        print(f"eval.py: {error}", file=sys.stderr)
+        if processes.is_main or isinstance(error, PeerLost):
+            print(f"eval.py: {error}", file=sys.stderr)
         return error.exit_code
     finally:
         processes.disconnect()

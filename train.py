@@ -8,9 +8,9 @@
 
 Then `tensorboard --logdir runs` shows the learning, and `python eval.py` prints the table.
 
-The baseline is trained first and frozen; the CVAE is trained on top of it. Both go through the same loop, `fit`: Adam on
-−ELBO per image, early stopping on the validation images, the best weights kept. Exit codes: 0 done, 2 usage, 3 data or
-checkpoint, 4 loss or gradient not finite, 5 disk, 130 / 143 interrupted by Ctrl-C / SIGTERM.
+The baseline is trained first and frozen; the CVAE is trained on top of it. Both go through the same loop, `fit`: Adam
+on −ELBO per image, early stopping on the validation images, the best weights kept. Exit codes: 0 done, 2 usage, 3 data
+or checkpoint, 4 loss or gradient not finite, 5 disk, 130 / 143 interrupted by Ctrl-C / SIGTERM.
 """
 
 if __name__ == "__main__":  # until a run's own handlers are in place, Ctrl-C simply ends
@@ -23,7 +23,8 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +35,15 @@ from tqdm import tqdm
 from cvae import runtime
 from cvae.data import ImageSet, load_train
 from cvae.distributed import Processes
-from cvae.errors import CvaeError, UsageError
+from cvae.errors import CvaeError, PeerLost, UsageError
 from cvae.figures import completion_rows, draw_rows
 from cvae.model import CVAE, Baseline
 from cvae.objectives import means
 from cvae.optimizer import GuardedAdam
 from cvae.quadrants import Quadrants
 from cvae.run import Progress, Run
-from cvae.run_folder import read_settings
-from cvae.settings import PRECISIONS, SCHEDULES, Settings
+from cvae.run_folder import read_settings, refuse_existing
+from cvae.settings import Settings
 
 REPORT_EVERY = 50  # steps between two looks at the device: the bar's loss, the gradients' health, the other processes
 VALIDATION_BATCH = 1000
@@ -55,8 +56,7 @@ def fit(
 ) -> Progress:  # fmt: skip
     """Train a model on −ELBO per image until it stops improving, and leave it with its best weights.
 
-    phase: "baseline" or "cvae". draw: makes the picture of an epoch. last: the checkpoint to go on from, if it is of this
-    phase.
+    phase: "baseline" or "cvae". draw: makes the picture of an epoch. last: a checkpoint to go on from, if of this phase.
 
     An epoch is a fresh permutation of the images, cut into full batches; the few images left over sit this epoch out.
     All randomness comes from (seed, phase, epoch) and is the same for any number of processes: each draws the noise of
@@ -122,16 +122,20 @@ def fit(
 
         record = {
             "epoch": progress.epoch,
-            **{f"train_{name}": value for name, value in means(totals).items()},
-            **{f"validation_{name}": value for name, value in achieved.items()},
+            **named("train", means(totals), model),
+            **named("validation", achieved, model),
             "learning_rate": float(optimizer.learning_rate),
             "images_per_second": steps * batch_size / seconds,
             "seconds": time.perf_counter() - started,
             **optimizer.skipped(),
         }
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        processes.on_main(lambda: run.save_epoch(phase, progress, state, record, draw()))
-        run.say(describe(where, progress, record))
+        processes.on_main(partial(run.save_epoch, phase, progress, state, record, draw))
+        best = ", the best so far" if progress.epoch == progress.best_epoch else ""
+        run.say(
+            f"{where}: train {means(totals)['neg_elbo']:.2f}, validation {achieved['neg_elbo']:.2f} nats per image, "
+            f"{record['images_per_second']:.0f} images/s, {record['seconds']:.1f} s{best}"
+        )
 
     model.load_state_dict(run.load_best())
     return progress
@@ -164,20 +168,17 @@ def validate(objective: Callable[..., Any], images: ImageSet, eps: Tensor, run: 
     return totals
 
 
-def progress_bar(where: str, total: int, run: Run) -> tqdm:  # type: ignore[type-arg]
+def progress_bar(where: str, total: int, run: Run) -> Any:
     """A bar over the images of an epoch; on a terminal only."""
     hidden = run.quiet or not run.processes.is_main or not sys.stderr.isatty()
     return tqdm(desc=where, total=total, unit="img", unit_scale=True, leave=False, disable=hidden)
 
 
-def describe(where: str, progress: Progress, record: dict[str, Any]) -> str:
-    """One line for an epoch."""
-    kl = f" (KL {record['validation_kl']:.2f})" if record["validation_kl"] else ""
-    best = ", the best so far" if progress.epoch == progress.best_epoch else ""
-    return (
-        f"{where}: train {record['train_neg_elbo']:.2f}, validation {record['validation_neg_elbo']:.2f}{kl} nats per image, "
-        f"{record['images_per_second']:.0f} images/s, {record['seconds']:.1f} s{best}"
-    )
+def named(part: str, values: dict[str, float], model: Baseline | CVAE) -> dict[str, float]:
+    """The means under the names of the log; without a z, all there is to say is the negative log-likelihood."""
+    return {
+        f"{part}_{name}": value for name, value in (values if model.latent_dim else {"nll": values["neg_elbo"]}).items()
+    }
 
 
 def train_run(run: Run, resume: bool, overwrite: bool) -> None:
@@ -210,98 +211,87 @@ def train_run(run: Run, resume: bool, overwrite: bool) -> None:
     draw = lambda: draw_rows(completion_rows(digits, quadrants, baseline, cvae, eps))  # noqa: E731
     progress = fit("cvae", cvae, train, validation, draw, run, last)
     run.processes.on_main(lambda: run.finish(progress))
-    run.say(
-        f"{run.folder}: trained in {progress.seconds:.0f} s. Next: python eval.py, tensorboard --logdir {run.folder.parent}"
-    )
+    run.say(f"{run.folder}: trained. Next: python eval.py, or tensorboard --logdir {run.folder.parent}")
+
+
+FLAGS = {  # the settings, as flags of the same names
+    "quadrants": (int, "how many quadrants are observed, 1, 2 or 3; several numbers make several runs"),
+    "device": (str, "auto, cpu, cuda or cuda:n"),
+    "precision": (str, "fp32, bf16, fp16, or auto: fp32 on a CPU, mixed on CUDA"),
+    "epochs": (int, "at most so many epochs of the CVAE"),
+    "baseline_epochs": (int, "at most so many epochs of the baseline"),
+    "patience": (int, "stop after so many epochs without improvement on the validation images"),
+    "batch_size": (int, "images per step, over all processes"),
+    "learning_rate": (float, "the highest learning rate of Adam"),
+    "schedule": (str, "of the learning rate after the warm-up, cosine or constant"),
+    "warmup_epochs": (float, "epochs in which the learning rate grows to its highest"),
+    "hidden": (int, "sizes of the hidden layers"),
+    "latent_dim": (int, "dimensions of z"),
+    "particles": (int, "samples of z per image and step"),
+    "seed": (int, "of everything random"),
+    "data": (str, "a folder with the four IDX files of another data set"),
+    "train_limit": (int, "use the first so many training images only"),
+}
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """The command line, and the settings that are given on it, by name."""
-    default = Settings()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS
-    )
-    setting = parser.add_argument_group("settings")
-
-    def add(flag: str, kind: Callable[[str], Any], text: str, **more: Any) -> None:
-        name = flag.removeprefix("--").replace("-", "_")
-
-        def check(word: str) -> Any:
-            value = kind(word)
-            try:
-                replace(default, **{name: (value,) if name == "hidden" else value})
-            except ValueError as error:
-                raise argparse.ArgumentTypeError(str(error)) from None
-            return value
-
-        check.__name__ = kind.__name__
-        shown = getattr(default, name)
-        shown = " ".join(map(str, shown)) if isinstance(shown, tuple) else shown
-        setting.add_argument(flag, type=check, help=f"{text} (default: {shown})", **more)
-
-    add(
-        "--quadrants",
-        int,
-        "how many quadrants are observed: 1, 2 or 3; several numbers make several runs",
-        nargs="+",
-        metavar="N",
-    )
-    add("--device", str, "auto, cpu, cuda or cuda:n")
-    add("--precision", str, "auto, fp32, bf16 or fp16; auto is fp32 on a CPU, mixed on CUDA")
-    add("--epochs", int, "at most so many epochs of the CVAE", metavar="N")
-    add("--baseline-epochs", int, "at most so many epochs of the baseline", metavar="N")
-    add("--patience", int, "stop after so many epochs without improvement on the validation images", metavar="N")
-    add("--batch-size", int, "images per step, over all processes", metavar="N")
-    add("--learning-rate", float, "the peak learning rate of Adam", metavar="RATE")
-    add("--schedule", str, f"of the learning rate: {' or '.join(SCHEDULES)}")
-    add("--warmup-epochs", float, "epochs over which the learning rate grows to its peak", metavar="X")
-    add("--hidden", int, "sizes of the hidden layers", nargs="+", metavar="N")
-    add("--latent-dim", int, "dimensions of z", metavar="N")
-    add("--particles", int, "samples of z per image and step", metavar="L")
-    add("--seed", int, "of everything random", metavar="N")
-    add("--data", str, "a folder with the four IDX files of another data set; none: the embedded MNIST", metavar="DIR")
-    add("--train-limit", int, "use the first N training images only", metavar="N")
-    setting.add_argument(
-        "--compile", action="store_true", help="torch.compile the model: on a CPU a minute for a tenth"
-    )
+    """The command line, and the settings given on it, by name; `quadrants` is a list still."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    settings = parser.add_argument_group("settings", argument_default=argparse.SUPPRESS)
+    for name, (kind, text) in FLAGS.items():
+        default = getattr(Settings(), name)
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+        settings.add_argument(
+            "--" + name.replace("_", "-"), type=kind, nargs="+" if name in ("quadrants", "hidden") else None,
+            metavar={int: "N", float: "X"}.get(kind, "NAME"), help=f"{text} (default: {shown})",
+        )  # fmt: skip
+    settings.add_argument("--compile", action="store_true", help="torch.compile the networks; on a CPU seldom worth it")
     parser.add_argument(
-        "--runs", type=Path, default=Path("runs"), metavar="DIR", help="where run folders are (default: runs)"
+        "--runs", type=Path, default=Path("runs"), metavar="DIR", help="the folder of runs (default: runs)"
     )
-    parser.add_argument(
-        "--name", default=None, help="of the run folder (default: q1, q2, q3); with several runs -q1, … is added"
-    )
-    parser.add_argument(
-        "--resume", type=Path, default=None, metavar="RUN", help="go on with a run, by its name or folder"
-    )
-    parser.add_argument("--overwrite", action="store_true", default=False, help="replace an existing run folder")
-    parser.add_argument("--quiet", action="store_true", default=False, help="print nothing but errors")
+    parser.add_argument("--name", help="of the run's folder (default: q1, q2 or q3; of several runs, -q1, … is added)")
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run, given by its name or folder")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run's folder if it exists")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
     options = parser.parse_args(argv)
-    names = {field.name for field in fields(Settings)}
-    given = {name: value for name, value in vars(options).items() if name in names}
+
+    given = {name: value for name, value in vars(options).items() if name in Settings.__dataclass_fields__}
     if "hidden" in given:
         given["hidden"] = tuple(given["hidden"])
+    if "data" in given:
+        given["data"] = str(Path(given["data"]).resolve())
+    try:
+        for quadrants in given.get("quadrants", [1]):
+            Settings(**{**given, "quadrants": quadrants})
+    except ValueError as error:
+        parser.error(str(error))
     return options, given
 
 
 def plan(options: argparse.Namespace, given: dict[str, Any]) -> list[tuple[Path, Settings]]:
     """The runs to make or to go on with: their folders and settings. Raises UsageError or DataError."""
+    quadrants = given.pop("quadrants", None)
     if options.resume is not None:
         folder = options.resume if options.resume.is_dir() else options.runs / options.resume
         settings = read_settings(folder)
-        for name, value in given.items():
-            value = value[0] if name == "quadrants" and len(value) == 1 else value
+        wanted = (
+            given if quadrants is None else given | {"quadrants": quadrants[0] if len(quadrants) == 1 else quadrants}
+        )
+        for name, value in wanted.items():
             if name != "epochs" and value != getattr(settings, name):
-                raise UsageError(
-                    f"{folder} was begun with {name.replace('_', '-')} {getattr(settings, name)}, which cannot change now; leave the flag out"
-                )
+                flag, own = "--" + name.replace("_", "-"), getattr(settings, name)
+                raise UsageError(f"{folder} was begun with {flag} {own}, which cannot change now; leave the flag out")
         return [(folder, replace(settings, epochs=given.get("epochs", settings.epochs)))]
-    several = given.pop("quadrants", [1])
-    if len(set(several)) != len(several):
+
+    quadrants = quadrants or [Settings.quadrants]
+    if len(set(quadrants)) < len(quadrants):
         raise UsageError("--quadrants names a number twice")
-    names = {k: f"q{k}" if options.name is None else options.name + f"-q{k}" * (len(several) > 1) for k in several}
-    if options.name is not None and (Path(options.name).name != options.name or options.name.startswith(".")):
-        raise UsageError(f"--name {options.name!r} is no plain name of a folder; --runs says where it is to be")
-    return [(options.runs / names[k], Settings(quadrants=k, **given)) for k in several]
+    name = options.name
+    if name is not None and (name.startswith(".") or Path(name).name != name):
+        raise UsageError(f"--name {name!r} is not the plain name of a folder; --runs says where it is to be")
+    suffixes = [f"-q{k}" if len(quadrants) > 1 else "" for k in quadrants]
+    names = [f"q{k}" if name is None else name + suffix for k, suffix in zip(quadrants, suffixes, strict=True)]
+    return [(options.runs / name, Settings(quadrants=k, **given)) for name, k in zip(names, quadrants, strict=True)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -314,13 +304,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             device = runtime.resolve_device(runs[0][1].device, processes.local_rank)
             runtime.prepare(device)
             processes.connect(device)
+            for folder, _ in runs if options.resume is None else []:  # before the first one is begun
+                processes.on_main(partial(refuse_existing, folder, options.overwrite))
             for folder, settings in runs:
                 precision = runtime.resolve_precision(settings.precision, device)
-                run = Run(folder, settings, device, precision, processes, interruption, options.quiet)
-                with run:
+                with Run(folder, settings, device, precision, processes, interruption, options.quiet) as run:
                     train_run(run, options.resume is not None, options.overwrite)
         except CvaeError as error:
-            print(f"train.py: {error}", file=sys.stderr)
+            if processes.is_main or isinstance(error, PeerLost):
+                print(f"train.py: {error}", file=sys.stderr)
             return error.exit_code
         finally:
             processes.disconnect()

@@ -1,7 +1,7 @@
 """Checkpoints that cannot be half-written, and that cannot do harm when they are read. Knows nothing of CVAEs.
 
-A file is what `torch.save` writes, followed by 40 bytes: `SHA-256\\0` and the digest of all before them. `torch.load` reads
-it too, since a zip file may have such a tail.
+A file is what `torch.save` writes, followed by 40 bytes: `SHA-256\\0` and the digest of all before them. `torch.load`
+reads it too, since a zip file may have such a tail.
 """
 
 import hashlib
@@ -10,6 +10,7 @@ import os
 import pickletools
 import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         content = torch.load(io.BytesIO(body), map_location=device, weights_only=True)
     except Exception as error:  # a forged file may fail anywhere in the reader
         raise DataError(f"{path}: is no checkpoint of this program ({type(error).__name__})") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if not isinstance(content, dict) or type(content.get("format")) is not int or content["format"] != FORMAT:
         raise DataError(f"{path}: is not a checkpoint of format {FORMAT}, which this version reads")
     return content
 
@@ -98,7 +99,7 @@ def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
 
     The bytes go to a temporary file beside it, which then takes its place. Raises DiskError.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.parent / f".{path.name}.tmp"
     try:
         with open(temporary, "wb") as file:
             for part in parts:
@@ -108,10 +109,8 @@ def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
         os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
-        try:
+        with suppress(OSError):  # the disk may be read-only, or gone
             temporary.unlink(missing_ok=True)
-        except OSError:
-            pass  # the disk is read-only, or gone: the first error says so
         raise DiskError(f"{path}: cannot be written ({error.strerror or error}); what stood there is intact") from None
 
 

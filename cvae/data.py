@@ -4,6 +4,7 @@ All of MNIST comes with the package (Y. LeCun, C. Cortes, C. J. C. Burges; CC BY
 other images in the same format.
 """
 
+import os
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
@@ -70,13 +71,13 @@ def load_images(folder: Path | None, part: Part) -> Tensor:
 
 def _find(folder: Path, name: str) -> Path:
     """The file of this name, in the folder itself or in torchvision's layout below it."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # Path.is_dir raises for a name that is too long
         raise DataError(f"{folder}: there is no such folder; --data names one with the four IDX files")
     places = [folder, folder / "MNIST" / "raw", folder / "raw", *sorted(folder.glob("*/raw"))]
     for place in places:
         for suffix in SUFFIXES:
             path = place / (name + suffix)
-            if path.is_file():
+            if os.path.isfile(path):
                 return path
     raise DataError(f"{folder}: has no {name} (plain, .gz or .xz), nor has its MNIST/raw/")
 
@@ -105,8 +106,8 @@ class ImageSet:
 
     def batch(self, rows: Tensor | slice) -> Batch:
         """The images at these rows: int64 `[B]` on the device, or a slice."""
-        pixels = self.vectors[rows].float().div_(255)
-        y_hat = None if self.y_hat is None else self.y_hat[rows]
+        pixels = _rows(self.vectors, rows).float().div_(255)
+        y_hat = None if self.y_hat is None else _rows(self.y_hat, rows)
         return Batch(pixels[:, : self.num_observed], pixels[:, self.num_observed :], y_hat)
 
     def batches(self, size: int, start: int = 0, end: int | None = None) -> Iterator[Batch]:
@@ -114,3 +115,7 @@ class ImageSet:
         end = len(self) if end is None else end
         for first in range(start, end, size):
             yield self.batch(slice(first, min(first + size, end)))
+
+
+def _rows(table: Tensor, rows: Tensor | slice) -> Tensor:
+    return table[rows] if isinstance(rows, slice) else table.index_select(0, rows)

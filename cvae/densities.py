@@ -50,7 +50,8 @@ def bernoulli_log_prob(y: Tensor, logits: Tensor) -> Tensor:
     convention: not the logarithm of a normalised density, and never above minus the entropy of the grey levels.
     Differentiable in the logits alone: targets are data.
     """
-    return _BernoulliLogProb.apply(y, widen(logits))
+    log_prob: Tensor = _BernoulliLogProb.apply(y, widen(logits))
+    return log_prob
 
 
 class _BernoulliLogProb(torch.autograd.Function):

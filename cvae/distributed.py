@@ -4,7 +4,8 @@ With one process everything here is a no-op, and `torch.distributed` is never in
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
 
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cvae.errors import CvaeError, UsageError
+from cvae.errors import CvaeError, PeerLost, UsageError
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=5)
@@ -52,11 +53,12 @@ class Processes:
         return self.share(batch_size)
 
     def sum_(self, *tensors: Tensor) -> None:
-        """Replace each tensor by its sum over all processes, in one exchange. The tensors share one dtype and device."""
+        """Replace each tensor by its sum over all processes, in one exchange; they share one dtype and device."""
         if self.count > 1:
             flat = torch.cat([tensor.flatten() for tensor in tensors])
-            dist.all_reduce(flat)
-            for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            with exchange():
+                dist.all_reduce(flat)
+            for tensor, total in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
                 tensor.copy_(total.view_as(tensor))
 
     def sum_gradients(self, parameters: Iterable[Tensor], *others: Tensor) -> None:
@@ -69,7 +71,8 @@ class Processes:
         if self.count == 1:
             return part
         parts: list[Tensor] = [part] * self.count
-        dist.all_gather_object(parts, part.cpu())
+        with exchange():
+            dist.all_gather_object(parts, part.cpu())
         return torch.cat(parts, dim=-1)
 
     def maximum(self, value: int, device: torch.device) -> int:
@@ -77,7 +80,8 @@ class Processes:
         if self.count == 1:
             return value
         tensor = torch.tensor(value, device=device)
-        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        with exchange():
+            dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return int(tensor)
 
     def on_main(self, action: Callable[[], T]) -> T:
@@ -90,7 +94,17 @@ class Processes:
                 outcome[0] = action()
             except CvaeError as error:
                 outcome[0] = error
-        dist.broadcast_object_list(outcome)
+        with exchange():
+            dist.broadcast_object_list(outcome)
         if isinstance(outcome[0], CvaeError):
             raise outcome[0]
         return outcome[0]  # type: ignore[return-value]
+
+
+@contextmanager
+def exchange() -> Iterator[None]:
+    """Raises PeerLost for a failure of what the processes do together."""
+    try:
+        yield
+    except RuntimeError:
+        raise PeerLost("another process of this job has ended, so this one ends too") from None

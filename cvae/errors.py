@@ -7,6 +7,10 @@ class CvaeError(Exception):
     exit_code = 1
 
 
+class PeerLost(CvaeError):
+    """Another of the processes that train together is gone; it has said why."""
+
+
 class UsageError(CvaeError):
     """The request cannot be served as it was made: a flag, a device, a folder that is taken."""
 

@@ -1,7 +1,7 @@
 """Estimates of the conditional log-likelihood log p(y|x) over a set of images, with their standard errors.
 
-Everything is computed per image, and averaged once, in float64. The noise of an image depends on the seed and on its place in
-the set alone: not on the number of processes, nor on the other images.
+Everything is computed per image, and averaged once, in float64. The noise of an image depends on the seed and on its
+place in the set alone, not on the number of processes.
 """
 
 import math
@@ -31,10 +31,10 @@ class Estimate(NamedTuple):
 class Likelihoods(NamedTuple):
     """Negative log-likelihoods and their bounds per image, nats `[N]` float64, lower is better.
 
-    nn_nll: of the baseline's guess. cvae_neg_elbo: with ELBO_SAMPLES of z ~ q(z|x,y), an upper bound on −log p(y|x).
-    cvae_mc_nll: −log of the mean of p(y|x,z) over S samples z ~ p(z|x). cvae_is_nll: −log of the mean of the importance weights
-    over S samples z ~ q(z|x,y). Both lie above −log p(y|x) in expectation, by less the larger S is. floor: the entropy of
-    y's grey levels, which no Bernoulli negative log-likelihood of y can fall below.
+    nn_nll: of the baseline's guess. cvae_neg_elbo: an upper bound on −log p(y|x), with ELBO_SAMPLES of z ~ q(z|x,y).
+    cvae_mc_nll: −log of the mean of p(y|x,z) over S samples z ~ p(z|x). cvae_is_nll: −log of the mean of the
+    importance weights over S samples z ~ q(z|x,y). Both lie above −log p(y|x) in expectation, by less the larger S is.
+    floor: the entropy of y's grey levels, which no Bernoulli negative log-likelihood of y can fall below.
     """
 
     nn_nll: Tensor
@@ -49,7 +49,7 @@ class Likelihoods(NamedTuple):
 
 
 def estimate(values: Tensor) -> Estimate:
-    """The mean of values `[N]` and its standard error, s/√N with the unbiased s; NaN for the error of a single value."""
+    """The mean of values `[N]` and its standard error, s/√N with the unbiased s (NaN where N = 1)."""
     return Estimate(values.mean().item(), values.std().item() / math.sqrt(len(values)))
 
 

@@ -27,7 +27,7 @@ class RunLog:
         self._folder = folder
         try:
             self._rewind(position)
-            self._metrics = open(folder / METRICS, "ab", buffering=0)
+            self._metrics = open(folder / METRICS, "ab", buffering=0)  # noqa: SIM115
             self._events = SummaryWriter(str(folder), max_queue=1000, flush_secs=3600)
         except OSError as error:
             raise self._failure(error) from None

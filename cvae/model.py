@@ -5,6 +5,7 @@ Images are vectors with their observed pixels first (`Quadrants.vectors`): x `[B
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ UNOBSERVED = -1.0
 def mlp(sizes: Sequence[int]) -> list[nn.Module]:
     """Fully connected layers of these sizes, each followed by a ReLU."""
     layers: list[nn.Module] = []
-    for fan_in, fan_out in zip(sizes[:-1], sizes[1:], strict=True):
+    for fan_in, fan_out in pairwise(sizes):
         layers += [nn.Linear(fan_in, fan_out), nn.ReLU(inplace=True)]
     return layers
 
@@ -32,7 +33,7 @@ class FromObserved(nn.Linear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        observed, hidden = self.weight.split([x.shape[-1], self.in_features - x.shape[-1]], dim=1)
+        observed, hidden = torch.split(self.weight, [x.shape[-1], self.in_features - x.shape[-1]], dim=1)
         return F.linear(x, observed, self.bias + UNOBSERVED * hidden.sum(1))
 
 
@@ -44,7 +45,8 @@ class ToHidden(nn.Linear):
         self.num_hidden = num_hidden
 
     def forward(self, features: Tensor) -> Tensor:
-        return F.linear(features, self.weight[-self.num_hidden :], self.bias[-self.num_hidden :])
+        sizes = [self.out_features - self.num_hidden, self.num_hidden]
+        return F.linear(features, torch.split(self.weight, sizes)[1], torch.split(self.bias, sizes)[1])
 
 
 class Baseline(nn.Module):
@@ -128,15 +130,18 @@ class CVAE(nn.Module):
         if y_hat is None:
             with torch.no_grad():
                 y_hat = self.baseline_net.guess(x)
-        return self.prior_net(x, y_hat)
+        gaussian: Gaussian = self.prior_net(x, y_hat)
+        return gaussian
 
     def recognition(self, x: Tensor, y: Tensor) -> Gaussian:
         """q(z|x,y), `[B, Z]`."""
-        return self.recognition_net(x, y)
+        gaussian: Gaussian = self.recognition_net(x, y)
+        return gaussian
 
     def generation(self, z: Tensor) -> Tensor:
         """The logits of p(y|x,z), `[..., num_hidden]`, for z `[..., Z]`."""
-        return self.generation_net(z)
+        logits: Tensor = self.generation_net(z)
+        return logits
 
     def complete(self, x: Tensor, eps: Tensor) -> Tensor:
         """Completions of x: the pixel means of p(y|x,z) at z ~ p(z|x), in [0, 1], `[S, B, num_hidden]`.

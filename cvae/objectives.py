@@ -49,7 +49,7 @@ def log_importance_weights(y: Tensor, logits: Tensor, z: Tensor, q: Gaussian, p:
 
 
 def means(sums: Tensor) -> dict[str, float]:
-    """What is reported of `Terms.sums`, added up over batches and processes: means per image, in nats, as positive numbers.
+    """What is reported of `Terms.sums`, added up over batches and processes: means in nats per image.
 
     `neg_elbo` = `reconstruction` + `kl`, lower is better. NaN where there were no images.
     """

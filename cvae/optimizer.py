@@ -5,8 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adam import adam
 
 from cvae.errors import NonFiniteError
+
+BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # of Kingma and Ba 2015
 
 MAX_STREAK = 10
 """So many bad steps in a row end a training."""
@@ -20,39 +23,47 @@ class GuardedAdam:
     All that decides is computed on the device: a step never waits for the host, and can be captured in a CUDA graph.
     `check` looks at the outcome, whenever the host has the time; the weights are safe until then.
 
-    With `loss_scaling` (float16), the loss is multiplied by a scale before the backward pass, and the gradients divided
-    by it after. Gradients that overflow are the scale's doing as long as the loss is finite: such a step is skipped too,
-    counted apart, and halves the scale, which doubles again after 2,000 good steps (Micikevicius et al. 2018).
+    With `loss_scaling` (float16), the loss is multiplied by a scale before the backward pass, and the gradients are
+    divided by it after. Gradients that overflow are the scale's doing as long as the loss is finite: such a step is
+    skipped too, counted apart, and halves the scale, which doubles again after 2,000 good steps. Source: Micikevicius
+    et al. 2018.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], learning_rate: float, loss_scaling: bool = False):
-        self.parameters = list(parameters)
-        device = self.parameters[0].device
-        self.learning_rate = torch.tensor(learning_rate, device=device)
-        self.adam = torch.optim.Adam(
-            self.parameters, lr=self.learning_rate, fused=True, capturable=device.type == "cuda"
-        )
-        self.scale = torch.tensor(INITIAL_SCALE, device=device) if loss_scaling else None
-        zero = torch.zeros((), device=device)
-        self.good_steps = zero.clone()  # since the scale last changed
-        self.bad_streak = zero.clone()
-        self.steps, self.bad, self.overflows, self.failed_at = (zero.clone() for _ in range(4))  # of this epoch
+        self.parameters: list[Tensor] = list(parameters)
+        self.device = self.parameters[0].device
+        self.learning_rate = torch.tensor(learning_rate, device=self.device)
+        self.moments = [torch.zeros_like(p) for p in self.parameters]
+        self.squares = [torch.zeros_like(p) for p in self.parameters]
+        self.updates = [self._zero() for _ in self.parameters]  # one count per tensor, as the library wants it
+        self.scale = torch.tensor(INITIAL_SCALE, device=self.device) if loss_scaling else None
+        self.good_steps = self._zero()  # since the scale last changed
+        self.bad_streak = self._zero()
+        self.steps, self.bad, self.overflows, self.failed_at = (self._zero() for _ in range(4))  # of this epoch
+
+    def _zero(self) -> Tensor:
+        return torch.zeros((), device=self.device)
 
     def backward(self, loss: Tensor) -> None:
         """The gradients of the loss, in the place of earlier ones."""
-        self.adam.zero_grad()
+        for parameter in self.parameters:
+            parameter.grad = None
         (loss if self.scale is None else loss * self.scale).backward()
 
+    @torch.no_grad()
     def step(self, loss: Tensor) -> Tensor:
         """Update the parameters unless something is not finite; whether it was done, a bool scalar."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         # One number per tensor is enough: neither a NaN nor an infinity can leave a sum again.
         checksum = torch.stack([gradient.sum() for gradient in gradients]).sum()
-        bad_loss = (~loss.detach().isfinite()).float()
-        skip = torch.maximum((~checksum.isfinite()).float(), bad_loss)
-        # The protocol between torch.amp.GradScaler and the fused optimizers.
-        self.adam.grad_scale, self.adam.found_inf = self.scale, skip  # type: ignore[attr-defined]
-        self.adam.step()
+        bad_loss = loss.detach().isfinite().logical_not().float()
+        skip = torch.maximum(checksum.isfinite().logical_not().float(), bad_loss)
+        adam(
+            self.parameters, gradients, self.moments, self.squares, [], self.updates,
+            lr=self.learning_rate, beta1=BETA1, beta2=BETA2, eps=EPSILON, weight_decay=0.0,
+            amsgrad=False, maximize=False, fused=True, capturable=self.device.type == "cuda",
+            grad_scale=self.scale, found_inf=skip,
+        )  # fmt: skip
         bad = skip if self.scale is None else bad_loss
         self._count(bad, skip - bad)
         if self.scale is not None:
@@ -102,14 +113,24 @@ class GuardedAdam:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next steps depend on, as tensors and plain values."""
-        own = {"good_steps": self.good_steps, "bad_streak": self.bad_streak}
-        return {"adam": self.adam.state_dict(), "scale": self.scale, **own}
+        return {
+            "moments": self.moments,
+            "squares": self.squares,
+            "updates": self.updates,
+            "bad_streak": self.bad_streak,
+            "good_steps": self.good_steps,
+            "scale": self.scale,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`, into an optimizer of the same parameters."""
-        self.adam.load_state_dict(state["adam"])
-        self.adam.param_groups[0]["lr"] = self.learning_rate  # the tensor that the schedule fills, not a copy
-        self.good_steps.copy_(state["good_steps"])
-        self.bad_streak.copy_(state["bad_streak"])
-        if self.scale is not None:
-            self.scale.copy_(state["scale"])
+        """The inverse of `state_dict`, into an optimizer of the same parameters.
+
+        Raises KeyError, TypeError, ValueError or RuntimeError if the state is not of this kind.
+        """
+        for name, value in self.state_dict().items():
+            own, new = (value, state[name]) if isinstance(value, list) else ([value], [state[name]])
+            for tensor, source in zip(own, new, strict=True):
+                if tensor is not None:
+                    if tensor.shape != source.shape:
+                        raise ValueError(f"{name}: a tensor of {tuple(source.shape)}, not {tuple(tensor.shape)}")
+                    tensor.copy_(source)

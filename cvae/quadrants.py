@@ -59,4 +59,4 @@ class Quadrants:
         leading = torch.broadcast_shapes(x.shape[:-1], y.shape[:-1])
         vectors = torch.cat([x.expand(*leading, -1), y.expand(*leading, -1)], dim=-1)
         raster = torch.argsort(self.order).to(vectors.device)
-        return vectors.index_select(-1, raster).unflatten(-1, (self.height, self.width))
+        return vectors.index_select(-1, raster).view(*leading, self.height, self.width)

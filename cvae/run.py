@@ -1,6 +1,7 @@
 """One training as it runs: what it runs on, where it writes, and what it leaves after each epoch."""
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -13,7 +14,7 @@ from cvae.distributed import Processes
 from cvae.errors import DataError, Interrupted
 from cvae.log import RunLog
 from cvae.optimizer import GuardedAdam
-from cvae.run_folder import BEST, LAST, SUMMARY, create_run, lock_run, write_json
+from cvae.run_folder import BEST, LAST, SUMMARY, create_run, lock_run, read_settings, write_config, write_json
 from cvae.runtime import Interruption
 from cvae.settings import Settings
 
@@ -78,16 +79,16 @@ class Run:
     def _claim(self, resume: bool, overwrite: bool) -> None:
         if resume:
             self.lock = lock_run(self.folder)
+            if self.settings != read_settings(self.folder):  # --epochs is another now
+                write_config(self.folder, self.settings, self.device, self.processes.count)
         else:
             self.lock = create_run(self.folder, self.settings, self.device, self.processes.count, overwrite)
 
     def is_finished(self, last: dict[str, Any]) -> bool:
-        """Whether nothing is left to do; if there is, opens the log for it, taken back to where the checkpoint was written."""
-        finished = False
-        if (self.folder / SUMMARY).exists() and last.get("phase") == "cvae":
-            progress = Progress(**last["progress"])
-            finished = progress.is_over(self.settings.epochs, self.settings.patience)
-        return finished
+        """Whether the run whose last checkpoint this is has nothing left to do."""
+        if not (self.folder / SUMMARY).exists() or last.get("phase") != "cvae":
+            return False
+        return Progress(**last["progress"]).is_over(self.settings.epochs, self.settings.patience)
 
     def open_log(self, last: dict[str, Any]) -> None:
         """Open the log, taken back to where the checkpoint was written."""
@@ -112,17 +113,11 @@ class Run:
 
     def load_best(self) -> dict[str, Tensor]:
         """The best weights of the phase that was trained last."""
-        return checkpoint.load(self.folder / BEST, self.device)["model"]
-
-    def open_log(self, last: dict[str, Any]) -> None:
-        """Open the log, taken back to where the checkpoint was written."""
-        if self.processes.is_main:
-            self.log = RunLog(self.folder, last.get("log", {}))
-            if not last:
-                self.log.describe(self.settings.to_dict())
+        weights: dict[str, Tensor] = checkpoint.load(self.folder / BEST, self.device)["model"]
+        return weights
 
     def save_epoch(
-        self, phase: str, progress: Progress, state: dict[str, Any], record: dict[str, Any], picture: Tensor
+        self, phase: str, progress: Progress, state: dict[str, Any], record: dict[str, Any], draw: Callable[[], Tensor]
     ) -> None:
         """Write an epoch: the log first, so that `last.pt` can say how much of it there is, and `best.pt` after that.
 
@@ -130,7 +125,7 @@ class Run:
         `best.pt` that it is ahead of can be made from it.
         """
         assert self.log is not None
-        self.log.epoch(phase, record, picture)
+        self.log.epoch(phase, record, draw())
         content = {"phase": phase, "progress": asdict(progress), **state, "log": self.log.position()}
         checkpoint.save(self.folder / LAST, content)
         self.save_best(content)

@@ -1,9 +1,11 @@
 """Run folders: made whole or not at all, held by one training at a time, found again by `eval.py`.
 
-A run folder holds `config.json` (settings, versions, machine), `metrics.jsonl` (a line per epoch and phase), TensorBoard's
-events, `last.pt` (everything to go on from), `best.pt` (the best weights) and, once it is finished, `summary.json`.
+A run folder holds `config.json` (settings, versions, machine), `metrics.jsonl` (a line per epoch and phase),
+TensorBoard's events, `last.pt` (everything to go on from), `best.pt` (the best weights) and, once it is finished,
+`summary.json`.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -17,7 +19,7 @@ from typing import Any, TextIO
 import torch
 
 from cvae.checkpoint import write_atomically
-from cvae.errors import DataError, DiskError, UsageError
+from cvae.errors import CvaeError, DataError, DiskError, UsageError
 from cvae.settings import Settings
 
 CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
@@ -32,18 +34,17 @@ def create_run(path: Path, settings: Settings, device: torch.device, processes: 
     """
     staging = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
-        if path.exists():
-            if not overwrite:
-                raise UsageError(f"{path} exists already: --resume {path} goes on with it, --overwrite starts it anew")
-            _remove_run(path)
+        refuse_existing(path, overwrite)
         staging.mkdir(parents=True)
         try:
-            write_json(staging / CONFIG, {"settings": settings.to_dict(), **describe_machine(device, processes)})
+            write_config(staging, settings, device, processes)
             lock = lock_run(staging)
+            if overwrite and path.exists():
+                _remove_run(path)  # now that its successor could be written
             os.rename(staging, path)
-        except OSError:
+        except (OSError, CvaeError) as error:
             shutil.rmtree(staging, ignore_errors=True)
-            if path.exists():
+            if isinstance(error, OSError) and error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
                 raise UsageError(f"{path} was just made by another training") from None
             raise
     except OSError as error:
@@ -51,9 +52,16 @@ def create_run(path: Path, settings: Settings, device: torch.device, processes: 
     return lock
 
 
+def refuse_existing(path: Path, overwrite: bool) -> None:
+    """Raises UsageError if there is something at `path` that a new run must not replace."""
+    if os.path.lexists(path):
+        if not overwrite:
+            raise UsageError(f"{path} exists already: --resume {path} goes on with it, --overwrite starts it anew")
+        if not (path / CONFIG).is_file():
+            raise UsageError(f"{path} is no run folder and is left as it is; choose another --name")
+
+
 def _remove_run(path: Path) -> None:
-    if not (path / CONFIG).is_file():
-        raise UsageError(f"{path} is no run folder and is left as it is; choose another --name")
     with lock_run(path):
         doomed = path.with_name(f".{path.name}.{os.getpid()}.old")
         os.rename(path, doomed)
@@ -63,7 +71,7 @@ def _remove_run(path: Path) -> None:
 def lock_run(path: Path) -> TextIO:
     """Hold a run folder for this process; the lock dies with it. Raises UsageError if another training holds it."""
     try:
-        lock = open(path / LOCK, "a")
+        lock = open(path / LOCK, "a")  # noqa: SIM115
     except OSError as error:
         raise DiskError(f"{path}: cannot be written to ({error.strerror or error})") from None
     try:
@@ -74,10 +82,15 @@ def lock_run(path: Path) -> TextIO:
     return lock
 
 
+def write_config(path: Path, settings: Settings, device: torch.device, processes: int) -> None:
+    """Write the `config.json` of a run. Raises DiskError."""
+    write_json(path / CONFIG, {"settings": settings.to_dict(), **describe_machine(device, processes)})
+
+
 def read_settings(path: Path) -> Settings:
     """The settings of the run in a folder. Raises DataError if it has none that can be read."""
     file = path / CONFIG
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise DataError(f"{path} is no run folder: it has no {CONFIG}")
     config = read_json(file)
     try:
@@ -88,10 +101,14 @@ def read_settings(path: Path) -> Settings:
 
 def finished_runs(folder: Path) -> list[Path]:
     """The finished runs right below a folder, or the folder itself if it is one, by name. Raises DataError if none."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise DataError(f"{folder}: there is no such folder; train first: python train.py")
-    candidates = [folder, *sorted(folder.iterdir())]
-    found = [path for path in candidates if (path / SUMMARY).is_file() and (path / BEST).is_file()]
+    try:
+        names = sorted(name for name in os.listdir(folder) if not name.startswith("."))  # hidden: half made or removed
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read ({error.strerror or error})") from None
+    candidates = [folder, *(folder / name for name in names)]
+    found = [path for path in candidates if os.path.isfile(path / SUMMARY) and os.path.isfile(path / BEST)]
     if not found:
         raise DataError(f"{folder}: has no finished run; train one: python train.py")
     return found

@@ -1,9 +1,11 @@
 """The settings of a run: every choice that its numbers depend on, each a flag of `train.py` of the same name."""
 
+import reprlib
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 LARGEST_LAYER = 1 << 15
+MOST_LAYERS = 64
 SCHEDULES = ("cosine", "constant")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
@@ -68,8 +70,9 @@ def _check(name: str, value: Any) -> None:
         case "warmup_epochs":
             good, wanted = type(value) is float and 0 <= value < float("inf"), "a number of at least 0"
         case "hidden":
-            good = type(value) is tuple and len(value) > 0 and all(_is_count(n, LARGEST_LAYER) for n in value)
-            wanted = f"one or more sizes from 1 to {LARGEST_LAYER}"
+            good = type(value) is tuple and 1 <= len(value) <= MOST_LAYERS
+            good = good and all(_is_count(n, LARGEST_LAYER) for n in value)
+            wanted = f"1 to {MOST_LAYERS} sizes from 1 to {LARGEST_LAYER}"
         case "latent_dim":
             good, wanted = _is_count(value, LARGEST_LAYER), f"a whole number from 1 to {LARGEST_LAYER}"
         case "seed":
@@ -83,4 +86,4 @@ def _check(name: str, value: Any) -> None:
         case _:
             good, wanted = _is_count(value), "a positive whole number"
     if not good:
-        raise ValueError(f"{name.replace('_', '-')} has to be {wanted}, not {value!r}")
+        raise ValueError(f"{name.replace('_', '-')} has to be {wanted}, not {reprlib.repr(value)}")

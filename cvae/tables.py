@@ -31,7 +31,7 @@ class Column(NamedTuple):
     per_image: Likelihoods
 
     def estimates(self) -> dict[str, Estimate]:
-        """Mean and standard error by key; `gap` is NN minus importance sampling, its error that of the paired difference."""
+        """Mean and standard error by key; `gap` is NN minus importance sampling, image by image."""
         gap = estimate(self.per_image.nn_nll - self.per_image.cvae_is_nll)
         return {**self.per_image.estimates(), "gap": gap}
 
@@ -59,19 +59,20 @@ def _quadrants(count: int) -> str:
 
 
 def _notes(columns: Sequence[Column]) -> list[str]:
-    floors = {c.quadrants: c.estimates()["floor"].mean for c in columns}
+    floors = {column.quadrants: column.estimates()["floor"].mean for column in columns}
     known = sorted(floors)
+    floor = ", ".join(f"{floors[k]:.1f} for {_quadrants(k)}" for k in known)
     tutorial = "; ".join(f"NN {TUTORIAL[k][0]}, CVAE {TUTORIAL[k][1]} for {_quadrants(k)}" for k in known)
-    samples = ", ".join(str(s) for s in sorted({c.samples for c in columns}))
+    samples = ", ".join(str(count) for count in sorted({column.samples for column in columns}))
     return [
         f"± is the standard error over the {len(columns[0].per_image.nn_nll)} test images. "
-        f"−ELBO: {ELBO_SAMPLES} samples of z per image; Monte Carlo and importance sampling: {samples}.",
-        "Grey levels under a Bernoulli are no normalised density; their own entropy is a floor under every row but the gap: "
-        + ", ".join(f"{floors[k]:.1f} for {_quadrants(k)}" for k in known) + ".",
-        "Monte Carlo samples z from the prior network: at such a number of samples it is far from tight (with one quadrant "
+        f"Samples of z per image: {ELBO_SAMPLES} for −ELBO, {samples} for Monte Carlo and importance sampling.",
+        "Grey levels under a Bernoulli are no normalised density; their own entropy is a floor under every row "
+        f"but the gap: {floor}.",
+        "Monte Carlo samples z from the prior network: with so few samples it is far from tight (with one quadrant "
         "and 100 samples, about 83 where importance sampling gives 65). Importance sampling is the estimate of the CLL.",
         f"The tutorial's published table: {tutorial}. Its CVAE row is a −ELBO; it stopped early on the test images.",
-    ]  # fmt: skip
+    ]
 
 
 def _text(columns: Sequence[Column]) -> str:
