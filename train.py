@@ -56,7 +56,7 @@ def fit(
 ) -> Progress:  # fmt: skip
     """Train a model on −ELBO per image until it stops improving, and leave it with its best weights.
 
-    phase: "baseline" or "cvae". draw: makes the picture of an epoch. last: a checkpoint to go on from, if of this phase.
+    phase: "baseline" or "cvae". draw: makes an epoch's picture. last: a checkpoint to go on from, if of this phase.
 
     An epoch is a fresh permutation of the images, cut into full batches; the few images left over sit this epoch out.
     All randomness comes from (seed, phase, epoch) and is the same for any number of processes: each draws the noise of

@@ -9,10 +9,10 @@ import io
 import os
 import pickletools
 import zipfile
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -34,10 +34,32 @@ def save(path: Path, content: Mapping[str, Any]) -> None:
     Raises TypeError for anything else, and DiskError if it cannot be written: then what stood at `path` still does.
     """
     _refuse_objects(content, path.name)
-    buffer = io.BytesIO()
-    torch.save({"format": FORMAT, **content}, buffer)
-    view = buffer.getbuffer()
-    write_atomically(path, view, TAG + hashlib.sha256(view).digest())
+    with atomic_file(path) as file:
+        hashed = _Hashed(file)
+        try:
+            torch.save({"format": FORMAT, **content}, hashed)  # type: ignore[arg-type]
+        except RuntimeError:
+            raise hashed.error or RuntimeError from None  # what the writer makes of a full disk, say
+        file.write(TAG + hashed.sha256.digest())
+
+
+class _Hashed:
+    """A file that takes the digest of what is written to it."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.sha256 = file, hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -94,16 +116,22 @@ def _refuse_harm(body: memoryview) -> None:
                 raise ValueError(f"opcode {opcode.name}")
 
 
-def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
-    """Write a file wholly or not at all, and have it on the disk, not only in a cache, before this returns.
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a small file by `atomic_file`. Raises DiskError."""
+    with atomic_file(path) as file:
+        file.write(content)
 
-    The bytes go to a temporary file beside it, which then takes its place. Raises DiskError.
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that appears at `path` wholly or not at all, on the disk and not only in a cache.
+
+    It is a temporary one beside it, which takes its place at the end. Raises DiskError; what stood there is then intact.
     """
     temporary = path.parent / f".{path.name}.tmp"
     try:
         with open(temporary, "wb") as file:
-            for part in parts:
-                file.write(part)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -70,7 +70,7 @@ def _notes(columns: Sequence[Column]) -> list[str]:
         "Grey levels under a Bernoulli are no normalised density; their own entropy is a floor under every row "
         f"but the gap: {floor}.",
         "Monte Carlo samples z from the prior network: with so few samples it is far from tight (with one quadrant "
-        "and 100 samples, about 83 where importance sampling gives 65). Importance sampling is the estimate of the CLL.",
+        "and 100 samples, about 83 where importance sampling gives 65); importance sampling is the one to quote.",
         f"The tutorial's published table: {tutorial}. Its CVAE row is a −ELBO; it stopped early on the test images.",
     ]
 
