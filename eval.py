@@ -108,7 +108,7 @@ def evaluate_run(
             generator=runtime.generator(device, options.seed, "figure"),
             device=device,
         )
-        picture = draw_rows(completion_rows(digits, quadrants, cvae.baseline_net, cvae, eps))
+        picture = draw_rows(completion_rows(digits, quadrants, cvae, eps))
         checkpoint.write_atomically(figure, encode_png(picture))
     return tables.Column(folder.name, settings.quadrants, options.samples, per_image)
 

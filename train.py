@@ -39,7 +39,7 @@ from cvae.errors import CvaeError, PeerLost, UsageError
 from cvae.figures import completion_rows, draw_rows
 from cvae.model import CVAE, Baseline
 from cvae.objectives import means
-from cvae.optimizer import GuardedAdam
+from cvae.optimizer import GuardedAdam, WeightAverage
 from cvae.quadrants import Quadrants
 from cvae.run import Progress, Run
 from cvae.run_folder import read_settings, refuse_existing
@@ -51,12 +51,12 @@ NUM_DIGITS, NUM_SAMPLES = 10, 5  # of each epoch's picture
 
 
 def fit(
-    phase: str, model: Baseline | CVAE, train: ImageSet, validation: ImageSet, draw: Callable[[], Tensor],
+    phase: str, model: Baseline | CVAE, train: ImageSet, validation: ImageSet, draw: Callable[[Any], Tensor],
     run: Run, last: dict[str, Any],
 ) -> Progress:  # fmt: skip
     """Train a model on −ELBO per image until it stops improving, and leave it with its best weights.
 
-    phase: "baseline" or "cvae". draw: makes an epoch's picture. last: a checkpoint to go on from, if of this phase.
+    phase: "baseline" or "cvae". draw: makes the picture of a model. last: a checkpoint to go on from, if of this phase.
 
     An epoch is a fresh permutation of the images, cut into full batches; the few images left over sit this epoch out.
     All randomness comes from (seed, phase, epoch) and is the same for any number of processes: each draws the noise of
@@ -68,11 +68,12 @@ def fit(
     share = processes.share_of_batch(batch_size)
     steps = len(train) // batch_size
 
+    average = WeightAverage(model, s.average)  # what is validated and kept
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = GuardedAdam(trained, s.learning_rate, loss_scaling=run.precision == "fp16")
     progress = Progress()
     if last.get("phase") == phase:
-        progress = run.restore(last, model, optimizer)
+        progress = run.restore(last, model, average.model, optimizer)
 
     objective = torch.compile(model) if s.compile else model
     totals = torch.zeros(3, dtype=torch.float64, device=device)  # of the epoch's log-likelihoods, KLs and images
@@ -105,6 +106,7 @@ def fit(
                 eps = noise(s.particles, batch_size, model, random)
                 optimizer.learning_rate.fill_(scheduled_rate(s, progress.epoch - 1 + i / steps, epochs))
                 take_step(rows[share], eps[:, share])
+                average.update((progress.epoch - 1) * steps + i)
 
                 bar.update(batch_size)
                 if i % REPORT_EVERY == 0:
@@ -115,7 +117,7 @@ def fit(
         optimizer.check(where)
         processes.sum_(totals)
         seconds = time.perf_counter() - started
-        achieved = means(validate(objective, validation, fixed_noise, run))
+        achieved = means(validate(average.model, validation, fixed_noise, run))
         if achieved["neg_elbo"] < progress.best:
             progress.best, progress.best_epoch = achieved["neg_elbo"], progress.epoch
         progress.seconds += time.perf_counter() - started
@@ -129,15 +131,19 @@ def fit(
             "seconds": time.perf_counter() - started,
             **optimizer.skipped(),
         }
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        processes.on_main(partial(run.save_epoch, phase, progress, state, record, draw))
+        state = {
+            "model": model.state_dict(),
+            "average": average.model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+        }
+        processes.on_main(partial(run.save_epoch, phase, progress, state, record, partial(draw, average.model)))
         best = ", the best so far" if progress.epoch == progress.best_epoch else ""
         run.say(
             f"{where}: train {means(totals)['neg_elbo']:.2f}, validation {achieved['neg_elbo']:.2f} nats per image, "
             f"{record['images_per_second']:.0f} images/s, {record['seconds']:.1f} s{best}"
         )
 
-    model.load_state_dict(run.load_best())
+    model.load_state_dict(run.load_best(phase, progress))
     return progress
 
 
@@ -156,14 +162,14 @@ def scheduled_rate(s: Settings, epoch: float, epochs: int) -> float:
 
 
 @torch.no_grad()
-def validate(objective: Callable[..., Any], images: ImageSet, eps: Tensor, run: Run) -> Tensor:
+def validate(model: Baseline | CVAE, images: ImageSet, eps: Tensor, run: Run) -> Tensor:
     """`Terms.sums` over the images, each process taking its share; eps `[L, N, Z]`, the same in every epoch."""
     mine = run.processes.share(len(images))
     totals = torch.zeros(3, dtype=torch.float64, device=run.device)
     for start in range(mine.start, mine.stop, VALIDATION_BATCH):
         rows = slice(start, min(start + VALIDATION_BATCH, mine.stop))
         with runtime.autocast(run.precision, run.device):
-            totals += objective(*images.batch(rows), eps[:, rows]).sums()
+            totals += model(*images.batch(rows), eps[:, rows]).sums()
     run.processes.sum_(totals)
     return totals
 
@@ -185,6 +191,7 @@ def train_run(run: Run, resume: bool, overwrite: bool) -> None:
     """Train the baseline, then the CVAE on top of it, from wherever the run has come to."""
     s, device = run.settings, run.device
     images, validation_images = load_train(Path(s.data) if s.data else None)
+    run.processes.share_of_batch(min(s.batch_size, len(images[: s.train_limit])))  # refused before a folder is made
     last = run.claim(resume, overwrite)
     if run.is_finished(last):
         run.say(f"{run.folder} is finished: nothing is left to do")
@@ -195,11 +202,13 @@ def train_run(run: Run, resume: bool, overwrite: bool) -> None:
     validation = ImageSet(validation_images, quadrants, device)
     digits = validation_images[:NUM_DIGITS].to(device)
 
+    def draw(eps: Tensor | None, model: Baseline | CVAE) -> Tensor:
+        return draw_rows(completion_rows(digits, quadrants, model, eps))
+
     torch.manual_seed(runtime.derive_seed(s.seed, "baseline weights"))
     baseline = Baseline(quadrants.num_observed, quadrants.num_pixels, s.hidden).to(device)
     if last.get("phase") != "cvae":
-        draw = lambda: draw_rows(completion_rows(digits, quadrants, baseline))  # noqa: E731
-        fit("baseline", baseline, train, validation, draw, run, last)
+        fit("baseline", baseline, train, validation, partial(draw, None), run, last)
 
     torch.manual_seed(runtime.derive_seed(s.seed, "cvae weights"))
     cvae = CVAE(baseline, quadrants.num_observed, quadrants.num_pixels, s.hidden, s.latent_dim).to(device)
@@ -208,8 +217,7 @@ def train_run(run: Run, resume: bool, overwrite: bool) -> None:
     for image_set in (train, validation):  # ŷ is computed once: the baseline is frozen now
         image_set.y_hat = torch.cat([baseline.guess(batch.x) for batch in image_set.batches(VALIDATION_BATCH)])
     eps = noise(NUM_SAMPLES, len(digits), cvae, runtime.generator(device, s.seed, "picture"))
-    draw = lambda: draw_rows(completion_rows(digits, quadrants, baseline, cvae, eps))  # noqa: E731
-    progress = fit("cvae", cvae, train, validation, draw, run, last)
+    progress = fit("cvae", cvae, train, validation, partial(draw, eps), run, last)
     run.processes.on_main(lambda: run.finish(progress))
     run.say(f"{run.folder}: trained. Next: python eval.py, or tensorboard --logdir {run.folder.parent}")
 
@@ -225,6 +233,7 @@ FLAGS = {  # the settings, as flags of the same names
     "learning_rate": (float, "the highest learning rate of Adam"),
     "schedule": (str, "of the learning rate after the warm-up, cosine or constant"),
     "warmup_epochs": (float, "epochs in which the learning rate grows to its highest"),
+    "average": (int, "keep an average of the weights over about so many steps; 0: the last ones"),
     "hidden": (int, "sizes of the hidden layers"),
     "latent_dim": (int, "dimensions of z"),
     "particles": (int, "samples of z per image and step"),

@@ -126,7 +126,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write that appears at `path` wholly or not at all, on the disk and not only in a cache.
 
-    It is a temporary one beside it, which takes its place at the end. Raises DiskError; what stood there is then intact.
+    It is a temporary one beside it, which takes its place at the end. Raises DiskError; what stood there is intact.
     """
     temporary = path.parent / f".{path.name}.tmp"
     try:

@@ -1,15 +1,13 @@
 """The pictures: rows of digits, what was given, what was there, and what the models make of it."""
 
-from typing import TYPE_CHECKING
+import io
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from cvae.model import CVAE, Baseline
 from cvae.quadrants import Quadrants
-
-if TYPE_CHECKING:
-    from cvae.model import CVAE, Baseline
 
 NOT_GIVEN = (0.36, 0.44, 0.56)  # the colour of a hidden pixel in the row of inputs
 PAPER, INK = (255, 255, 255), (40, 40, 40)
@@ -18,21 +16,22 @@ GAP = 2
 
 @torch.no_grad()
 def completion_rows(
-    images: Tensor, quadrants: Quadrants, baseline: "Baseline", cvae: "CVAE | None" = None, eps: Tensor | None = None
+    images: Tensor, quadrants: Quadrants, model: Baseline | CVAE, eps: Tensor | None = None
 ) -> list[tuple[str, Tensor]]:
-    """Labelled rows of completions of these images: input, truth, the baseline's guess, and the CVAE's samples.
+    """Labelled rows of completions of these images: input, truth, the baseline's guess, and a CVAE's samples.
 
-    images: uint8 `[N, height, width]`. eps: the noise of the samples, `[S, N, Z]`. Each row comes back as its label
-    and pictures `[N, 3, height, width]` in [0, 1].
+    images: uint8 `[N, height, width]`. eps: the noise of a CVAE's samples, `[S, N, Z]`. Each row comes back as its
+    label and its pictures, `[N, 3, height, width]` in [0, 1].
     """
     x, y = quadrants.split(images.float() / 255)
     hidden = ~quadrants.observed.to(images.device)
     given = _colour(quadrants.compose(x, torch.zeros_like(y)))
     given = torch.where(hidden, torch.tensor(NOT_GIVEN, device=images.device)[:, None, None], given)
     rows = [("input", given), ("truth", _colour(quadrants.compose(x, y)))]
+    baseline = model.baseline_net if isinstance(model, CVAE) else model
     rows.append(("NN", _colour(quadrants.compose(x, baseline.guess(x)))))
-    if cvae is not None and eps is not None:
-        samples = _colour(quadrants.compose(x, cvae.complete(x, eps)))
+    if isinstance(model, CVAE) and eps is not None:
+        samples = _colour(quadrants.compose(x, model.complete(x, eps)))
         rows += [(f"CVAE {i}", sample) for i, sample in enumerate(samples, start=1)]
     return rows
 
@@ -64,8 +63,6 @@ def draw_rows(rows: list[tuple[str, Tensor]], zoom: int = 2) -> Tensor:
 
 def encode_png(picture: Tensor) -> bytes:
     """The PNG file of a picture, uint8 `[3, height, width]`."""
-    import io
-
     buffer = io.BytesIO()
     Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()).save(buffer, "PNG")
     return buffer.getvalue()

@@ -67,10 +67,14 @@ class RunLog:
         plain = {
             name: value if isinstance(value, int | float | str) else str(value) for name, value in settings.items()
         }
-        for summary in hparams(plain, results):
-            self._events._get_file_writer().add_summary(summary)
-        for name, value in results.items():
-            self._events.add_scalar(name, value)
+        try:
+            for summary in hparams(plain, results):
+                self._events._get_file_writer().add_summary(summary)
+            for name, value in results.items():
+                self._events.add_scalar(name, value)
+            self._events.flush()
+        except (OSError, ValueError) as error:
+            raise self._failure(error) from None
 
     def position(self) -> dict[str, int]:
         """The size of each file of the log, all of it being on the disk."""

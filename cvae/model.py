@@ -120,7 +120,7 @@ class CVAE(nn.Module):
     ):
         super().__init__()
         self.latent_dim = latent_dim
-        self.baseline_net = baseline.requires_grad_(False)
+        self.baseline_net: Baseline = baseline.requires_grad_(False)
         self.prior_net = Encoder(num_pixels, hidden, latent_dim)
         self.recognition_net = Encoder(num_pixels, hidden, latent_dim)
         self.generation_net = Decoder(latent_dim, hidden, num_pixels, num_pixels - num_observed)

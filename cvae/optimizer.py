@@ -1,7 +1,8 @@
 """One step of Adam that no NaN and no infinity gets past, with loss scaling for float16, and without a host sync."""
 
+import copy
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,36 @@ MAX_STREAK = 10
 """So many bad steps in a row end a training."""
 
 INITIAL_SCALE, MIN_SCALE, GROWTH_INTERVAL = 2.0**16, 2.0**-14, 2000
+
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class WeightAverage(Generic[Model]):
+    """An exponential moving average of a model's weights, in a copy of the model: less noisy than any last weights.
+
+    The average spans about `window` steps, and less at the start. 0: there is none, `model` is the model itself.
+    Source: Polyak and Juditsky 1992, with exponential weights.
+    """
+
+    EVERY = 10  # steps: a pass over the weights is not for nothing, and they change little in between
+
+    def __init__(self, model: Model, window: int):
+        frozen = {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
+        self.model: Model = copy.deepcopy(model, frozen) if window else model  # what is frozen is shared
+        self._window = window
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        averages = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self._pairs = list(zip(averages, trained, strict=True))
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take the weights in, after the step of this number, counted from 0 over the whole training."""
+        count = step // self.EVERY
+        if self._window and step % self.EVERY == 0:
+            weight = max(self.EVERY / self._window, 9 / (10 + count)) if count else 1.0
+            for average, parameter in self._pairs:
+                average.lerp_(parameter, weight)
 
 
 class GuardedAdam:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cvae import checkpoint
 from cvae.distributed import Processes
-from cvae.errors import DataError, Interrupted
+from cvae.errors import DataError, Interrupted, NonFiniteError
 from cvae.log import RunLog
 from cvae.optimizer import GuardedAdam
 from cvae.run_folder import BEST, LAST, SUMMARY, create_run, lock_run, read_settings, write_config, write_json
@@ -72,7 +72,7 @@ class Run:
         self.processes.on_main(lambda: self._claim(resume, overwrite))
         path = self.folder / LAST
         last = checkpoint.load(path, self.device) if path.exists() else {}
-        if last and not {"phase", "progress", "model", "optimizer", "log"} <= last.keys():
+        if last and not {"phase", "progress", "model", "average", "optimizer", "log"} <= last.keys():
             raise DataError(f"{path}: is no checkpoint of a training")
         return last
 
@@ -100,10 +100,11 @@ class Run:
         if not last:
             self.log.describe(self.settings.to_dict())
 
-    def restore(self, last: dict[str, Any], model: nn.Module, optimizer: GuardedAdam) -> Progress:
-        """Put model and optimizer where the checkpoint has them. Raises DataError if it does not fit them."""
+    def restore(self, last: dict[str, Any], model: nn.Module, average: nn.Module, optimizer: GuardedAdam) -> Progress:
+        """Put model, average and optimizer where the checkpoint has them. Raises DataError if it does not fit them."""
         try:
             model.load_state_dict(last["model"])
+            average.load_state_dict(last["average"])
             optimizer.load_state_dict(last["optimizer"])
             progress = Progress(**last["progress"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -111,8 +112,13 @@ class Run:
         self.processes.on_main(lambda: self.save_best(last))  # the process may have ended between the two files
         return progress
 
-    def load_best(self) -> dict[str, Tensor]:
-        """The best weights of the phase that was trained last."""
+    def load_best(self, phase: str, progress: Progress) -> dict[str, Tensor]:
+        """The best weights of the phase that was trained last. Raises NonFiniteError if not one epoch had any."""
+        if progress.best_epoch == 0:
+            raise NonFiniteError(
+                f"{phase}: the validation loss was NaN or infinite after each of {progress.epoch} epochs. "
+                "Try a lower --learning-rate, or look at the data"
+            )
         weights: dict[str, Tensor] = checkpoint.load(self.folder / BEST, self.device)["model"]
         return weights
 
@@ -133,7 +139,7 @@ class Run:
     def save_best(self, last: dict[str, Any]) -> None:
         """Write `best.pt` if the epoch that this checkpoint holds is the best one."""
         if last["progress"]["epoch"] == last["progress"]["best_epoch"]:
-            checkpoint.save(self.folder / BEST, {"phase": last["phase"], "model": last["model"]})
+            checkpoint.save(self.folder / BEST, {"phase": last["phase"], "model": last["average"]})
 
     def finish(self, progress: Progress) -> None:
         """Write `summary.json`, by which `eval.py` knows a finished run."""

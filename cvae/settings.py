@@ -23,7 +23,8 @@ class Settings:
     batch_size: int = 128
     learning_rate: float = 1e-3
     schedule: str = "cosine"
-    warmup_epochs: float = 0.0
+    warmup_epochs: float = 1.0
+    average: int = 500
     hidden: tuple[int, ...] = (500, 500)
     latent_dim: int = 200
     particles: int = 1
@@ -67,6 +68,8 @@ def _check(name: str, value: Any) -> None:
             good, wanted = value in SCHEDULES, f"one of {', '.join(SCHEDULES)}"
         case "learning_rate":
             good, wanted = type(value) is float and 0 < value < float("inf"), "a positive number"
+        case "average":
+            good, wanted = type(value) is int and 0 <= value <= 1 << 31, "a whole number of at least 0"
         case "warmup_epochs":
             good, wanted = type(value) is float and 0 <= value < float("inf"), "a number of at least 0"
         case "hidden":
