@@ -143,7 +143,7 @@ def fit(
             f"{record['images_per_second']:.0f} images/s, {record['seconds']:.1f} s{best}"
         )
 
-    model.load_state_dict(run.load_best(phase, progress))
+    run.load_best(phase, progress, model)
     return progress
 
 
@@ -213,7 +213,7 @@ def train_run(run: Run, resume: bool, overwrite: bool) -> None:
     torch.manual_seed(runtime.derive_seed(s.seed, "cvae weights"))
     cvae = CVAE(baseline, quadrants.num_observed, quadrants.num_pixels, s.hidden, s.latent_dim).to(device)
     if last.get("phase") == "cvae":
-        cvae.load_state_dict(last["model"])  # the baseline among it
+        run.load_last(last, cvae)  # the baseline among it
     for image_set in (train, validation):  # ŷ is computed once: the baseline is frozen now
         image_set.y_hat = torch.cat([baseline.guess(batch.x) for batch in image_set.batches(VALIDATION_BATCH)])
     eps = noise(NUM_SAMPLES, len(digits), cvae, runtime.generator(device, s.seed, "picture"))

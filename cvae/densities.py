@@ -1,6 +1,6 @@
 """The two densities of the model, written out: the diagonal Gaussian and the Bernoulli from its logits.
 
-All of it is computed in float32 or wider: half-precision arguments, as autocast produces them, are widened first.
+All of it is computed in float32 or wider: what autocast leaves in half precision goes through `widen` first.
 """
 
 from typing import Any, NamedTuple
@@ -56,7 +56,7 @@ def bernoulli_log_prob(y: Tensor, logits: Tensor) -> Tensor:
 
 class _BernoulliLogProb(torch.autograd.Function):
     """log(1 + eˡ) as max(l, 0) − log σ(|l|): three times as fast on a CPU as the library's softplus, whose log1p is
-    not vectorized, at an absolute error under 1e-7 nats a pixel in float32. The gradient, y − σ(l), is exact."""
+    not vectorized. In float32 the logarithm is off by less than 1e-7 nats; the gradient, y − σ(l), is exact."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, logits: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Estimates of the conditional log-likelihood log p(y|x) over a set of images, with their standard errors.
 
-Everything is computed per image, and averaged once, in float64. The noise of an image depends on the seed and on its
-place in the set alone, not on the number of processes.
+Everything is computed per image, and averaged once, in float64. The noise comes from the seed and the place of a
+portion of images in the set, whatever the number of processes.
 """
 
 import math
@@ -50,7 +50,8 @@ class Likelihoods(NamedTuple):
 
 def estimate(values: Tensor) -> Estimate:
     """The mean of values `[N]` and its standard error, s/√N with the unbiased s (NaN where N = 1)."""
-    return Estimate(values.mean().item(), values.std().item() / math.sqrt(len(values)))
+    stderr = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return Estimate(values.mean().item(), stderr)
 
 
 @torch.inference_mode()

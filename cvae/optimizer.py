@@ -84,7 +84,7 @@ class GuardedAdam:
     @torch.no_grad()
     def step(self, loss: Tensor) -> Tensor:
         """Update the parameters unless something is not finite; whether it was done, a bool scalar."""
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        gradients = [p.grad for p in self.parameters if p.grad is not None]  # it is not: they all take part
         # One number per tensor is enough: neither a NaN nor an infinity can leave a sum again.
         checksum = torch.stack([gradient.sum() for gradient in gradients]).sum()
         bad_loss = loss.detach().isfinite().logical_not().float()
@@ -98,7 +98,7 @@ class GuardedAdam:
         bad = skip if self.scale is None else bad_loss
         self._count(bad, skip - bad)
         if self.scale is not None:
-            self._adjust_scale(skip - bad)
+            self._adjust_scale(skip, skip - bad)
         return skip == 0
 
     def _count(self, bad: Tensor, overflow: Tensor) -> None:
@@ -109,9 +109,9 @@ class GuardedAdam:
         failed_now = (self.bad_streak >= MAX_STREAK) & (self.failed_at == 0)
         self.failed_at.copy_(torch.where(failed_now, self.steps, self.failed_at))
 
-    def _adjust_scale(self, overflow: Tensor) -> None:
+    def _adjust_scale(self, skip: Tensor, overflow: Tensor) -> None:
         assert self.scale is not None
-        self.good_steps.add_(1).mul_(1 - overflow)
+        self.good_steps.add_(1).mul_(1 - skip)
         grow = (self.good_steps >= GROWTH_INTERVAL).float()
         self.scale.mul_(1 - 0.5 * overflow).mul_(1 + grow)
         self.good_steps.mul_(1 - grow)
@@ -162,6 +162,6 @@ class GuardedAdam:
             own, new = (value, state[name]) if isinstance(value, list) else ([value], [state[name]])
             for tensor, source in zip(own, new, strict=True):
                 if tensor is not None:
-                    if tensor.shape != source.shape:
-                        raise ValueError(f"{name}: a tensor of {tuple(source.shape)}, not {tuple(tensor.shape)}")
+                    if not isinstance(source, Tensor) or source.shape != tensor.shape or source.dtype != tensor.dtype:
+                        raise ValueError(f"{name} is not a tensor of the shape and type that is expected")
                     tensor.copy_(source)

@@ -107,20 +107,32 @@ class Run:
             average.load_state_dict(last["average"])
             optimizer.load_state_dict(last["optimizer"])
             progress = Progress(**last["progress"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise DataError(f"{self.folder / LAST}: does not fit the run's settings ({type(error).__name__})") from None
         self.processes.on_main(lambda: self.save_best(last))  # the process may have ended between the two files
         return progress
 
-    def load_best(self, phase: str, progress: Progress) -> dict[str, Tensor]:
-        """The best weights of the phase that was trained last. Raises NonFiniteError if not one epoch had any."""
+    def load_last(self, last: dict[str, Any], model: nn.Module) -> None:
+        """Put the checkpoint's weights into a model. Raises DataError if they do not fit it."""
+        self._load_weights(LAST, last, model)
+
+    def load_best(self, phase: str, progress: Progress, model: nn.Module) -> None:
+        """Put the best weights of the phase trained last into a model.
+
+        Raises NonFiniteError if not one epoch had any, DataError if they cannot be read or do not fit the model.
+        """
         if progress.best_epoch == 0:
             raise NonFiniteError(
                 f"{phase}: the validation loss was NaN or infinite after each of {progress.epoch} epochs. "
                 "Try a lower --learning-rate, or look at the data"
             )
-        weights: dict[str, Tensor] = checkpoint.load(self.folder / BEST, self.device)["model"]
-        return weights
+        self._load_weights(BEST, checkpoint.load(self.folder / BEST, self.device), model)
+
+    def _load_weights(self, name: str, content: dict[str, Any], model: nn.Module) -> None:
+        try:
+            model.load_state_dict(content["model"])
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise DataError(f"{self.folder / name}: does not fit the run's settings ({type(error).__name__})") from None
 
     def save_epoch(
         self, phase: str, progress: Progress, state: dict[str, Any], record: dict[str, Any], draw: Callable[[], Tensor]
