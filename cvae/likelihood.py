@@ -73,27 +73,36 @@ def evaluate(
 def _evaluate(cvae: CVAE, batch: Batch, samples: int, random: torch.Generator) -> Likelihoods:
     x, y, _ = batch
     guess = cvae.baseline_net.logits(x)
-    p = cvae.prior(x, guess.sigmoid())
-    q = cvae.recognition(x, y)
-
-    def draw(gaussian: Gaussian, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Samples of z and the logits of y given them, some at a time."""
-        for first in range(0, count, SAMPLES_AT_ONCE):
-            size = (min(SAMPLES_AT_ONCE, count - first), len(x), cvae.latent_dim)
-            z = gaussian.sample(torch.randn(size, generator=random, device=x.device))
-            yield z, cvae.generation(z)
-
-    _, logits = next(draw(q, ELBO_SAMPLES))  # they fit into one draw
-    bound = elbo_terms(y, logits, q, p).elbo
-    prior_weights = torch.cat([bernoulli_log_prob(y, logits) for _, logits in draw(p, samples)])
-    weights = torch.cat([log_importance_weights(y, logits, z, q, p) for z, logits in draw(q, samples)])
+    p, q = cvae.prior(x, guess.sigmoid()), cvae.recognition(x, y)
+    _, logits = next(draw(cvae, q, ELBO_SAMPLES, random))  # they fit into one draw
     return Likelihoods(
         nn_nll=-bernoulli_log_prob(y, guess).double(),
-        cvae_neg_elbo=-bound.double(),
-        cvae_mc_nll=-log_mean_exp(prior_weights),
-        cvae_is_nll=-log_mean_exp(weights),
+        cvae_neg_elbo=-elbo_terms(y, logits, q, p).elbo.double(),
+        cvae_mc_nll=monte_carlo_nll(cvae, y, p, samples, random),
+        cvae_is_nll=importance_sampling_nll(cvae, y, q, p, samples, random),
         floor=bernoulli_entropy(y).double(),
     )
+
+
+def monte_carlo_nll(cvae: CVAE, y: Tensor, p: Gaussian, samples: int, random: torch.Generator) -> Tensor:
+    """−log of the mean of p(y|x,z) over z ~ p(z|x): y `[B, D]`, p `[B, Z]` → nats `[B]`, float64."""
+    return -log_mean_exp(torch.cat([bernoulli_log_prob(y, logits) for _, logits in draw(cvae, p, samples, random)]))
+
+
+def importance_sampling_nll(
+    cvae: CVAE, y: Tensor, q: Gaussian, p: Gaussian, samples: int, random: torch.Generator
+) -> Tensor:
+    """−log of the mean importance weight over z ~ q(z|x,y): y `[B, D]`, q and p `[B, Z]` → nats `[B]`, float64."""
+    draws = draw(cvae, q, samples, random)
+    return -log_mean_exp(torch.cat([log_importance_weights(y, logits, z, q, p) for z, logits in draws]))
+
+
+def draw(cvae: CVAE, gaussian: Gaussian, count: int, random: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    """So many samples of z `[S, B, Z]` and the logits of y given them `[S, B, D]`, SAMPLES_AT_ONCE at a time."""
+    for first in range(0, count, SAMPLES_AT_ONCE):
+        size = (min(SAMPLES_AT_ONCE, count - first), *gaussian.loc.shape)
+        z = gaussian.sample(torch.randn(size, generator=random, device=gaussian.loc.device))
+        yield z, cvae.generation(z)
 
 
 def log_mean_exp(log_weights: Tensor) -> Tensor:

@@ -18,11 +18,14 @@ UNOBSERVED = -1.0
 """What the baseline is shown in the place of a hidden pixel."""
 
 
-def mlp(sizes: Sequence[int]) -> list[nn.Module]:
-    """Fully connected layers of these sizes, each followed by a ReLU."""
+def mlp(sizes: Sequence[int], first: type[nn.Linear] = nn.Linear) -> list[nn.Module]:
+    """Fully connected layers of these sizes, each followed by a ReLU, initialised as in He et al. 2015."""
     layers: list[nn.Module] = []
-    for fan_in, fan_out in pairwise(sizes):
-        layers += [nn.Linear(fan_in, fan_out), nn.ReLU(inplace=True)]
+    for i, (fan_in, fan_out) in enumerate(pairwise(sizes)):
+        linear = (nn.Linear if i else first)(fan_in, fan_out)
+        nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
+        nn.init.zeros_(linear.bias)
+        layers += [linear, nn.ReLU(inplace=True)]
     return layers
 
 
@@ -60,9 +63,7 @@ class Baseline(nn.Module):
     def __init__(self, num_observed: int, num_pixels: int, hidden: Sequence[int] = (500, 500)):
         super().__init__()
         self.layers = nn.Sequential(
-            FromObserved(num_pixels, hidden[0]),
-            nn.ReLU(inplace=True),
-            *mlp(hidden),
+            *mlp((num_pixels, *hidden), first=FromObserved),
             ToHidden(hidden[-1], num_pixels, num_pixels - num_observed),
         )
 

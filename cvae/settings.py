@@ -17,11 +17,11 @@ class Settings:
     quadrants: int = 1
     device: str = "auto"
     precision: str = "auto"
-    epochs: int = 50
-    baseline_epochs: int = 50
+    epochs: int = 40
+    baseline_epochs: int = 10
     patience: int = 3
     batch_size: int = 128
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     schedule: str = "cosine"
     warmup_epochs: float = 1.0
     average: int = 500

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -107,10 +108,15 @@ def _record(column: Column) -> dict[str, Any]:
         "quadrants": column.quadrants,
         "samples": column.samples,
         "images": len(column.per_image.nn_nll),
-        **{key: value._asdict() for key, value in estimates.items()},
+        **{key: {"mean": value.mean, "stderr": _known(value.stderr)} for key, value in estimates.items()},
         "gap": gap.mean,
-        "gap_stderr": gap.stderr,
+        "gap_stderr": _known(gap.stderr),
     }
+
+
+def _known(stderr: float) -> float | None:
+    """The standard error; None for that of a single image, a NaN, which JSON does not have."""
+    return None if math.isnan(stderr) else stderr
 
 
 def _json(columns: Sequence[Column]) -> str:
