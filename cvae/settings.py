@@ -17,8 +17,8 @@ class Settings:
     quadrants: int = 1
     device: str = "auto"
     precision: str = "auto"
-    epochs: int = 40
-    baseline_epochs: int = 10
+    epochs: int = 30
+    baseline_epochs: int = 12
     patience: int = 3
     batch_size: int = 128
     learning_rate: float = 2e-3
