@@ -91,14 +91,6 @@ def evaluate_run(
     cvae = load_model(folder, settings, quadrants, device)
     images = ImageSet(test_images, quadrants, device)
 
-    portions = []
-    hidden = not (processes.is_main and sys.stderr.isatty())
-    with tqdm(desc=str(folder), total=len(images) // processes.count, unit="img", leave=False, disable=hidden) as bar:
-        for portion in evaluate(cvae, images, options.samples, options.seed, processes.share):
-            portions.append(torch.stack(portion))
-            bar.update(portions[-1].shape[1])
-    per_image = Likelihoods(*processes.gather(torch.cat(portions, dim=1)))
-
     if figure is not None and processes.is_main:
         digits = test_images[:NUM_DIGITS].to(device)
         eps = torch.randn(
@@ -110,6 +102,14 @@ def evaluate_run(
         )
         picture = draw_rows(completion_rows(digits, quadrants, cvae, eps))
         checkpoint.write_atomically(figure, encode_png(picture))
+    portions = []
+    hidden = not (processes.is_main and sys.stderr.isatty())
+    with tqdm(desc=str(folder), total=len(images) // processes.count, unit="img", leave=False, disable=hidden) as bar:
+        for portion in evaluate(cvae, images, options.samples, options.seed, processes.share):
+            portions.append(torch.stack(portion))
+            bar.update(portions[-1].shape[1])
+    per_image = Likelihoods(*processes.gather(torch.cat(portions, dim=1)))
+
     return tables.Column(folder.name, settings.quadrants, options.samples, per_image)
 
 

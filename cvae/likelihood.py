@@ -61,7 +61,7 @@ def evaluate(
     """The likelihoods of the images, `IMAGES_AT_ONCE` at a time and in order.
 
     share: which of so many portions of images this process takes; all of them where it is not given.
-    Source: Sohn et al. 2015, section 4.2 (equations 6 and 7).
+    Source: Sohn et al. 2015, the two estimates of the conditional log-likelihood; Burda et al. 2016 for the second.
     """
     starts = range(0, len(images), IMAGES_AT_ONCE)
     for start in starts[share(len(starts))]:

@@ -43,7 +43,7 @@ def log_importance_weights(y: Tensor, logits: Tensor, z: Tensor, q: Gaussian, p:
 
     E_q[w] = p(y|x), so that the log of a mean of weights estimates log p(y|x), from below in expectation and ever
     more tightly as S grows. z: `[S, B, Z]`; the rest as in `elbo_terms`, with S for L.
-    Source: Burda et al. 2016, equation 8, with the conditional prior; Sohn et al. 2015, section 4.2.
+    Source: Burda et al. 2016, with the conditional prior in the place of theirs; Sohn et al. 2015.
     """
     return bernoulli_log_prob(y, logits) + gaussian_log_prob(z, p) - gaussian_log_prob(z, q)
 

@@ -11,7 +11,7 @@ def observed_quadrants(num_quadrants: int, height: int = 28, width: int = 28) ->
     size are cut by floor division, so that the left and the upper half are the smaller ones.
 
     Raises ValueError unless `num_quadrants` is 1, 2 or 3 and both sides have at least 2 pixels.
-    Source: Sohn et al. 2015, section 5.1, with the choice of quadrants of the Pyro tutorial.
+    Source: the MNIST experiment of Sohn et al. 2015, with the choice of quadrants of the Pyro tutorial.
     """
     if num_quadrants not in (1, 2, 3):
         raise ValueError(f"1, 2 or 3 quadrants can be observed, not {num_quadrants}")
@@ -19,7 +19,7 @@ def observed_quadrants(num_quadrants: int, height: int = 28, width: int = 28) ->
         raise ValueError(f"an image of {height}×{width} pixels has no four quadrants")
     lower = torch.arange(height)[:, None] >= height // 2
     left = torch.arange(width)[None, :] < width // 2
-    return (lower & left, left.expand(height, width).clone(), lower | left)[num_quadrants - 1]
+    return (lower & left, left.expand(height, width).clone(), ~lower | left)[num_quadrants - 1]
 
 
 class Quadrants:
