@@ -43,7 +43,7 @@ class WeightAverage(Generic[Model]):
         """Take the weights in, after the step of this number, counted from 0 over the whole training."""
         count = step // self.EVERY
         if self._window and step % self.EVERY == 0:
-            weight = min(1.0, max(self.EVERY / self._window, 9 / (10 + count)))
+            weight = min(1.0, max(self.EVERY / self._window, 9 / (10 + count))) if count else 1.0
             for average, parameter in self._pairs:
                 average.lerp_(parameter, weight)
 
