@@ -93,24 +93,19 @@ def evaluate_run(
 
     if figure is not None and processes.is_main:
         digits = test_images[:NUM_DIGITS].to(device)
-        eps = torch.randn(
-            NUM_SAMPLES,
-            len(digits),
-            cvae.latent_dim,
-            generator=runtime.generator(device, options.seed, "figure"),
-            device=device,
-        )
+        random = runtime.generator(device, options.seed, "figure")
+        eps = torch.randn(NUM_SAMPLES, len(digits), cvae.latent_dim, generator=random, device=device)
         picture = draw_rows(completion_rows(digits, quadrants, cvae, eps))
         checkpoint.write_atomically(figure, encode_png(picture))
-    portions = []
+
+    portions = [torch.empty(len(Likelihoods._fields), 0, dtype=torch.float64, device=device)]
     hidden = not (processes.is_main and sys.stderr.isatty())
     with tqdm(desc=str(folder), total=len(images) // processes.count, unit="img", leave=False, disable=hidden) as bar:
         for portion in evaluate(cvae, images, options.samples, options.seed, processes.share):
             portions.append(torch.stack(portion))
             bar.update(portions[-1].shape[1])
     per_image = Likelihoods(*processes.gather(torch.cat(portions, dim=1)))
-
-    return tables.Column(folder.name, settings.quadrants, options.samples, per_image)
+    return tables.Column(folder.name, settings.quadrants, options.samples, per_image, is_mnist=settings.data is None)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -118,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     processes = Processes()
     try:
-        device = runtime.resolve_device(options.device, processes.local_rank)
+        device = runtime.resolve_device(options.device, processes.local_rank, processes.local_count)
         runtime.prepare(device, tf32=False)
         processes.connect(device)
         folders = finished_runs(options.runs)

@@ -38,7 +38,7 @@ from cvae.distributed import Processes
 from cvae.errors import CvaeError, PeerLost, UsageError
 from cvae.figures import completion_rows, draw_rows
 from cvae.model import CVAE, Baseline
-from cvae.objectives import means
+from cvae.objectives import Terms, means
 from cvae.optimizer import GuardedAdam, WeightAverage
 from cvae.quadrants import Quadrants
 from cvae.run import Progress, Run
@@ -79,16 +79,7 @@ def fit(
     totals = torch.zeros(3, dtype=torch.float64, device=device)  # of the epoch's log-likelihoods, KLs and images
     fixed_noise = noise(s.particles, len(validation), model, runtime.generator(device, s.seed, "validation"))
 
-    def step(rows: Tensor, eps: Tensor) -> None:
-        """One step of Adam on −ELBO per image of the batch, of which `rows` are this process's share."""
-        with runtime.autocast(run.precision, device):
-            terms = objective(*train.batch(rows), eps)
-        loss = -terms.elbo.sum() / batch_size
-        optimizer.backward(loss)
-        processes.sum_gradients(trained, loss := loss.detach())
-        accepted = optimizer.step(loss)
-        totals.add_(torch.where(accepted, terms.sums().detach(), 0.0))
-
+    step = partial(training_step, objective, train, optimizer, totals, batch_size, run.precision, processes)
     take_step = runtime.GraphedStep(step) if device.type == "cuda" and processes.count == 1 else step
 
     while not progress.is_over(epochs, s.patience):
@@ -145,6 +136,23 @@ def fit(
 
     run.load_best(phase, progress, model)
     return progress
+
+
+def training_step(
+    objective: Callable[..., Terms], images: ImageSet, optimizer: GuardedAdam, totals: Tensor, batch_size: int,
+    precision: str, processes: Processes, rows: Tensor, eps: Tensor,
+) -> None:  # fmt: skip
+    """One step of Adam on −ELBO per image of a batch, of which `rows` are this process's share; adds to the totals.
+
+    Nothing in it waits for the device, and all its results are updated in place: it can be captured in a CUDA graph.
+    """
+    with runtime.autocast(precision, rows.device):
+        terms = objective(*images.batch(rows), eps)
+    loss = -terms.elbo.sum() / batch_size
+    optimizer.backward(loss)
+    processes.sum_gradients(optimizer.parameters, loss := loss.detach())
+    accepted = optimizer.step(loss)
+    totals.add_(torch.where(accepted, terms.sums().detach(), 0.0))
 
 
 def noise(particles: int, count: int, model: Baseline | CVAE, random: torch.Generator) -> Tensor:
@@ -215,7 +223,7 @@ def train_run(run: Run, resume: bool, overwrite: bool) -> None:
     if last.get("phase") == "cvae":
         run.load_last(last, cvae)  # the baseline among it
     for image_set in (train, validation):  # ŷ is computed once: the baseline is frozen now
-        image_set.y_hat = torch.cat([baseline.guess(batch.x) for batch in image_set.batches(VALIDATION_BATCH)])
+        image_set.set_guesses(baseline.guess)
     eps = noise(NUM_SAMPLES, len(digits), cvae, runtime.generator(device, s.seed, "picture"))
     progress = fit("cvae", cvae, train, validation, partial(draw, eps), run, last)
     run.processes.on_main(lambda: run.finish(progress))
@@ -263,6 +271,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, Any
     parser.add_argument("--overwrite", action="store_true", help="replace the run's folder if it exists")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
     options = parser.parse_args(argv)
+    if options.resume is not None and (options.name is not None or options.overwrite):
+        parser.error("--resume goes on with a run as it is: leave --name and --overwrite out")
 
     given = {name: value for name, value in vars(options).items() if name in Settings.__dataclass_fields__}
     if "hidden" in given:
@@ -310,7 +320,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with runtime.Interruption() as interruption:
         try:
             runs = plan(options, given)
-            device = runtime.resolve_device(runs[0][1].device, processes.local_rank)
+            device = runtime.resolve_device(runs[0][1].device, processes.local_rank, processes.local_count)
             runtime.prepare(device)
             processes.connect(device)
             for folder, _ in runs if options.resume is None else []:  # before the first one is begun

@@ -5,7 +5,7 @@ other images in the same format.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -93,7 +93,7 @@ class Batch(NamedTuple):
 class ImageSet:
     """Images on the device: uint8 vectors `[N, num_pixels]` with the observed pixels first, and batches of them.
 
-    `y_hat` `[N, num_hidden]` can be set to the guesses of a frozen baseline, so that they are computed only once.
+    `y_hat` `[N, num_hidden]`: the guesses of a frozen baseline, once `set_guesses` has computed them.
     """
 
     def __init__(self, images: Tensor, quadrants: Quadrants, device: torch.device | str = "cpu"):
@@ -103,6 +103,14 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.vectors)
+
+    @torch.no_grad()
+    def set_guesses(self, guess: Callable[[Tensor], Tensor], size: int = 1000) -> None:
+        """Compute ŷ once for all images, `size` at a time; `guess`: x `[B, num_observed]` → ŷ `[B, num_hidden]`."""
+        shape = (len(self), self.vectors.shape[1] - self.num_observed)
+        self.y_hat = torch.empty(shape, device=self.vectors.device)
+        for rows, batch in zip(self.y_hat.split(size), self.batches(size), strict=True):
+            rows.copy_(guess(batch.x))
 
     def batch(self, rows: Tensor | slice) -> Batch:
         """The images at these rows: int64 `[B]` on the device, or a slice."""

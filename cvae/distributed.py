@@ -26,6 +26,7 @@ class Processes:
         self.rank = int(os.environ.get("RANK", "0"))
         self.count = int(os.environ.get("WORLD_SIZE", "1"))
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        self.local_count = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
     @property
     def is_main(self) -> bool:
@@ -35,7 +36,8 @@ class Processes:
     def connect(self, device: torch.device) -> None:
         """Meet the others: by NCCL on CUDA, else by gloo."""
         if self.count > 1:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+            with exchange():
+                dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
 
     def disconnect(self) -> None:
         """Part from the others."""
@@ -106,5 +108,6 @@ def exchange() -> Iterator[None]:
     """Raises PeerLost for a failure of what the processes do together."""
     try:
         yield
-    except RuntimeError:
-        raise PeerLost("another process of this job has ended, so this one ends too") from None
+    except RuntimeError as error:  # gloo raises no more special one
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise PeerLost(f"another process of this job has ended, so this one ends too ({reason})") from None

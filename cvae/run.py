@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -72,7 +72,7 @@ class Run:
         self.processes.on_main(lambda: self._claim(resume, overwrite))
         path = self.folder / LAST
         last = checkpoint.load(path, self.device) if path.exists() else {}
-        if last and not {"phase", "progress", "model", "average", "optimizer", "log"} <= last.keys():
+        if last and not _is_checkpoint(last):
             raise DataError(f"{path}: is no checkpoint of a training")
         return last
 
@@ -163,3 +163,17 @@ class Run:
         """Raises Interrupted, in all processes at once, if a signal came to one of them."""
         if number := self.processes.maximum(self.interruption.signal_number, self.device):
             raise Interrupted(f"interrupted; to go on: python train.py --resume {self.folder}", number)
+
+
+def _is_checkpoint(last: dict[str, Any]) -> bool:
+    """Whether a `last.pt` has the parts that it should have, as far as they are not tensors."""
+    if not {"model", "average", "optimizer"} <= last.keys() or last.get("phase") not in ("baseline", "cvae"):
+        return False
+    progress, log = last.get("progress"), last.get("log")
+    types = {field.name: type(field.default) for field in fields(Progress)}
+    return (
+        isinstance(progress, dict)
+        and {name: type(value) for name, value in progress.items()} == types
+        and isinstance(log, dict)
+        and all(type(name) is str and type(size) is int and size >= 0 for name, size in log.items())
+    )

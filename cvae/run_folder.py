@@ -152,13 +152,22 @@ def write_json(path: Path, value: object) -> None:
 
 def describe_machine(device: torch.device, processes: int) -> dict[str, Any]:
     """What a run's numbers and times may depend on beside its settings: versions, revision, hardware."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else (platform.processor() or platform.machine())
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {
         "git_revision": _git_revision(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "device": {"type": device.type, "name": name, "threads": torch.get_num_threads(), "processes": processes},
         "command": ["train.py", *sys.argv[1:]],
     }
+
+
+def _processor() -> str:
+    """The processor's name, where Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _git_revision() -> str | None:

@@ -16,10 +16,11 @@ from cvae.errors import UsageError
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def resolve_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device called `auto`, `cpu`, `cuda` or `cuda:n`; of several processes each takes its own for plain `cuda`.
+def resolve_device(name: str, local_rank: int = 0, local_count: int = 1) -> torch.device:
+    """The device called `auto`, `cpu`, `cuda` or `cuda:n`.
 
-    Raises UsageError for another name and for a device that is not there.
+    Of several processes on one machine, each takes a GPU of its own, that of its `local_rank`. Raises UsageError for
+    another name, and for a device that is not there or not enough of them: in all processes alike.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -30,10 +31,12 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
         raise UsageError(f"there is no device {name!r}; choose auto, cpu, cuda or cuda:n")
     if not torch.cuda.is_available():
         raise UsageError("CUDA is not available here (no GPU, no driver, or a PyTorch without CUDA); use --device cpu")
-    index = int(number) if number else local_rank
-    if index >= torch.cuda.device_count():
-        raise UsageError(f"there is no device cuda:{index}; {torch.cuda.device_count()} GPUs are visible")
-    return torch.device("cuda", index)
+    if number and local_count > 1:
+        raise UsageError(f"{local_count} processes cannot share {name}; say --device cuda, and each takes its own")
+    needed = int(number) + 1 if number else local_count
+    if needed > torch.cuda.device_count():
+        raise UsageError(f"--device {name} needs {needed} GPUs; {torch.cuda.device_count()} are visible")
+    return torch.device("cuda", int(number) if number else local_rank)
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
@@ -91,6 +94,7 @@ class Interruption:
 
     def __init__(self) -> None:
         self.signal_number = 0
+        self._ctrl_c = False
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "Interruption":
@@ -103,9 +107,11 @@ class Interruption:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.signal_number == signal.SIGINT:
-            os._exit(128 + number)
-        self.signal_number = number
+        if number == signal.SIGINT:
+            if self._ctrl_c:
+                os._exit(128 + number)
+            self._ctrl_c = True
+        self.signal_number = self.signal_number or number
 
 
 class GraphedStep:

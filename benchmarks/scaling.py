@@ -1,0 +1,110 @@
+"""How the cost of a training step and of evaluation grows: with the batch, the hidden size, the pixels, S, the ranks.
+
+    python benchmarks/scaling.py                      # about three minutes on two cores
+    python benchmarks/scaling.py --format json
+
+Each figure is the median of several rounds, and its neighbours in a table were measured in turn with it. A step is
+that of `train.py` for the CVAE (`speed.Ours`) on random pictures of the given size, one quadrant observed; evaluation
+is `cvae.likelihood.evaluate` with its four estimates. The rank figures are the images/s that `torchrun … train.py`
+reports of itself for one epoch of the CVAE on MNIST, one thread per rank.
+"""
+
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from common import ROOT, arguments, count, machine, run, show
+from speed import Ours
+
+from cvae import runtime
+from cvae.data import ImageSet
+from cvae.likelihood import evaluate
+from cvae.model import CVAE, Baseline
+from cvae.quadrants import Quadrants
+from cvae.run_folder import METRICS, read_metrics
+
+BATCHES = (32, 64, 128, 256, 512, 1024)
+HIDDEN = (125, 250, 500, 1000, 2000)
+SIDES = (14, 28, 56, 112)
+SAMPLES = (10, 50, 100, 200)
+RANKS = (1, 2)
+
+
+def model_and_images(side: int, hidden: int, number: int) -> tuple[CVAE, ImageSet]:
+    """A CVAE of this hidden size, and random pictures of this side with ŷ computed."""
+    quadrants = Quadrants(1, side, side)
+    random = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (number, side, side), dtype=torch.uint8, generator=random)
+    images = ImageSet(pixels, quadrants)
+    sizes = (quadrants.num_observed, quadrants.num_pixels, (hidden, hidden))
+    cvae = CVAE(Baseline(*sizes), *sizes)
+    images.set_guesses(cvae.baseline_net.guess)
+    return cvae, images
+
+
+def step_times(variants: dict[str, Ours], rounds: int, steps: int) -> dict[str, float]:
+    """Milliseconds per step of each variant, taking turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for ours in variants.values():
+        ours.run(5)
+    for _ in range(rounds):
+        for name, ours in variants.items():
+            seconds[name].append(ours.run(steps) / steps)
+    return {name: 1000 * median(values) for name, values in seconds.items()}
+
+
+def evaluation_times(rounds: int) -> dict[str, float]:
+    """Seconds per 1,000 images for each S."""
+    cvae, images = model_and_images(28, 500, 250)
+    seconds: dict[str, list[float]] = {str(samples): [] for samples in SAMPLES}
+    for _ in range(rounds):
+        for samples in SAMPLES:
+            started = time.perf_counter()
+            list(evaluate(cvae, images, samples, seed=0))
+            seconds[str(samples)].append((time.perf_counter() - started) * 1000 / len(images))
+    return {name: median(values) for name, values in seconds.items()}
+
+
+def rank_speeds() -> dict[str, float]:
+    """Images/s of one CVAE epoch on all of MNIST for each number of ranks, one thread each."""
+    speeds = {}
+    for ranks in RANKS:
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+            command += [str(ROOT / "train.py"), "--epochs", "1", "--baseline-epochs", "1", "--runs", folder, "--quiet"]
+            run(command, OMP_NUM_THREADS="1")
+            speeds[str(ranks)] = read_metrics(Path(folder) / "q1" / METRICS)[-1]["images_per_second"]
+    return speeds
+
+
+def main() -> int:
+    """Run the command line."""
+    parser = arguments(__doc__)
+    parser.add_argument("--rounds", type=count, default=5, help="(default: %(default)s)")
+    parser.add_argument("--steps", type=count, default=20, help="per round (default: %(default)s)")
+    options = parser.parse_args()
+    runtime.prepare(torch.device("cpu"))
+    number = max(BATCHES) * options.steps // 8
+
+    def ours(side: int = 28, hidden: int = 500, batch: int = 128) -> Ours:
+        return Ours(*model_and_images(side, hidden, max(number, batch)), batch)
+
+    result: dict[str, Any] = {
+        "ms_per_step_by_batch": step_times({str(b): ours(batch=b) for b in BATCHES}, options.rounds, options.steps),
+        "ms_per_step_by_hidden": step_times({str(h): ours(hidden=h) for h in HIDDEN}, options.rounds, options.steps),
+        "ms_per_step_by_side": step_times({str(s): ours(side=s) for s in SIDES}, options.rounds, options.steps),
+        "s_per_1000_images_by_samples": evaluation_times(options.rounds),
+        "images_per_s_by_ranks": rank_speeds(),
+    }
+    rows = [["quantity", "of", "measured"]]
+    rows += [[quantity, name, f"{value:.4g}"] for quantity, values in result.items() for name, value in values.items()]
+    show(result | {"machine": machine()}, rows, [], options.format)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""What the tests share: a small CVAE with noise and images to put through it."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from cvae.model import CVAE, Baseline
+from cvae.quadrants import Quadrants
+
+
+class Toy(NamedTuple):
+    """A CVAE of random weights, images `[B, height, width]` in [0, 1] with their x and y, and noise `[L, B, Z]`."""
+
+    quadrants: Quadrants
+    cvae: CVAE
+    images: Tensor
+    x: Tensor
+    y: Tensor
+    eps: Tensor
+
+
+@pytest.fixture
+def make_toy() -> Callable[..., Toy]:
+    """Makes toys of any size; in float64, so that a comparison shows mistakes and not rounding."""
+
+    def make(
+        num_quadrants: int = 1,
+        height: int = 6,
+        width: int = 6,
+        hidden: Sequence[int] = (11, 9),
+        latent_dim: int = 4,
+        count: int = 5,
+        particles: int = 1,
+        seed: int = 0,
+        gain: float = 2.0,
+        dtype: torch.dtype = torch.float64,
+    ) -> Toy:
+        torch.manual_seed(seed)
+        quadrants = Quadrants(num_quadrants, height, width)
+        baseline = Baseline(quadrants.num_observed, quadrants.num_pixels, hidden)
+        cvae = CVAE(baseline, quadrants.num_observed, quadrants.num_pixels, hidden, latent_dim).to(dtype)
+        with torch.no_grad():  # fresh weights are so small that every image would look alike to the networks
+            for parameter in cvae.parameters():
+                parameter.mul_(gain)
+        # Black, white and grey pixels; whole grey levels, so that uint8 holds them too.
+        images = torch.rand(count, height, width).mul(1.6).sub(0.3).clamp(0, 1).mul(255).round().to(dtype) / 255
+        eps = torch.randn(particles, count, latent_dim, dtype=dtype)
+        return Toy(quadrants, cvae, images, *quadrants.split(images), eps)
+
+    return make

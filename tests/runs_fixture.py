@@ -1,0 +1,50 @@
+"""What several test files share: writing IDX files, and running the scripts as a user does."""
+
+import gzip
+import lzma
+import os
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cvae.data import load_images
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = {part: (f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte") for part in ("train", "t10k")}
+PATIENCE = 300  # seconds for a script that takes three: beyond them it hangs, however busy the machine is
+PACKERS: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}
+
+
+def idx_bytes(array: Tensor) -> bytes:
+    """An IDX file of unsigned bytes, written after the description of the format."""
+    return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + bytes(array.flatten().tolist())
+
+
+def write_data(folder: Path, train: Tensor, test: Tensor, suffix: str = "") -> Path:
+    """A folder of the four files: these images, and labels of zeros."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, images in (("train", train), ("t10k", test)):
+        for name, array in zip(NAMES[part], (images, torch.zeros(len(images), dtype=torch.uint8)), strict=True):
+            (folder / (name + suffix)).write_bytes(PACKERS[suffix](idx_bytes(array)))
+    return folder
+
+
+def small_mnist(folder: Path, num_train: int = 360, num_test: int = 60) -> Path:
+    """A folder with the first images of MNIST."""
+    return write_data(folder, load_images(None, "train")[:num_train], load_images(None, "t10k")[:num_test])
+
+
+def run_script(
+    *words: str | Path, cwd: Path, prepare: Callable[[], None] | None = None, root: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
+    """`train.py …` or `eval.py …` in a process of its own, on one thread, without a GPU in sight."""
+    command = [sys.executable, str(root / words[0]), *map(str, words[1:])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(root)}
+    return subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=PATIENCE, preexec_fn=prepare
+    )

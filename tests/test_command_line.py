@@ -1,0 +1,673 @@
+"""`train.py` and `eval.py` as a user starts them: what they write, what they print, and how they fail."""
+
+import csv
+import io
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from runs_fixture import NAMES, PATIENCE, ROOT, run_script, small_mnist, write_data
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from cvae import checkpoint
+from cvae.data import load_images
+from cvae.errors import DataError
+from cvae.likelihood import Likelihoods
+from cvae.quadrants import Quadrants
+from cvae.run_folder import finished_runs, read_metrics, read_settings
+from cvae.settings import Settings
+from cvae.tables import Column, render
+
+TINY = [
+    *("--epochs", "2", "--baseline-epochs", "1", "--batch-size", "10", "--hidden", "32", "32", "--latent-dim", "8"),
+    *("--average", "0", "--device", "cpu"),
+]
+SAMPLES = ["--samples", "5", "--device", "cpu"]
+LIKELIHOODS = ["nn_nll", "cvae_neg_elbo", "cvae_mc_nll", "cvae_is_nll"]
+
+
+def train(*words: str | Path, cwd: Path, **more: Any) -> subprocess.CompletedProcess[str]:
+    return run_script("train.py", *words, cwd=cwd, **more)
+
+
+def evaluate(*words: str | Path, cwd: Path, **more: Any) -> subprocess.CompletedProcess[str]:
+    return run_script("eval.py", *words, cwd=cwd, **more)
+
+
+def succeeded(result: subprocess.CompletedProcess[str]) -> str:
+    """What it printed; nothing went to standard error."""
+    assert (result.returncode, result.stderr) == (0, "")
+    return result.stdout
+
+
+def failed(result: subprocess.CompletedProcess[str], code: int) -> str:
+    """The one line with which it failed."""
+    script = Path(result.args[1]).name
+    assert result.returncode == code, result.stderr
+    assert re.fullmatch(rf"{script}: [^\n]+\n", result.stderr), result.stderr
+    return result.stderr.removeprefix(f"{script}: ").rstrip("\n")
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """Every file and folder below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = checkpoint.load(run / "best.pt")["model"]
+    return state
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `data`: 300 images of MNIST to train on, 60 to validate, 60 to test."""
+    folder = tmp_path_factory.mktemp("place")
+    small_mnist(folder / "data")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(place: Path) -> subprocess.CompletedProcess[str]:
+    """Three runs by one command: runs/q1, runs/q2 and runs/q3 below `place`."""
+    return train("--data", "data", "--quadrants", "1", "2", "3", *TINY, cwd=place)
+
+
+@pytest.fixture
+def finished(place: Path, trained: subprocess.CompletedProcess[str], tmp_path: Path) -> Path:
+    """A copy of a finished run to be spoilt, `runs/q1` below a folder that has the data too."""
+    shutil.copytree(place / "runs" / "q1", tmp_path / "runs" / "q1")
+    (tmp_path / "data").symlink_to(place / "data")
+    return tmp_path
+
+
+# A training and what it leaves
+
+
+def test_several_runs_by_one_command(place: Path, trained: subprocess.CompletedProcess[str]) -> None:
+    printed = succeeded(trained)
+    assert sorted(path.name for path in (place / "runs").iterdir()) == ["q1", "q2", "q3"]
+    for run in ("q1", "q2", "q3"):
+        assert f"runs/{run}" in printed
+    epochs = [line for line in printed.splitlines() if re.match(r"(baseline|cvae), epoch \d/\d: ", line)]
+    assert len(epochs) == 3 * (1 + 2)
+    assert "\r" not in printed  # no progress bar where there is no terminal
+
+
+def test_config(place: Path, trained: subprocess.CompletedProcess[str]) -> None:
+    config = json.loads((place / "runs" / "q2" / "config.json").read_text())
+    expected = Settings(
+        quadrants=2,
+        device="cpu",
+        epochs=2,
+        baseline_epochs=1,
+        batch_size=10,
+        average=0,
+        hidden=(32, 32),
+        latent_dim=8,
+        data=str(place / "data"),
+    )
+    assert config["settings"] == expected.to_dict()
+    assert config["versions"]["torch"] == torch.__version__
+    assert config["device"]["type"] == "cpu"
+    revision = subprocess.run(
+        ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    if revision.returncode == 0:
+        assert config["git_revision"].rstrip("+") == revision.stdout.strip()
+
+
+def test_metrics(place: Path, trained: subprocess.CompletedProcess[str]) -> None:
+    for run in ("q1", "q2", "q3"):
+        records = read_metrics(place / "runs" / run / "metrics.jsonl")
+        assert [(record["phase"], record["epoch"]) for record in records] == [("baseline", 1), ("cvae", 1), ("cvae", 2)]
+        for record in records:
+            for part in ("train", "validation"):
+                if record["phase"] == "baseline":
+                    assert record[f"{part}_nll"] > 0
+                else:
+                    neg_elbo, reconstruction, kl = (record[f"{part}_{k}"] for k in ("neg_elbo", "reconstruction", "kl"))
+                    assert neg_elbo == pytest.approx(reconstruction + kl, rel=1e-9)
+                    assert min(reconstruction, kl) > 0
+            assert record["images_per_second"] > 0
+            assert 0 <= record["learning_rate"] <= Settings().learning_rate
+        assert records[2]["validation_neg_elbo"] < records[1]["validation_neg_elbo"]
+
+
+def test_best_weights_are_those_of_a_cvae_of_these_sizes(
+    place: Path, trained: subprocess.CompletedProcess[str]
+) -> None:
+    state = weights(place / "runs" / "q1")
+    shapes = {tuple(tensor.shape) for tensor in state.values()}
+    assert {(32, 784), (32, 32), (784, 32), (32, 8), (16, 32)} <= shapes
+    assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in state.values())
+
+
+def test_events(place: Path, trained: subprocess.CompletedProcess[str]) -> None:
+    """TensorBoard's own reader finds every curve and one picture per epoch."""
+    events = EventAccumulator(str(place / "runs" / "q1"), size_guidance={"images": 0, "scalars": 0})
+    events.Reload()
+    tags = events.Tags()
+    terms = {"baseline": ["nll"], "cvae": ["neg_elbo", "reconstruction", "kl"]}
+    for phase, epochs in (("baseline", [1]), ("cvae", [1, 2])):
+        found = [tag for tag in tags["scalars"] if tag.startswith(f"{phase}/")]
+        assert {f"{phase}/{term}/{part}" for term in terms[phase] for part in ("train", "validation")} <= set(found)
+        assert {f"{phase}/learning_rate", f"{phase}/images_per_second"} <= set(found)
+        for tag in found:
+            assert [event.step for event in events.Scalars(tag)] == epochs, tag
+        pictures = events.Images(f"{phase}/completions")
+        assert [picture.step for picture in pictures] == epochs
+        for picture in pictures:
+            with Image.open(io.BytesIO(picture.encoded_image_string)) as image:
+                image.load()
+                assert image.size == (picture.width, picture.height)
+                assert image.width >= 10 * 28
+    records = read_metrics(place / "runs" / "q1" / "metrics.jsonl")
+    logged = [event.value for event in events.Scalars("cvae/neg_elbo/validation")]
+    assert logged == [np.float32(record["validation_neg_elbo"]) for record in records if record["phase"] == "cvae"]
+    (text,) = (tag for tag in tags["tensors"] if "settings" in tag)
+    assert b"latent_dim" in events.Tensors(text)[0].tensor_proto.string_val[0]
+    plugins = {event.summary.value[0].metadata.plugin_data.plugin_name for event in raw_events(place / "runs" / "q1")}
+    assert "hparams" in plugins
+
+
+def raw_events(run: Path) -> list[Any]:
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    files = list(run.glob("events.out.tfevents.*"))
+    assert files
+    return [event for file in files for event in EventFileLoader(str(file)).Load() if event.summary.value]
+
+
+def test_same_seed_gives_the_same_weights_bit_for_bit(place: Path, trained: subprocess.CompletedProcess[str]) -> None:
+    succeeded(train("--data", "data", "--quadrants", "2", "--name", "again", "--runs", "other", *TINY, cwd=place))
+    first, second = weights(place / "runs" / "q2"), weights(place / "other" / "again")
+    assert list(first) == list(second)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    clocks = {"seconds", "images_per_second"}
+    runs = (read_metrics(path / "metrics.jsonl") for path in (place / "runs" / "q2", place / "other" / "again"))
+    first_log, second_log = ([{k: v for k, v in line.items() if k not in clocks} for line in log] for log in runs)
+    assert first_log == second_log
+
+
+def test_another_seed_gives_other_weights_and_quiet_prints_nothing(
+    place: Path, trained: subprocess.CompletedProcess[str]
+) -> None:
+    printed = succeeded(
+        train("--data", "data", "--seed", "1", "--quiet", "--runs", "other", "--name", "seed", *TINY, cwd=place)
+    )
+    assert printed == ""
+    first, second = weights(place / "runs" / "q1"), weights(place / "other" / "seed")
+    matrices = [name for name in first if first[name].dim() == 2]
+    assert matrices
+    assert not any(torch.equal(first[name], second[name]) for name in matrices)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_on_a_cpu(place: Path, trained: subprocess.CompletedProcess[str], precision: str) -> None:
+    words = ["--data", "data", "--precision", precision, "--runs", "other", "--name", precision]
+    succeeded(train(*words, *TINY, cwd=place))
+    exact = read_metrics(place / "runs" / "q1" / "metrics.jsonl")
+    mixed = read_metrics(place / "other" / precision / "metrics.jsonl")
+    for one, other in zip(exact, mixed, strict=True):
+        (name,) = one.keys() & {"validation_nll", "validation_neg_elbo"}
+        assert other["skipped_steps"] == 0
+        assert other[name] != one[name], "it was computed in float32 after all"
+        if precision == "bf16":  # it keeps 8 bits of a number, and the sums are in float32
+            assert other[name] == pytest.approx(one[name], rel=5e-3)
+    if precision == "fp16":  # gives up its first steps, until the scale of the loss is low enough; then it learns
+        assert mixed[1]["overflow_steps"] > 0
+        assert mixed[2]["validation_neg_elbo"] < 0.7 * mixed[1]["validation_neg_elbo"]
+    assert all(tensor.dtype == torch.float32 for tensor in weights(place / "other" / precision).values())
+
+
+def test_embedded_mnist_from_training_to_table(tmp_path: Path) -> None:
+    succeeded(train("--train-limit", "300", *TINY, "--average", "500", cwd=tmp_path))
+    records = json.loads(succeeded(evaluate("--format", "json", "--samples", "2", "--device", "cpu", cwd=tmp_path)))
+    assert [record["images"] for record in records] == [10_000]
+    # The grey levels' own entropy with one quadrant observed, on the test set: known, whatever the model.
+    assert records[0]["floor"]["mean"] == pytest.approx(34, abs=1)
+    assert records[0]["nn_nll"]["mean"] < 784 * 0.75 * math.log(2), "it learned nothing: this is a fair coin's"
+
+
+def test_pictures_of_another_size(place: Path) -> None:
+    images = [load_images(place / "data", part)[:, 4:21, 3:24] for part in ("train", "t10k")]
+    write_data(place / "odd" / "MNIST" / "raw", *images, suffix=".gz")
+    succeeded(train("--data", "odd", "--runs", "odd-runs", "--quadrants", "3", "--particles", "3", *TINY, cwd=place))
+    shapes = {tuple(tensor.shape) for tensor in weights(place / "odd-runs" / "q3").values()}
+    assert {(32, 17 * 21), (17 * 21, 32)} <= shapes
+    figure = place / "odd.png"
+    printed = succeeded(evaluate("--runs", "odd-runs", "--format", "json", "--figure", figure, *SAMPLES, cwd=place))
+    assert json.loads(printed)[0]["images"] == 60
+    with Image.open(figure) as image:
+        image.load()
+
+
+# The table
+
+
+@pytest.fixture(scope="session")
+def table(place: Path, trained: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
+    records: list[dict[str, Any]] = json.loads(succeeded(evaluate("--format", "json", *SAMPLES, cwd=place)))
+    return records
+
+
+def test_json(table: list[dict[str, Any]]) -> None:
+    assert [(record["run"], record["quadrants"], record["samples"]) for record in table] == [
+        ("q1", 1, 5), ("q2", 2, 5), ("q3", 3, 5)
+    ]  # fmt: skip
+    for record in table:
+        for key in LIKELIHOODS:
+            assert record[key].keys() == {"mean", "stderr"}
+            assert 0 < record[key]["stderr"] < record[key]["mean"] < math.inf
+        assert record["gap"] == pytest.approx(record["nn_nll"]["mean"] - record["cvae_is_nll"]["mean"], abs=1e-9)
+        assert record["floor"]["mean"] < min(record[key]["mean"] for key in LIKELIHOODS)
+    means = [record["nn_nll"]["mean"] for record in table]
+    assert means[0] > means[1] > means[2], "the fewer pixels are hidden, the fewer nats they cost"
+
+
+def test_csv(place: Path, table: list[dict[str, Any]]) -> None:
+    rows = list(csv.DictReader(io.StringIO(succeeded(evaluate("--format", "csv", *SAMPLES, cwd=place)))))
+    assert [row["run"] for row in rows] == ["q1", "q2", "q3"]
+    for row, record in zip(rows, table, strict=True):
+        for key in LIKELIHOODS:
+            assert float(row[f"{key}_mean"]) == record[key]["mean"]
+            assert float(row[f"{key}_stderr"]) == record[key]["stderr"]
+        assert float(row["gap"]) == record["gap"]
+
+
+@pytest.mark.parametrize("form", ["text", "markdown"])
+def test_table_to_read(place: Path, table: list[dict[str, Any]], form: str) -> None:
+    printed = succeeded(evaluate("--format", form, "--figure", f"{form}.png", *SAMPLES, cwd=place))
+    labels = {
+        "NN (baseline)": "nn_nll",
+        "CVAE (−ELBO)": "cvae_neg_elbo",
+        "CVAE (Monte Carlo)": "cvae_mc_nll",
+        "CVAE (importance sampling)": "cvae_is_nll",
+    }
+    for label, key in labels.items():
+        (line,) = (line for line in printed.splitlines() if line.removeprefix("| ").startswith(label))
+        numbers = re.findall(r"(\d+\.\d\d) ± (\d+\.\d\d)", line)
+        assert numbers == [(f"{record[key]['mean']:.2f}", f"{record[key]['stderr']:.2f}") for record in table]
+    assert "Performance gap" in printed
+    for published in ("100.4", "61.9", "25.4", "71.8", "51.0", "24.2"):
+        assert published in printed
+    assert sorted(path.name for path in place.glob(f"{form}*")) == [f"{form}-q{k}.png" for k in (1, 2, 3)]
+
+
+def test_one_run_by_its_folder_and_its_figure(place: Path, table: list[dict[str, Any]]) -> None:
+    figure = place / "figure.png"
+    printed = succeeded(evaluate("--runs", "runs/q2", "--format", "json", "--figure", figure, *SAMPLES, cwd=place))
+    assert json.loads(printed) == table[1:2]
+    with Image.open(figure) as image:
+        image.load()
+        assert image.format == "PNG"
+        pixels = np.asarray(image.convert("RGB"))
+    rows, columns = 3 + 10, 10
+    assert pixels.shape[0] >= rows * 28
+    assert pixels.shape[1] >= columns * 28
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50, "digits have many greys"
+
+
+def test_seed_of_the_noise(place: Path, table: list[dict[str, Any]]) -> None:
+    (record,) = json.loads(
+        succeeded(evaluate("--runs", "runs/q1", "--format", "json", "--seed", "1", *SAMPLES, cwd=place))
+    )
+    assert record["nn_nll"] == table[0]["nn_nll"], "no noise is in it"
+    assert record["cvae_is_nll"] != table[0]["cvae_is_nll"]
+    one, other = record["cvae_is_nll"], table[0]["cvae_is_nll"]
+    assert abs(one["mean"] - other["mean"]) < 3 * (one["stderr"] + other["stderr"])
+
+
+def test_single_test_image_has_no_standard_error_and_json_says_so() -> None:
+    values = Likelihoods(*torch.rand(5, 1, dtype=torch.float64))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of the standard deviation of one number
+        text = render([Column("q1", 1, 5, values)], "json")
+    (record,) = json.loads(text, parse_constant=pytest.fail)
+    assert record["nn_nll"] == {"mean": values.nn_nll.item(), "stderr": None}
+    assert record["gap_stderr"] is None
+
+
+# Usage: exit 2
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--quadrants", "0"],
+        ["--quadrants", "4"],
+        ["--quadrants", "1", "x"],
+        ["--quadrants"],
+        ["--no-such-flag"],
+        ["--epochs", "0"],
+        ["--baseline-epochs", "-1"],
+        ["--batch-size", "0"],
+        ["--patience", "0"],
+        ["--learning-rate", "0"],
+        ["--learning-rate", "nan"],
+        ["--learning-rate", "inf"],
+        ["--hidden", "500", "0"],
+        ["--hidden", "1000000"],
+        ["--latent-dim", "-8"],
+        ["--particles", "0"],
+        ["--train-limit", "0"],
+        ["--precision", "fp8"],
+        ["--schedule", "up"],
+        ["--seed", "x"],
+        ["stray"],
+    ],
+    ids=" ".join,
+)
+def test_train_refuses_what_makes_no_sense(
+    words: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this process, for its imports take seconds; one of them as a process of its own is below."""
+    import train as script
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        script.main(words)
+    assert caught.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("usage: ")
+    assert ": error: " in lines[-1]
+    if len(words) > 1:
+        assert words[0].lstrip("-") in lines[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("words", [["--samples", "0"], ["--samples", "x"], ["--format", "xml"], ["--seed", "1.5"]])
+def test_eval_refuses_what_makes_no_sense(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    import eval as script
+
+    with pytest.raises(SystemExit) as caught:
+        script.main(words)
+    assert caught.value.code == 2
+    assert f"argument {words[0]}: " in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_usage_error_of_the_real_process(tmp_path: Path) -> None:
+    result = train("--quadrants", "4", cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("usage: train.py ")
+    assert result.stderr.splitlines()[-1].startswith("train.py: error: ")
+    assert "Traceback" not in result.stderr
+
+
+def test_cuda_where_there_is_none(place: Path, trained: subprocess.CompletedProcess[str]) -> None:
+    before = contents(place / "runs")
+    assert "CUDA is not available" in failed(train("--name", "x", "--device", "cuda", cwd=place), 2)
+    assert "CUDA is not available" in failed(evaluate("--device", "cuda:0", cwd=place), 2)
+    assert contents(place / "runs") == before
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--device", "tpu"],
+        ["--device", "cuda:x"],
+        ["--name", "../q1"],
+        ["--name", "a/b"],
+        ["--name", ".hidden"],
+        ["--name", ""],
+        ["--quadrants", "1", "1"],
+        ["--hidden", *["8"] * 100],
+    ],
+    ids=lambda words: " ".join(words[:2]),
+)
+def test_requests_that_cannot_be_served(
+    words: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import train as script
+
+    monkeypatch.chdir(tmp_path)
+    try:
+        assert script.main(["--data", "nowhere", *words]) == 2
+        assert re.fullmatch(r"train.py: [^\n]+\n", capsys.readouterr().err)
+    except SystemExit as end:  # argparse may see it first
+        assert end.code == 2  # noqa: PT017
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_existing_run_is_left_as_it_is(finished: Path) -> None:
+    before = contents(finished / "runs")
+    line = failed(train("--data", "data", *TINY, cwd=finished), 2)
+    assert "runs/q1 exists already" in line
+    assert "--overwrite" in line
+    assert contents(finished / "runs") == before
+
+
+def test_overwrite_starts_anew(finished: Path) -> None:
+    before = weights(finished / "runs" / "q1")
+    (finished / "runs" / "q1" / "stale").write_text("of the old run")
+    succeeded(train("--data", "data", "--overwrite", "--seed", "7", *TINY, cwd=finished))
+    after = weights(finished / "runs" / "q1")
+    assert not all(torch.equal(before[name], after[name]) for name in before)
+    assert not (finished / "runs" / "q1" / "stale").exists()
+    assert [path.name for path in (finished / "runs").iterdir()] == ["q1"], "nothing is left lying about"
+    assert len(read_metrics(finished / "runs" / "q1" / "metrics.jsonl")) == 3
+
+
+def test_overwrite_of_what_is_no_run(finished: Path) -> None:
+    (finished / "runs" / "letters").mkdir()
+    (finished / "runs" / "letters" / "dear.txt").write_text("irreplaceable")
+    before = contents(finished / "runs")
+    line = failed(train("--data", "data", "--overwrite", "--name", "letters", *TINY, cwd=finished), 2)
+    assert "runs/letters is no run folder" in line
+    assert contents(finished / "runs") == before
+
+
+# Data: exit 3
+
+
+def spoil_missing(data: Path) -> str:
+    shutil.rmtree(data)
+    return "data: there is no such folder"
+
+
+def spoil_truncated(data: Path) -> str:
+    path = data / NAMES["train"][0]
+    path.write_bytes(path.read_bytes()[:-1])
+    return f"data/{path.name}: is truncated"
+
+
+def spoil_counts(data: Path) -> str:
+    shutil.copy(data / NAMES["t10k"][1], data / NAMES["train"][1])
+    return f"data/{NAMES['train'][1]}: has 60 labels for the 360 images"
+
+
+@pytest.mark.parametrize("spoil", [spoil_missing, spoil_truncated, spoil_counts])
+def test_damaged_data(place: Path, tmp_path: Path, spoil: Callable[[Path], str]) -> None:
+    shutil.copytree(place / "data", tmp_path / "data")
+    expected = spoil(tmp_path / "data")
+    before = contents(tmp_path)
+    assert failed(train("--data", "data", *TINY, cwd=tmp_path), 3).startswith(f"{tmp_path}/{expected}")
+    assert contents(tmp_path) == before, "no run is begun on bad data"
+
+
+def test_flipped_byte_in_the_embedded_files(tmp_path: Path) -> None:
+    for part in ("cvae", "train.py"):
+        source = ROOT / part
+        copy: Callable[..., Any] = shutil.copytree if source.is_dir() else shutil.copy
+        copy(source, tmp_path / part)
+    path = tmp_path / "cvae" / "mnist" / f"{NAMES['train'][0]}.xz"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    line = failed(train(*TINY, cwd=tmp_path, root=tmp_path), 3)
+    assert line.startswith(str(path))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_eval_with_damaged_test_images(finished: Path) -> None:
+    path = finished / "runs" / "q1" / "config.json"
+    config = json.loads(path.read_text())
+    config["settings"]["data"] = "gone"
+    path.write_text(json.dumps(config))
+    assert failed(evaluate(*SAMPLES, cwd=finished), 3).startswith("gone: there is no such folder")
+
+
+def test_eval_without_a_finished_run(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such folder"):
+        finished_runs(tmp_path / "runs")
+    for name in ("q1", ".q1.123.old"):  # one not begun, and one that was being removed
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    for name in ("config.json", "best.pt", "summary.json"):
+        (tmp_path / "runs" / ".q1.123.old" / name).touch()
+    assert failed(evaluate(cwd=tmp_path), 3).startswith("runs: has no finished run")
+
+
+def test_eval_with_an_unreadable_checkpoint(finished: Path) -> None:
+    best = finished / "runs" / "q1" / "best.pt"
+    best.write_bytes(best.read_bytes()[:-100])
+    assert failed(evaluate(*SAMPLES, cwd=finished), 3).startswith("runs/q1/best.pt: is damaged")
+
+
+def test_eval_with_an_unreadable_config(finished: Path) -> None:
+    (finished / "runs" / "q1" / "config.json").write_text('{"settings": {}}')
+    assert failed(evaluate(*SAMPLES, cwd=finished), 3).startswith("runs/q1/config.json: ")
+
+
+def test_eval_with_weights_of_another_shape(finished: Path) -> None:
+    path = finished / "runs" / "q1" / "config.json"
+    config = json.loads(path.read_text())
+    config["settings"]["hidden"] = [32, 33]
+    path.write_text(json.dumps(config))
+    assert failed(evaluate(*SAMPLES, cwd=finished), 3).startswith("runs/q1/best.pt: does not hold the weights")
+
+
+def test_weights_that_are_not_those_of_the_settings(finished: Path) -> None:
+    """The checkpoint's digest is right: other shapes, numbers of another type, or none at all."""
+    from eval import load_model
+
+    run = finished / "runs" / "q1"
+    settings, state = read_settings(run), weights(run)
+    load_model(run, settings, Quadrants(1), torch.device("cpu"))
+    for other in ({"hidden": (32,)}, {"latent_dim": 9}, {"hidden": (30_000, 30_000)}):
+        with pytest.raises(DataError, match="does not hold the weights"):
+            load_model(run, replace(settings, **other), Quadrants(1), torch.device("cpu"))
+    for forged in (
+        {name: tensor.double() for name, tensor in state.items()},
+        {name: tensor.long() for name, tensor in state.items()},
+        {name: tensor.tolist() for name, tensor in state.items()},
+        {**state, "more": torch.zeros(1)},
+        {},
+        None,
+    ):
+        checkpoint.save(run / "best.pt", {"phase": "cvae", "model": forged})
+        with pytest.raises(DataError, match="does not hold the weights"):
+            load_model(run, settings, Quadrants(1), torch.device("cpu"))
+
+
+# Disk: exit 5
+
+
+@pytest.fixture
+def large_file(place: Path, trained: subprocess.CompletedProcess[str]) -> int:
+    """The size of the largest file of a run, in bytes: the CVAE's last.pt, next to which the baseline's is small."""
+    return (place / "runs" / "q1" / "last.pt").stat().st_size
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path, large_file: int) -> Iterator[Path]:
+    """A file system that has room for the baseline's checkpoints, and none for those of the CVAE beside them."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    options = f"size={large_file + (100 << 10)}"
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip("mounting a tmpfs is not allowed here")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def assert_baseline_intact(run: Path) -> None:
+    """The disk took the baseline's checkpoints and not the larger ones of the CVAE."""
+    for name in ("last.pt", "best.pt"):
+        assert checkpoint.load(run / name)["phase"] == "baseline"
+    assert not [path.name for path in run.iterdir() if path.name.endswith(".tmp")]
+    assert {record["phase"] for record in read_metrics(run / "metrics.jsonl")} >= {"baseline"}
+
+
+def test_full_disk(place: Path, small_disk: Path) -> None:
+    result = train("--data", "data", "--runs", small_disk, *TINY, cwd=place)
+    line = failed(result, 5)
+    assert str(small_disk) in line
+    assert "No space left on device" in line
+    assert_baseline_intact(small_disk / "q1")
+
+
+def test_disk_that_is_full_from_the_start(place: Path, small_disk: Path) -> None:
+    free = os.statvfs(small_disk)
+    (small_disk / "filler").write_bytes(bytes(free.f_bavail * free.f_frsize - 4096))
+    failed(train("--data", "data", "--runs", small_disk, *TINY, cwd=place), 5)
+    assert not list(small_disk.glob(".*")), "nothing half made is left"
+
+
+def test_read_only_disk(place: Path, small_disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    line = failed(train("--data", "data", "--runs", small_disk, *TINY, cwd=place), 5)
+    assert "Read-only file system" in line
+
+
+def limit_file_size(size: int) -> Callable[[], None]:
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def test_file_size_limit(place: Path, tmp_path: Path, large_file: int) -> None:
+    """As a full disk, where none can be mounted."""
+    result = train("--data", "data", "--runs", tmp_path, *TINY, cwd=place, prepare=limit_file_size(large_file - 1))
+    assert "File too large" in failed(result, 5)
+    assert_baseline_intact(tmp_path / "q1")
+
+
+def test_log_that_cannot_grow(place: Path, tmp_path: Path) -> None:
+    """The events outgrow the limit before any checkpoint is written."""
+    result = train("--data", "data", "--runs", tmp_path, *TINY, cwd=place, prepare=limit_file_size(10_000))
+    assert str(tmp_path / "q1") in failed(result, 5)
+
+
+def test_folder_that_is_moved_away_while_training(place: Path, tmp_path: Path) -> None:
+    words = ["--data", "data", "--runs", str(tmp_path), *TINY, "--epochs", "100000", "--patience", "100000"]
+    with subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *words],
+        cwd=place,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            deadline = time.monotonic() + PATIENCE
+            while not (tmp_path / "q1" / "best.pt").exists():
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            (tmp_path / "q1").rename(tmp_path / "away")
+            _, stderr = process.communicate(timeout=PATIENCE)
+        finally:
+            process.kill()
+    assert process.returncode == 5
+    assert re.fullmatch(rf"train.py: {tmp_path / 'q1'}[^\n]+\n", stderr)
+    assert checkpoint.load(tmp_path / "away" / "last.pt")["phase"] in ("baseline", "cvae")
+
+
+def test_figure_into_a_folder_that_is_not_there(place: Path, trained: subprocess.CompletedProcess[str]) -> None:
+    words = ["--runs", "runs/q1", "--figure", "nowhere/figure.png", *SAMPLES]
+    assert failed(evaluate(*words, cwd=place), 5).startswith("nowhere/figure.png: cannot be written")

@@ -1,0 +1,240 @@
+"""Training and evaluating on two processes, by torchrun: the same as on one, and no process is left waiting."""
+
+import csv
+import io
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from trainings import (
+    ENDLESS,
+    ENVIRONMENT,
+    ROOT,
+    SMALL,
+    Forked,
+    epochs_logged,
+    events,
+    finish,
+    make_data,
+    running,
+    start,
+    torchrun,
+    train_command,
+    wait_until,
+)
+
+from cvae import checkpoint
+from cvae.run_folder import read_json, read_metrics
+
+STOPS = [
+    *SMALL, "--batch-size", "60", "--average", "500", "--schedule", "constant", "--warmup-epochs", "0",
+    "--baseline-epochs", "1", "--epochs", "9", "--patience", "1",
+]  # fmt: skip
+"""Five steps an epoch, and an average that takes the weights in every ten: the CVAE's second epoch is no better, and
+the last. Ten steps of the CVAE, and five of the baseline before them."""
+STEPS = 15
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder all this happens in, with the images in `data`."""
+    folder = tmp_path_factory.mktemp("distributed")
+    make_data(folder / "data")
+    (folder / "runs").mkdir()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def forked(work: Path) -> Iterator[Forked]:
+    """Trainings on one process."""
+    trainings = Forked(work)
+    yield trainings
+    trainings.close()
+
+
+@pytest.fixture(scope="module")
+def on_one(work: Path, forked: Forked) -> Path:
+    """The folder of a training on one process."""
+    answer = forked("--data", "data", *STOPS, "--name", "one")
+    assert answer["code"] == 0, answer
+    return work / "runs/one"
+
+
+@pytest.fixture(scope="module")
+def on_two(work: Path) -> tuple[Path, str]:
+    """The folder of the same training on two, and what they printed."""
+    code, out, err = finish(start(torchrun("train.py", "--data", "data", *STOPS, "--name", "two"), work))
+    assert (code, err) == (0, "")
+    return work / "runs/two", out
+
+
+def assert_agree(left: Path, right: Path) -> None:
+    """That two trainings agree to float32 rounding.
+
+    Two processes add up a gradient in another order, so that it differs in its last bits, and so does Adam's step. The
+    sum of a weight, some tenths, and its step, a thousandth, is rounded anew in each step, by at most half a unit in
+    the last place, which may then fall to either side. Hence one such unit of the tensor's largest weight per step.
+    """
+    a, b = checkpoint.load(left / "last.pt"), checkpoint.load(right / "last.pt")
+    assert (a["phase"], a["progress"]["epoch"]) == (b["phase"], b["progress"]["epoch"])
+    for part in ("model", "average"):
+        for name, tensor in a[part].items():
+            difference = (tensor - b[part][name]).abs().max()
+            assert difference <= STEPS * 2**-23 * tensor.abs().max(), (part, name, float(difference))
+    for part in ("moments", "squares"):
+        for tensor, other in zip(a["optimizer"][part], b["optimizer"][part], strict=True):
+            assert (tensor - other).abs().max() <= 1e-5 * tensor.abs().max(), part
+    for one, other in zip(read_metrics(left / "metrics.jsonl"), read_metrics(right / "metrics.jsonl"), strict=True):
+        assert one.keys() == other.keys()
+        assert one["phase"] == other["phase"]
+        for key in one.keys() - {"phase", "seconds", "images_per_second"}:
+            assert one[key] == pytest.approx(other[key], rel=1e-6, abs=1e-9), key
+
+
+def test_two_processes_train_what_one_does(on_one: Path, on_two: tuple[Path, str]) -> None:
+    assert_agree(on_one, on_two[0])
+    trained = checkpoint.load(on_one / "last.pt")
+    # The control: the weights have gone thousands of times as far as they may differ.
+    for name, tensor in trained["model"].items():
+        if not name.startswith("baseline_net"):
+            assert (tensor - trained["average"][name]).abs().max() > 1e-3  # which is as the first step left it
+
+
+def test_both_stop_early_at_the_same_epoch(on_one: Path, on_two: tuple[Path, str]) -> None:
+    stopped = [("baseline", 1), ("cvae", 1), ("cvae", 2)]  # of 9
+    assert epochs_logged(on_one) == epochs_logged(on_two[0]) == stopped
+    for folder in (on_one, on_two[0]):
+        assert read_json(folder / "summary.json")["best_epoch"] == 1
+
+
+def test_only_the_first_process_writes_and_prints(on_one: Path, on_two: tuple[Path, str]) -> None:
+    folder, out = on_two
+    names = [{path.name.split(".vm")[0][:10] for path in each.iterdir()} for each in (on_one, folder)]
+    assert names[0] == names[1]
+    assert len(list(folder.glob("events.*"))) == 1
+    assert len(out.splitlines()) == 4  # three epochs, and what to do next
+    assert read_json(folder / "config.json")["device"]["processes"] == 2
+    assert [step for step, _ in events(folder)["scalars"]["cvae/kl/train"]] == [1, 2]
+
+
+def test_begun_on_one_resumed_on_two(work: Path, forked: Forked, on_one: Path) -> None:
+    argv = ["--data", "data", *STOPS, "--name", "moved"]
+    moments = forked(*argv)["moments"]
+    second_epoch = [i for i, moment in enumerate(moments) if moment == "epoch write"][2]
+    assert forked(*argv, "--overwrite", kill_at=second_epoch)["code"] == -9
+    assert epochs_logged(work / "runs/moved") == [("baseline", 1), ("cvae", 1)]
+    code, out, err = finish(start(torchrun("train.py", "--resume", "moved"), work))
+    assert (code, err) == (0, "")
+    assert len(out.splitlines()) == 2
+    assert_agree(on_one, work / "runs/moved")
+
+
+# When one of them ends
+
+
+def workers(torchrun_pid: int) -> dict[int, int]:
+    """The process ids of a job's ranks."""
+    children = Path(f"/proc/{torchrun_pid}/task/{torchrun_pid}/children").read_text().split()
+    ranks = {}
+    for pid in map(int, children):
+        for entry in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+            if entry.startswith(b"RANK="):
+                ranks[int(entry.removeprefix(b"RANK="))] = pid
+    return ranks
+
+
+def own_lines(err: str) -> list[str]:
+    """What the trainings themselves said, amid what torchrun has to say."""
+    assert f'File "{ROOT}' not in err  # no traceback of theirs
+    return [line for line in err.splitlines() if line.startswith("train.py: ")]
+
+
+def assert_gone(pids: list[int]) -> None:
+    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_killed_process_takes_the_job_down(work: Path, forked: Forked, rank: int) -> None:
+    name = f"lost-{rank}"
+    folder = work / "runs" / name
+    with running(*torchrun("train.py", "--data", "data", *ENDLESS, "--name", name, "--quiet"), cwd=work) as process:
+        wait_until(lambda: ("cvae", 2) in epochs_logged(folder), process)
+        pids = workers(process.pid)
+        assert sorted(pids) == [0, 1]
+        os.kill(pids[rank], signal.SIGKILL)
+        sent = time.monotonic()
+        code, out, err = finish(process)
+        assert time.monotonic() - sent < 20
+    assert code not in (0, None)
+    assert out == ""
+    assert own_lines(err) == ["train.py: another process of this job has ended, so this one ends too"]
+    assert_gone(list(pids.values()))
+    seen = len(epochs_logged(folder))
+    answer = forked("--resume", name, "--epochs", str(seen))  # begun on two, and it goes on on one
+    assert answer["code"] == 0, answer
+    assert epochs_logged(folder) == [("baseline", 1), ("baseline", 2), *(("cvae", n + 1) for n in range(seen))]
+
+
+@pytest.mark.parametrize("way", ["SIGTERM to torchrun", "Ctrl-C"])
+def test_stopped_job_can_be_resumed(work: Path, forked: Forked, way: str) -> None:
+    name = way.replace(" ", "-")
+    folder = work / "runs" / name
+    with running(*torchrun("train.py", "--data", "data", *ENDLESS, "--name", name, "--quiet"), cwd=work) as process:
+        wait_until(lambda: ("cvae", 2) in epochs_logged(folder), process)
+        pids = workers(process.pid)
+        if way == "Ctrl-C":  # which a terminal sends to all of them, and torchrun to its children once more
+            os.killpg(process.pid, signal.SIGINT)
+        else:
+            process.terminate()
+        code, out, err = finish(process)
+    assert code not in (0, None)
+    assert out == ""
+    assert own_lines(err) == [f"train.py: interrupted; to go on: python train.py --resume runs/{name}"]
+    assert_gone(list(pids.values()))
+    seen = len(epochs_logged(folder))
+    answer = forked("--resume", name, "--epochs", str(seen))
+    assert answer["code"] == 0, answer
+    assert epochs_logged(folder) == [("baseline", 1), ("baseline", 2), *(("cvae", n + 1) for n in range(seen))]
+
+
+def test_batch_that_cannot_be_shared(work: Path) -> None:
+    """Refused by both with exit code 2, which torchrun would replace by its own, and said by one."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    command = train_command("--data", "data", *SMALL, "--batch-size", "33", "--name", "odd")
+    processes = []
+    for rank in ("0", "1"):
+        others = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        processes.append(start(command, work, environment={**ENVIRONMENT, **others, "MASTER_PORT": str(port)}))
+    results = [finish(process) for process in processes]
+    reason = "train.py: a batch of 33 images cannot be shared evenly by 2 processes\n"
+    assert results == [(2, "", reason), (2, "", "")]
+    assert not (work / "runs/odd").exists()
+
+
+# Evaluation
+
+
+def test_evaluation_on_two_processes(work: Path, on_one: Path) -> None:
+    words = ["--runs", "runs/one", "--samples", "7", "--format", "csv"]
+    processes = [start(torchrun("eval.py", *words), work), start([sys.executable, ROOT / "eval.py", *words], work)]
+    tables: list[list[dict[str, Any]]] = []
+    for code, out, err in map(finish, processes):
+        assert (code, err) == (0, "")
+        tables.append(list(csv.DictReader(io.StringIO(out))))
+    [[two], [one]] = tables
+    assert one.keys() == two.keys()
+    assert len(one) > 8
+    for key, word in one.items():
+        try:
+            number = float(word)
+        except ValueError:
+            assert two[key] == word
+        else:
+            assert float(two[key]) == pytest.approx(number, rel=1e-6), key

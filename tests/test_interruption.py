@@ -1,0 +1,287 @@
+"""Signals, bad numbers, two trainings in one folder, and readers beside a training: nothing is lost, nothing half."""
+
+import re
+import signal
+import struct
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from trainings import (
+    ENDLESS,
+    ROOT,
+    SMALL,
+    Forked,
+    assert_same,
+    checkpoints,
+    contents,
+    epochs_logged,
+    events,
+    finish,
+    make_data,
+    plain,
+    running,
+    start,
+    train_command,
+    wait_until,
+)
+
+import eval as evaluation
+from cvae import checkpoint
+from cvae.errors import DataError
+from cvae.quadrants import Quadrants
+from cvae.run_folder import finished_runs, read_json, read_metrics, read_settings
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder all this happens in, with the images in `data`."""
+    folder = tmp_path_factory.mktemp("interruption")
+    make_data(folder / "data")
+    (folder / "runs").mkdir()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def forked(work: Path) -> Iterator[Forked]:
+    trainings = Forked(work)
+    yield trainings
+    trainings.close()
+
+
+def assert_goes_on_to_the_same_end(folder: Path, forked: Forked) -> None:
+    """That an endless training that was ended can be finished two epochs later, like one that never was ended."""
+    epochs = len(epochs_logged(folder))  # those of the baseline, 2, are the two more
+    answer = forked("--resume", folder.name, "--epochs", str(epochs))
+    assert answer["code"] == 0, answer
+    reference = folder.with_name(folder.name + "-undisturbed")
+    answer = forked("--data", "data", *ENDLESS, "--epochs", str(epochs), "--name", reference.name)
+    assert answer["code"] == 0, answer
+    assert_same(folder, reference, apart_from="texts")  # of the settings, which the first one began with
+
+
+def assert_whole_records(log: Path) -> None:
+    """That an event file ends where a record ends: length, its checksum, content, its checksum, and so on."""
+    content, position = log.read_bytes(), 0
+    while position < len(content):
+        position += 16 + struct.unpack_from("<Q", content, position)[0]
+    assert position == len(content) > 0
+
+
+# Signals
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_signal(work: Path, forked: Forked, name: str) -> None:
+    """It leaves at a step's end, says in one line how to go on, and whoever goes on comes to the same end."""
+    number = signal.Signals[name]
+    folder = work / "runs" / name
+    with running(*train_command("--data", "data", *ENDLESS, "--name", name, "--quiet"), cwd=work) as process:
+        wait_until(lambda: ("cvae", 3) in epochs_logged(folder), process)
+        sent = time.monotonic()
+        process.send_signal(number)
+        code, out, err = finish(process)
+        assert time.monotonic() - sent < 20
+    assert (code, out) == (128 + number, "")
+    assert err == f"train.py: interrupted; to go on: python train.py --resume runs/{name}\n"
+    assert not (folder / "summary.json").exists()
+    [log] = folder.glob("events.*")
+    assert_whole_records(log)
+    assert [step for step, _ in events(folder)["scalars"]["cvae/kl/train"]] == [n for _, n in epochs_logged(folder)[2:]]
+    assert_goes_on_to_the_same_end(folder, forked)
+
+
+def test_killed(work: Path, forked: Forked) -> None:
+    """kill -9 by another process, whenever: at most the epoch under way is lost."""
+    folder = work / "runs/killed"
+    with running(*train_command("--data", "data", *ENDLESS, "--name", "killed"), cwd=work) as process:
+        wait_until(lambda: ("cvae", 3) in epochs_logged(folder), process)
+        process.kill()
+        code, _, err = finish(process)
+    assert (code, err) == (-9, "")
+    last = checkpoint.load(folder / "last.pt")["progress"]["epoch"]
+    assert last in (epochs_logged(folder)[-1][1], epochs_logged(folder)[-1][1] - 1)
+    assert (folder / ".lock").exists()
+    assert_goes_on_to_the_same_end(folder, forked)
+
+
+SLOW = """
+import sys, time
+sys.path.insert(0, sys.argv.pop(1))
+import train
+from cvae.run import Run
+
+save_epoch = Run.save_epoch
+def slow(*arguments):
+    save_epoch(*arguments)
+    print("saved", flush=True)
+    time.sleep(60)
+Run.save_epoch = slow
+sys.exit(train.main(sys.argv[1:]))
+"""
+"""A training that is far from the end of a step, as one with very large networks may be."""
+
+
+def test_second_ctrl_c_leaves_at_once(work: Path, forked: Forked) -> None:
+    folder = work / "runs/twice"
+    command = [sys.executable, "-c", SLOW, ROOT, "--data", "data", *ENDLESS, "--name", "twice", "--quiet"]
+    with running(*command, cwd=work) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "saved\n"
+        process.send_signal(signal.SIGINT)
+        time.sleep(1)
+        assert process.poll() is None  # the first one waits for a good moment
+        process.send_signal(signal.SIGINT)
+        code, out, err = finish(process, timeout=5)
+    assert (code, out, err) == (130, "", "")
+    assert epochs_logged(folder) == [("baseline", 1)]
+    answer = forked("--resume", "twice", "--epochs", "1")
+    assert answer["code"] == 0, answer
+
+
+def test_ctrl_c_while_it_starts(work: Path) -> None:
+    """Amid the imports there is nothing to say: no traceback, and no folder was made."""
+    with running(*train_command("--data", "data", *ENDLESS, "--name", "start"), cwd=work) as process:
+        wait_until(lambda: "libtorch" in Path(f"/proc/{process.pid}/maps").read_text(), process)
+        process.send_signal(signal.SIGINT)
+        assert finish(process) == (-signal.SIGINT, "", "")
+    assert not (work / "runs/start").exists()
+
+
+# Bad numbers
+
+
+EXPLODING = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+import train
+
+train.scheduled_rate = lambda s, epoch, epochs: 1e36 if epoch >= 2 else s.learning_rate
+sys.exit(train.main(sys.argv[1:]))
+"""
+"""A training whose weights explode in the first step of the third epoch of a phase that has so many."""
+
+
+@pytest.mark.parametrize(
+    ("phase", "flags", "before"),
+    [
+        ("baseline", ["--baseline-epochs", "9", "--epochs", "1"], 0),
+        ("cvae", ["--baseline-epochs", "2", "--epochs", "9"], 2),
+    ],
+)
+def test_exploding_weights(work: Path, forked: Forked, phase: str, flags: list[str], before: int) -> None:
+    """Of nine steps, one explodes and eight are skipped; two steps later there were ten in a row."""
+    argv = ["--data", "data", *SMALL, *flags, "--schedule", "constant", "--warmup-epochs", "0", "--average", "0"]
+    name = f"exploding-{phase}"
+    folder = work / "runs" / name
+    code, _, err = finish(start([sys.executable, "-c", EXPLODING, ROOT, *argv, "--name", name], work))
+    assert code == 4
+    reason = "the loss or its gradient was NaN or infinite 10 steps in a row; the weights have not taken it"
+    assert re.fullmatch(rf"train\.py: {phase}, epoch 4/9, step 2: {reason}\. [^\n]+\n", err)
+
+    records = read_metrics(folder / "metrics.jsonl")[before:]
+    assert [record["epoch"] for record in records] == [1, 2, 3]
+    assert [record["skipped_steps"] for record in records] == [0, 0, 8]
+    quantity = "validation_nll" if phase == "baseline" else "validation_neg_elbo"
+    assert [record[quantity] is None for record in records] == [False, False, True]
+
+    # The weights of its best epoch, the second, are those of a training that did not come to the third.
+    sound = f"sound-{phase}"
+    whole = forked(*argv, "--name", sound, "--baseline-epochs", "2", "--epochs", "3")
+    third_save = [i for i, m in enumerate(whole["moments"]) if m == "atomic_file replace last.pt"][before + 2]
+    assert forked(*argv, "--name", sound, "--overwrite", kill_at=third_save)["code"] == -9
+    assert checkpoints(folder)["best"] == checkpoints(work / "runs" / sound)["best"]
+    best, last = checkpoint.load(folder / "best.pt"), checkpoint.load(folder / "last.pt")
+    assert best["phase"] == last["phase"] == phase
+    assert last["progress"]["best_epoch"] == 2
+    for state in (best["model"], last["model"], last["optimizer"]["moments"]):
+        assert all(tensor.isfinite().all() for tensor in (state.values() if isinstance(state, dict) else state))
+
+    # Two more bad steps, and it says so again: the eight are not forgotten.
+    answer = forked("--resume", name)
+    assert (answer["code"], answer["output"]) == (4, err)
+
+
+def test_learning_rate_that_no_training_survives(work: Path) -> None:
+    argv = ["--data", "data", *SMALL, "--learning-rate", "1e38"]
+    code, _, err = finish(start(train_command(*argv, "--name", "wild"), work))
+    assert code == 4
+    assert re.fullmatch(r"train\.py: baseline, epoch 2/2, step \d: [^\n]+\n", err)
+    assert not (work / "runs/wild/best.pt").exists()
+
+
+def test_not_one_good_epoch(work: Path, forked: Forked) -> None:
+    """Two steps an epoch: before there were ten bad ones in a row, the epochs are over."""
+    argv = ["--data", "data", *SMALL, "--learning-rate", "1e38", "--batch-size", "128", "--average", "0"]
+    answer = forked(*argv, "--name", "none")
+    assert answer["code"] == 4, answer
+    line = answer["output"].splitlines()[-1]
+    assert line.startswith("train.py: baseline: the validation loss was NaN or infinite after each of 2 epochs. ")
+
+
+# One training at a time
+
+
+def test_second_training_in_a_folder(work: Path, forked: Forked) -> None:
+    folder = work / "runs/held"
+    with running(*train_command("--data", "data", *ENDLESS, "--name", "held", "--quiet"), cwd=work) as process:
+        wait_until(lambda: ("cvae", 1) in epochs_logged(folder), process)
+        inode, config = folder.stat().st_ino, contents(folder)["config.json"]
+        held = "train.py: runs/held is held by another training; wait for it, or choose another --name\n"
+        assert finish(start(train_command("--resume", "held", "--epochs", "7"), work)) == (2, "", held)
+        answer = forked("--data", "data", *SMALL, "--name", "held", "--overwrite")
+        assert (answer["code"], answer["output"]) == (2, held)
+        answer = forked("--data", "data", *SMALL, "--name", "held")
+        assert answer["code"] == 2
+        assert answer["output"].startswith("train.py: runs/held exists already: ")
+        assert (folder.stat().st_ino, contents(folder)["config.json"]) == (inode, config)
+        assert not list((work / "runs").glob(".held*"))
+
+        seen = len(epochs_logged(folder))  # the first one is none the worse for it
+        wait_until(lambda: len(epochs_logged(folder)) > seen + 2, process)
+        process.kill()
+        process.communicate()
+    assert (folder / ".lock").exists()  # stale now, and no obstacle
+    answer = forked("--resume", "held", "--epochs", "1")
+    assert answer["code"] == 0, answer
+
+
+# Readers beside a training
+
+
+def test_readers_see_whole_files(work: Path, forked: Forked) -> None:
+    """A run that was finished and goes on, read all the time; beside it one that stays finished."""
+    argv = ["--data", "data", *ENDLESS, "--epochs", "1", "--name"]
+    for name in ("still", "moving"):
+        assert forked(*argv, name)["code"] == 0
+    folder = work / "runs/moving"
+    settings, quadrants = read_settings(folder), Quadrants(1, 28, 28)
+    bests = set()
+    with running(*train_command("--resume", "moving", "--epochs", "5000", "--quiet"), cwd=work) as process:
+        wait_until(lambda: len(epochs_logged(folder)) > 4, process)
+        reads = 0
+        while len(bests) < 20 or reads < 100:
+            assert process.poll() is None
+            model = evaluation.load_model(folder, settings, quadrants, torch.device("cpu"))
+            bests.add(str(plain(model.state_dict())["generation_net.layers.0.bias"]))
+            last = checkpoint.load(folder / "last.pt")
+            records = read_metrics(folder / "metrics.jsonl")
+            assert [record["epoch"] for record in records] == [1, 2, *range(1, len(records) - 1)]
+            assert last["progress"]["epoch"] <= read_metrics(folder / "metrics.jsonl")[-1]["epoch"]
+            assert read_json(folder / "config.json")["settings"]["epochs"] == 5000
+            reads += 1
+        steps = [step for step, _ in events(folder)["scalars"]["cvae/kl/train"]]
+        assert steps == list(range(1, len(steps) + 1))
+
+        scores = [sys.executable, ROOT / "eval.py", "--samples", "2", "--format", "csv", "--runs"]
+        code, out, err = finish(start([*scores, "runs"], work))
+        assert (code, err) == (0, "")
+        assert "still" in out
+        assert "moving" not in out
+        with pytest.raises(DataError, match="has no finished run"):
+            finished_runs(folder)
+        process.send_signal(signal.SIGTERM)
+        assert finish(process)[0] == 143

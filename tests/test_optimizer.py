@@ -1,0 +1,240 @@
+"""GuardedAdam: Adam where all is finite, and nothing at all where it is not."""
+
+import io
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from cvae.errors import NonFiniteError
+from cvae.optimizer import GROWTH_INTERVAL, INITIAL_SCALE, MAX_STREAK, MIN_SCALE, GuardedAdam
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def batch_loss(net, step):
+    data = torch.randn(16, 6, generator=torch.Generator().manual_seed(step))
+    return net(data).square().sum() / 16
+
+
+def advance(net, optimizer, steps):
+    """Steps on finite losses; whether each was done."""
+    accepted = []
+    for step in steps:
+        loss = batch_loss(net, step)
+        optimizer.backward(loss)
+        accepted.append(bool(optimizer.step(loss)))
+    return accepted
+
+
+def bad_step(net, optimizer, poison, place):
+    """A step whose loss or whose gradient of one weight is `poison`."""
+    loss = batch_loss(net, 0)
+    optimizer.backward(loss)
+    if place == "loss":
+        loss = loss.detach() * poison
+    else:
+        net[2].weight.grad[1, 2] = poison
+    return bool(optimizer.step(loss))
+
+
+def snapshot(net, optimizer):
+    """Copies of all weights and of Adam's state."""
+    tensors = {f"weights.{name}": tensor.clone() for name, tensor in net.state_dict().items()}
+    state = optimizer.state_dict()
+    for name in ("moments", "squares", "updates"):
+        tensors |= {f"{name}.{i}": tensor.clone() for i, tensor in enumerate(state[name])}
+    return tensors
+
+
+def assert_identical(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+@pytest.mark.parametrize("loss_scaling", [False, True])
+def test_is_adam_bit_for_bit_on_finite_gradients(loss_scaling):
+    """A scale, being a power of two, changes no bit either."""
+    ours, theirs = network(), network()
+    optimizer = GuardedAdam(ours.parameters(), 1e-2, loss_scaling)
+    adam = torch.optim.Adam(theirs.parameters(), lr=torch.tensor(1e-2), fused=True)
+    assert all(advance(ours, optimizer, range(20)))
+    for step in range(20):
+        adam.zero_grad()
+        batch_loss(theirs, step).backward()
+        adam.step()
+    assert_identical(ours.state_dict(), theirs.state_dict())
+    assert optimizer.skipped()["skipped_steps"] == 0
+
+
+def test_is_adam_by_its_formula():
+    """Kingma and Ba 2015, algorithm 1, in float64."""
+    net = network().double()
+    optimizer = GuardedAdam(net.parameters(), 1e-2)
+    rate, beta_1, beta_2 = float(torch.tensor(1e-2)), 0.9, 0.999
+    weights = {name: weight.detach().clone() for name, weight in net.named_parameters()}
+    m = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    v = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    data = torch.randn(16, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for t in range(1, 11):
+        loss = net(data).square().mean()
+        optimizer.backward(loss)
+        for name, parameter in net.named_parameters():
+            g = parameter.grad
+            m[name] = beta_1 * m[name] + (1 - beta_1) * g
+            v[name] = beta_2 * v[name] + (1 - beta_2) * g**2
+            m_hat, v_hat = m[name] / (1 - beta_1**t), v[name] / (1 - beta_2**t)
+            weights[name] = weights[name] - rate * m_hat / (v_hat.sqrt() + 1e-8)
+        optimizer.step(loss)
+    for name, parameter in net.named_parameters():
+        torch.testing.assert_close(parameter.detach(), weights[name], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("loss_scaling", [False, True])
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", ["loss", "gradient"])
+@pytest.mark.parametrize("good_steps", [0, 3])
+def test_bad_step_leaves_everything_as_it_was(loss_scaling, poison, place, good_steps):
+    """Weights, moments and step counts keep every bit; the step after goes on as if nothing had been."""
+    net, spared = network(), network()
+    optimizer, undisturbed = (GuardedAdam(n.parameters(), 1e-2, loss_scaling) for n in (net, spared))
+    advance(net, optimizer, range(good_steps))
+    advance(spared, undisturbed, range(good_steps))
+    before = snapshot(net, optimizer)
+    assert not bad_step(net, optimizer, poison, place)
+    assert_identical(snapshot(net, optimizer), before)
+    is_overflow = loss_scaling and place == "gradient"  # a finite loss: the scale's doing, for all one knows
+    assert optimizer.skipped()["skipped_steps"] == (not is_overflow)
+    if loss_scaling:
+        assert optimizer.skipped()["overflow_steps"] == is_overflow
+        assert float(optimizer.scale) == INITIAL_SCALE * (0.5 if is_overflow else 1)
+    assert advance(net, optimizer, [7]) == advance(spared, undisturbed, [7]) == [True]
+    assert_identical(snapshot(net, optimizer), snapshot(spared, undisturbed))
+
+
+def test_streak_of_bad_steps_ends_the_training():
+    """Ten in a row, named by the step of the tenth; nine and a good one are forgiven, and an epoch is no excuse."""
+    net = network()
+    optimizer = GuardedAdam(net.parameters(), 1e-2)
+    advance(net, optimizer, range(2))
+    for _ in range(MAX_STREAK - 1):
+        bad_step(net, optimizer, math.nan, "loss")
+    optimizer.check("here")
+    advance(net, optimizer, [2])
+    for _ in range(MAX_STREAK - 4):
+        bad_step(net, optimizer, math.inf, "gradient")
+    assert optimizer.skipped() == {"skipped_steps": 2 * MAX_STREAK - 5}
+    optimizer.check("here")
+    optimizer.start_epoch()
+    assert optimizer.skipped() == {"skipped_steps": 0}
+    before = snapshot(net, optimizer)
+    for _ in range(6):  # the tenth is the fourth of this epoch
+        bad_step(net, optimizer, math.nan, "loss")
+    with pytest.raises(NonFiniteError, match=r"^cvae, epoch 2/9, step 4: .*10 steps in a row"):
+        optimizer.check("cvae, epoch 2/9")
+    assert NonFiniteError.exit_code == 4
+    assert_identical(snapshot(net, optimizer), before)
+
+
+def test_float16_overflow_halves_the_scale_until_it_fits():
+    """A real overflow: the gradient of 1000 · w in float16 is 1000 times the scale, and float16 ends at 65,504."""
+    weight = nn.Parameter(torch.tensor([0.01]))
+    optimizer = GuardedAdam([weight], 1e-2, loss_scaling=True)
+    optimizer.check("start")
+    accepted = []
+    for _ in range(12):
+        loss = (weight.half() * 1000).float().sum()
+        optimizer.backward(loss)
+        accepted.append(bool(optimizer.step(loss)))
+        optimizer.check("somewhere")  # no streak of bad steps: the scale is being found
+    assert float(optimizer.scale) == 2.0**6  # 64,000
+    assert accepted == [False] * 10 + [True] * 2
+    assert optimizer.skipped() == {"skipped_steps": 0, "overflow_steps": 10}
+    assert weight.item() == pytest.approx(0.01 - 2 * 1e-2, abs=1e-6)  # Adam's first steps are of the learning rate
+
+
+def test_scale_doubles_after_enough_good_steps():
+    weight = nn.Parameter(torch.ones(1))
+    optimizer = GuardedAdam([weight], 1e-6, loss_scaling=True)
+
+    def steps(count, poison=1.0):
+        for _ in range(count):
+            loss = weight.square().sum()
+            optimizer.backward(loss)
+            weight.grad.mul_(poison)
+            optimizer.step(loss)
+        return float(optimizer.scale)
+
+    assert steps(GROWTH_INTERVAL - 1) == INITIAL_SCALE
+    assert steps(1, math.inf) == INITIAL_SCALE / 2  # and the count begins again
+    assert steps(GROWTH_INTERVAL - 1) == INITIAL_SCALE / 2
+    assert steps(1) == INITIAL_SCALE
+    assert steps(GROWTH_INTERVAL) == INITIAL_SCALE * 2
+
+
+def test_skipped_steps_are_no_good_steps():
+    """A loss that is not finite says nothing for a larger scale."""
+    net = network()
+    optimizer = GuardedAdam(net.parameters(), 1e-6, loss_scaling=True)
+    optimizer.good_steps.fill_(GROWTH_INTERVAL - 1)
+    bad_step(net, optimizer, math.nan, "loss")
+    assert float(optimizer.scale) == INITIAL_SCALE
+
+
+def test_collapsed_scale_ends_the_training():
+    """A gradient that is infinite at any scale."""
+    net = network()
+    optimizer = GuardedAdam(net.parameters(), 1e-2, loss_scaling=True)
+    halvings = int(math.log2(INITIAL_SCALE / MIN_SCALE))
+    for _ in range(halvings):
+        bad_step(net, optimizer, math.inf, "gradient")
+    optimizer.check("here")
+    bad_step(net, optimizer, math.inf, "gradient")
+    with pytest.raises(NonFiniteError, match=rf"^here, step {halvings + 1}: .*float16"):
+        optimizer.check("here")
+
+
+@pytest.mark.parametrize("loss_scaling", [False, True])
+def test_restored_optimizer_goes_on_bit_for_bit(loss_scaling):
+    """Through a file, into a fresh optimizer, in the middle of a streak and with a scale that has moved."""
+    net, twin = network(), network(seed=1)
+    optimizer = GuardedAdam(net.parameters(), 1e-2, loss_scaling)
+    advance(net, optimizer, range(5))
+    bad_step(net, optimizer, math.inf, "gradient")
+    for _ in range(MAX_STREAK - 2):
+        bad_step(net, optimizer, math.nan, "loss")
+    file = io.BytesIO()
+    torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    twin.load_state_dict(state["model"])
+    restored = GuardedAdam(twin.parameters(), 0.5, loss_scaling)
+    restored.load_state_dict(state["optimizer"])
+    optimizer.start_epoch()
+    for n, o in ((net, optimizer), (twin, restored)):
+        o.learning_rate.fill_(3e-3)  # as a schedule does, before each step
+        bad_step(n, o, math.nan, "loss")
+        if not loss_scaling:  # with it, the first of the streak was an overflow
+            with pytest.raises(NonFiniteError, match="step 1:"):
+                o.check("epoch 2")
+        advance(n, o, range(5, 10))
+    assert_identical(snapshot(net, optimizer), snapshot(twin, restored))
+    assert torch.equal(optimizer.good_steps, restored.good_steps)
+    if loss_scaling:
+        assert float(optimizer.scale) == float(restored.scale) == INITIAL_SCALE / 2
+
+
+def test_learning_rate_tensor_is_the_one_in_use():
+    """What a schedule fills in holds for the next step; zero moves nothing."""
+    net = network()
+    optimizer = GuardedAdam(net.parameters(), 1e-2)
+    advance(net, optimizer, range(3))
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    optimizer.learning_rate.fill_(0.0)
+    assert advance(net, optimizer, [3]) == [True]
+    assert_identical(net.state_dict(), before)

@@ -1,0 +1,303 @@
+"""Exact resume: wherever a training ends, it can go on, and leaves what one leaves that was never interrupted."""
+
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from trainings import (
+    SMALL,
+    Forked,
+    assert_same,
+    contents,
+    epochs_logged,
+    events,
+    finish,
+    make_data,
+    start,
+    train_command,
+)
+
+from cvae import checkpoint
+from cvae.run_folder import read_json, read_settings
+
+BASELINE = [("baseline", 1), ("baseline", 2)]
+ALL_EPOCHS = [*BASELINE, ("cvae", 1), ("cvae", 2), ("cvae", 3)]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder all this happens in, with the images in `data`."""
+    folder = tmp_path_factory.mktemp("resume")
+    make_data(folder / "data")
+    (folder / "runs").mkdir()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def forked(work: Path) -> Iterator[Forked]:
+    trainings = Forked(work)
+    yield trainings
+    trainings.close()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(work: Path) -> Path:
+    """The folder of a training that nothing interrupted."""
+    code, _, err = finish(start(train_command("--data", "data", *SMALL, "--name", "undisturbed"), work))
+    assert (code, err) == (0, "")
+    assert epochs_logged(work / "runs/undisturbed") == ALL_EPOCHS
+    return work / "runs/undisturbed"
+
+
+@pytest.fixture(scope="module")
+def moments(forked: Forked, undisturbed: Path) -> list[str]:
+    """When a small training changes the disk; the forked trainings are the same as one started by itself."""
+    answer = forked("--data", "data", *SMALL, "--name", "forked")
+    assert answer["code"] == 0, answer
+    assert_same(undisturbed.with_name("forked"), undisturbed)
+    moments: list[str] = answer["moments"]
+    return moments
+
+
+def nth(moments: list[str], what: str, n: int) -> int:
+    """The number of the moment just before something happens for the n-th time."""
+    return [i for i, moment in enumerate(moments) if moment.startswith(what)][n - 1]
+
+
+# At every moment
+
+
+WITH_PAUSE = [*SMALL, "--baseline-epochs", "1", "--epochs", "2", "--batch-size", "60", "--average", "500"]
+"""Five steps an epoch, and an average that takes the weights in every ten: the CVAE's second epoch is no better."""
+
+
+@pytest.fixture(scope="module")
+def with_pause(work: Path, forked: Forked) -> tuple[Path, list[str]]:
+    """The folder of such a training, undisturbed, and the moments at which it changed the disk."""
+    answer = forked("--data", "data", *WITH_PAUSE, "--name", "pause")
+    assert answer["code"] == 0, answer
+    assert read_json(work / "runs/pause/summary.json")["best_epoch"] == 1
+    return work / "runs/pause", answer["moments"]
+
+
+def test_moments_are_those_of_every_write(with_pause: tuple[Path, list[str]]) -> None:
+    """The control of the next test: what it kills before."""
+    for what, times in {
+        "create_run rename": 1,
+        "atomic_file replace config.json": 1,
+        "atomic_file replace last.pt": 3,
+        "atomic_file replace best.pt": 2,
+        "atomic_file replace summary.json": 1,
+        "sync_folder fsync": 7,
+        "epoch write": 3,
+        "write write": 5,  # amid each checkpoint
+    }.items():
+        assert sum(moment.startswith(what) for moment in with_pause[1]) == times, what
+    assert with_pause[1].count("flush events") >= 4
+
+
+def test_killed_before_any_write_and_again_as_it_goes_on(
+    work: Path, forked: Forked, with_pause: tuple[Path, list[str]]
+) -> None:
+    """A training killed at any moment, and killed a second time after it was resumed, ends like the undisturbed one."""
+    reference, moments = with_pause
+    dice = random.Random(0)
+    best_behind = 0
+    for kill_at in range(len(moments)):
+        name = f"killed-{kill_at}"
+        folder = work / "runs" / name
+        argv = ["--data", "data", *WITH_PAUSE, "--name", name]
+        assert forked(*argv, kill_at=kill_at)["code"] == -9
+        if folder.exists():
+            best_behind += is_best_behind(folder)
+            argv = ["--resume", name]
+            second = forked(*argv, kill_at=dice.randrange(12))
+            assert second["code"] in (0, -9), second
+        else:
+            assert "create_run rename" not in " ".join(moments[:kill_at])
+        answer = forked(*argv)
+        assert answer["code"] == 0, (moments[kill_at], answer)
+        assert_same(folder, reference)
+        shutil.rmtree(folder)
+    assert best_behind >= 5  # last.pt is of a new best epoch, and best.pt of an earlier one or not there at all
+
+
+def is_best_behind(folder: Path) -> bool:
+    """Whether the last checkpoint is the best, and stands there already while `best.pt` does not hold it yet."""
+    if not (folder / "last.pt").exists():
+        return False
+    last = checkpoint.load(folder / "last.pt")
+    if last["progress"]["epoch"] != last["progress"]["best_epoch"]:
+        return False
+    return not (folder / "best.pt").exists() or last["phase"] != checkpoint.load(folder / "best.pt")["phase"]
+
+
+# At each kind of place, by `python train.py --resume` itself
+
+
+PLACES = {  # what it is killed before, for the n-th time; the epochs that its last.pt has seen; which run is named how
+    "before there is a checkpoint": ("atomic_file replace last.pt", 1, 0, "by name"),
+    "in the baseline": ("atomic_file replace last.pt", 2, 1, "by folder"),
+    "between the phases": ("epoch write", 3, 2, "by name"),
+    "in the CVAE": ("flush events", 4, 3, "by folder"),
+    "when all is done but saying so": ("atomic_file replace summary.json", 1, 5, "by name"),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_resumed_by_command(work: Path, forked: Forked, moments: list[str], undisturbed: Path, place: str) -> None:
+    what, times, seen, way = PLACES[place]
+    name = place.replace(" ", "-")
+    folder = work / "runs" / name
+    kill_at = nth(moments, what, times)
+    assert forked("--data", "data", *SMALL, "--name", name, kill_at=kill_at)["code"] == -9
+    last = checkpoint.load(folder / "last.pt") if seen else None
+    assert (last is None) == (not (folder / "last.pt").exists())
+    if last is not None:
+        assert (last["phase"], last["progress"]["epoch"]) == ALL_EPOCHS[seen - 1]
+
+    code, out, err = finish(start(train_command("--resume", name if way == "by name" else f"runs/{name}"), work))
+    assert (code, err) == (0, "")
+    assert [line.split("/")[0] for line in out.splitlines()[:-1]] == [f"{p}, epoch {n}" for p, n in ALL_EPOCHS[seen:]]
+    assert_same(folder, undisturbed)
+    assert events_are_each_once_and_in_order(folder)
+
+
+def events_are_each_once_and_in_order(folder: Path) -> bool:
+    """Whether TensorBoard shows each epoch of each phase once, by every tag that there is."""
+    view = events(folder)
+    tags = {**view["scalars"], **view["images"]}
+    per_epoch = {tag: [step for step, _ in values] for tag, values in tags.items() if "/" in tag}
+    assert len(per_epoch) >= 15
+    return all(steps == ([1, 2] if tag.startswith("baseline") else [1, 2, 3]) for tag, steps in per_epoch.items())
+
+
+def test_what_a_crash_leaves_at_the_end_of_the_log_is_dropped(
+    work: Path, forked: Forked, moments: list[str], undisturbed: Path
+) -> None:
+    """Torn lines, torn records, whole epochs of a time that is no more, a log that was being begun."""
+    folder = work / "runs/torn"
+    answer = forked("--data", "data", *SMALL, "--name", "torn", kill_at=nth(moments, "atomic_file replace last.pt", 4))
+    assert answer["code"] == -9
+    assert epochs_logged(folder) == ALL_EPOCHS[:4]  # one more than last.pt has seen
+    [log] = folder.glob("events.*")
+    with open(folder / "metrics.jsonl", "ab") as metrics, open(log, "ab") as records:
+        metrics.write(b'{"phase": "cvae", "epoch": 3}\n{"phase": "cv')
+        records.write(log.read_bytes()[:1000])
+    (folder / f"{log.name}.later").write_bytes(log.read_bytes()[:777])
+    for name in (".last.pt.tmp", ".best.pt.tmp", ".config.json.tmp", ".summary.json.tmp"):
+        (folder / name).write_bytes(b"half a f")
+    assert forked("--resume", "torn")["code"] == 0
+    for name in (".config.json.tmp",):  # config.json had no cause to be written again
+        (folder / name).unlink()
+    assert_same(folder, undisturbed)
+
+
+# Nothing left to do, and more to do
+
+
+def test_finished(work: Path, undisturbed: Path) -> None:
+    before = contents(undisturbed)
+    code, out, err = finish(start(train_command("--resume", "undisturbed"), work))
+    assert (code, out, err) == (0, "runs/undisturbed is finished: nothing is left to do\n", "")
+    assert contents(undisturbed) == before
+
+
+def test_early_stopping(work: Path, forked: Forked) -> None:
+    """A rate so low that nothing can improve: one good epoch, two without improvement, and the end, in both phases."""
+    argv = ["--data", "data", *SMALL, "--learning-rate", "1e-30", "--patience", "2", "--epochs", "9"]
+    argv += ["--baseline-epochs", "9"]
+    stopped = [("baseline", 1), ("baseline", 2), ("baseline", 3), ("cvae", 1), ("cvae", 2), ("cvae", 3)]
+    whole = forked(*argv, "--name", "early")
+    assert whole["code"] == 0, whole
+    folder = work / "runs/early"
+    assert epochs_logged(folder) == stopped
+
+    before = contents(folder)
+    again = forked("--resume", "early")
+    assert (again["code"], again["output"]) == (0, "runs/early is finished: nothing is left to do\n")
+    assert contents(folder) == before
+
+    for n in (2, 3, 5, 6):  # the count of epochs without improvement is not begun anew
+        name = f"early-{n}"
+        answer = forked(*argv, "--name", name, kill_at=nth(whole["moments"], "atomic_file replace last.pt", n) + 1)
+        assert answer["code"] == -9
+        assert forked("--resume", name)["code"] == 0
+        assert_same(work / "runs" / name, folder)
+
+
+def test_more_epochs(work: Path, forked: Forked) -> None:
+    """`--epochs` may be raised: a finished training goes on, as if it had been told at once."""
+    argv = ["--data", "data", *SMALL, "--schedule", "constant"]
+    for words in (
+        [*argv, "--name", "long", "--epochs", "4"],
+        [*argv, "--name", "short", "--epochs", "1"],
+        ["--resume", "short", "--epochs", "2"],
+        ["--resume", "short", "--epochs", "4"],
+    ):
+        assert forked(*words)["code"] == 0
+    assert read_settings(work / "runs/short").epochs == 4
+    assert_same(work / "runs/short", work / "runs/long", apart_from="texts")  # of the settings it began with
+    assert forked("--resume", "short")["output"] == "runs/short is finished: nothing is left to do\n"
+
+
+# What is refused
+
+
+CONTRADICTIONS = [
+    "--quadrants 2", "--quadrants 1 2", "--device cuda", "--precision bf16", "--baseline-epochs 3", "--patience 9",
+    "--batch-size 31", "--learning-rate 0.5", "--schedule constant", "--warmup-epochs 7", "--average 7",
+    "--hidden 32 33", "--latent-dim 9", "--particles 2", "--seed 1", "--data .", "--train-limit 299", "--compile",
+    "--epochs 9 --seed 1",
+]  # fmt: skip
+
+
+def test_contradicting_settings(work: Path, forked: Forked, undisturbed: Path) -> None:
+    flags = {flag.split()[-2 if "--epochs" in flag else 0][2:].replace("-", "_") for flag in CONTRADICTIONS}
+    assert flags == read_settings(undisturbed).to_dict().keys() - {"epochs"}  # all of them
+    before = contents(undisturbed)
+    for words in CONTRADICTIONS:
+        answer = forked("--resume", "undisturbed", *words.split())
+        flag = words.split()[-2 if "--epochs" in words else 0]
+        assert answer["code"] == 2, (words, answer)
+        line, rest = answer["output"].split("\n", 1)
+        assert rest == ""
+        assert line.startswith(f"train.py: runs/undisturbed was begun with {flag} ")
+    assert contents(undisturbed) == before
+
+
+def test_contradiction_by_command(work: Path, undisturbed: Path) -> None:
+    before = contents(undisturbed)
+    code, out, err = finish(start(train_command("--resume", undisturbed, "--latent-dim", "9"), work))
+    assert (code, out) == (2, "")
+    assert (
+        err == f"train.py: {undisturbed} was begun with --latent-dim 8, which cannot change now; leave the flag out\n"
+    )
+    assert contents(undisturbed) == before
+
+
+def test_the_same_settings_again_are_no_contradiction(work: Path, forked: Forked, undisturbed: Path) -> None:
+    before = contents(undisturbed)
+    answer = forked("--resume", "undisturbed", "--data", "data", *SMALL, "--seed", "0", "--quadrants", "1")
+    assert (answer["code"], answer["output"]) == (0, "runs/undisturbed is finished: nothing is left to do\n")
+    assert contents(undisturbed) == before
+
+
+def test_checkpoint_of_other_settings(work: Path, forked: Forked, moments: list[str], undisturbed: Path) -> None:
+    """A `last.pt` from elsewhere is not believed."""
+    argv = ["--data", "data", *SMALL, "--name", "other", "--latent-dim", "9"]
+    assert forked(*argv, kill_at=nth(moments, "atomic_file replace last.pt", 4))["code"] == -9
+    shutil.copy(undisturbed / "last.pt", work / "runs/other/last.pt")
+    answer = forked("--resume", "other", "--epochs", "9")
+    assert answer["code"] == 3, answer
+    assert answer["output"].count("\n") == 1
+    assert answer["output"].startswith("train.py: runs/other/last.pt: ")
+
+
+def test_no_such_run(work: Path, forked: Forked) -> None:
+    answer = forked("--resume", "nowhere")
+    assert answer["code"] == 3
+    assert answer["output"] == "train.py: runs/nowhere is no run folder: it has no config.json\n"
+    assert not (work / "runs/nowhere").exists()
