@@ -34,6 +34,7 @@ from cvae.run_folder import BEST, finished_runs, read_settings
 from cvae.settings import Settings
 
 NUM_DIGITS, NUM_SAMPLES = 10, 10  # of the figure
+MOST_SAMPLES = 1_000_000
 
 
 def load_model(folder: Path, settings: Settings, quadrants: Quadrants, device: torch.device) -> CVAE:
@@ -44,6 +45,8 @@ def load_model(folder: Path, settings: Settings, quadrants: Quadrants, device: t
         cvae = CVAE(Baseline(*sizes), *sizes, settings.latent_dim)
     try:
         cvae.load_state_dict(state["model"], assign=True)
+        if any(weight.dtype != torch.float32 for weight in cvae.parameters()):
+            raise TypeError
     except (KeyError, TypeError, AttributeError, RuntimeError):
         raise DataError(f"{folder / BEST}: does not hold the weights of a CVAE of the run's settings") from None
     return cvae.requires_grad_(False)
@@ -75,9 +78,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def positive(word: str) -> int:
-    """A positive whole number."""
-    if (value := int(word)) < 1:
-        raise argparse.ArgumentTypeError(f"has to be positive, not {value}")
+    """A positive whole number, within reason."""
+    if not 1 <= (value := int(word)) <= MOST_SAMPLES:
+        raise argparse.ArgumentTypeError(f"has to be from 1 to {MOST_SAMPLES}, not {value}")
     return value
 
 

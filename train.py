@@ -20,6 +20,7 @@ if __name__ == "__main__":  # until a run's own handlers are in place, Ctrl-C si
 
 import argparse
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -291,7 +292,7 @@ def plan(options: argparse.Namespace, given: dict[str, Any]) -> list[tuple[Path,
     """The runs to make or to go on with: their folders and settings. Raises UsageError or DataError."""
     quadrants = given.pop("quadrants", None)
     if options.resume is not None:
-        folder = options.resume if options.resume.is_dir() else options.runs / options.resume
+        folder = options.resume if os.path.isdir(options.resume) else options.runs / options.resume
         settings = read_settings(folder)
         wanted = (
             given if quadrants is None else given | {"quadrants": quadrants[0] if len(quadrants) == 1 else quadrants}
@@ -306,7 +307,7 @@ def plan(options: argparse.Namespace, given: dict[str, Any]) -> list[tuple[Path,
     if len(set(quadrants)) < len(quadrants):
         raise UsageError("--quadrants names a number twice")
     name = options.name
-    if name is not None and (name.startswith(".") or Path(name).name != name):
+    if name is not None and (not name or name.startswith(".") or Path(name).name != name):
         raise UsageError(f"--name {name!r} is not the plain name of a folder; --runs says where it is to be")
     suffixes = [f"-q{k}" if len(quadrants) > 1 else "" for k in quadrants]
     names = [f"q{k}" if name is None else name + suffix for k, suffix in zip(quadrants, suffixes, strict=True)]

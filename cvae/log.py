@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ class RunLog:
 
     def __init__(self, folder: Path, position: dict[str, int]):
         self._folder = folder
+        threading.excepthook = _leave_to_flush
         try:
             self._rewind(position)
             self._metrics = open(folder / METRICS, "ab", buffering=0)  # noqa: SIM115
@@ -98,6 +100,12 @@ class RunLog:
 
     def _failure(self, error: Exception) -> DiskError:
         return DiskError(f"{self._folder}: the log cannot be written ({getattr(error, 'strerror', None) or error})")
+
+
+def _leave_to_flush(failure: threading.ExceptHookArgs) -> None:
+    """Have no traceback printed for TensorBoard's writer thread on a full disk: its next `flush` raises the error."""
+    if not isinstance(failure.exc_value, OSError):
+        threading.__excepthook__(failure)
 
 
 def _finite(value: Any) -> Any:

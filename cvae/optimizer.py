@@ -28,8 +28,6 @@ class WeightAverage(Generic[Model]):
     Source: Polyak and Juditsky 1992, with exponential weights.
     """
 
-    EVERY = 10  # steps: a pass over the weights is not for nothing, and they change little in between
-
     def __init__(self, model: Model, window: int):
         frozen = {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
         self.model: Model = copy.deepcopy(model, frozen) if window else model  # what is frozen is shared
@@ -41,9 +39,9 @@ class WeightAverage(Generic[Model]):
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take the weights in, after the step of this number, counted from 0 over the whole training."""
-        count = step // self.EVERY
-        if self._window and step % self.EVERY == 0:
-            weight = min(1.0, max(self.EVERY / self._window, 9 / (10 + count))) if count else 1.0
+        every = 1 if step < 100 else 10  # a pass over the weights is not for nothing, and later they change little
+        if self._window and step % every == 0:
+            weight = min(1.0, every / min(self._window, 1 + step / 9))
             for average, parameter in self._pairs:
                 average.lerp_(parameter, weight)
 

@@ -1,6 +1,8 @@
 """One training as it runs: what it runs on, where it writes, and what it leaves after each epoch."""
 
 import math
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -62,7 +64,10 @@ class Run:
     def say(self, line: str) -> None:
         """Print a line, once for all processes."""
         if self.processes.is_main and not self.quiet:
-            print(line, flush=True)
+            try:
+                print(line, flush=True)
+            except BrokenPipeError:  # nobody reads any more: go on without
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def claim(self, resume: bool, overwrite: bool) -> dict[str, Any]:
         """Hold the folder, made now unless it is resumed; returns the checkpoint to go on from, {} for a fresh start.

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cvae.model import CVAE, Baseline
 from cvae.quadrants import Quadrants
@@ -42,9 +42,11 @@ def make_toy() -> Callable[..., Toy]:
         quadrants = Quadrants(num_quadrants, height, width)
         baseline = Baseline(quadrants.num_observed, quadrants.num_pixels, hidden)
         cvae = CVAE(baseline, quadrants.num_observed, quadrants.num_pixels, hidden, latent_dim).to(dtype)
-        with torch.no_grad():  # fresh weights are so small that every image would look alike to the networks
-            for parameter in cvae.parameters():
-                parameter.mul_(gain)
+        for layer in cvae.modules():
+            if isinstance(layer, nn.Linear):  # the same spread in all layers, and biases that are not zero
+                layer.reset_parameters()
+                for parameter in layer.parameters():
+                    parameter.data.mul_(gain)
         # Black, white and grey pixels; whole grey levels, so that uint8 holds them too.
         images = torch.rand(count, height, width).mul(1.6).sub(0.3).clamp(0, 1).mul(255).round().to(dtype) / 255
         eps = torch.randn(particles, count, latent_dim, dtype=dtype)
