@@ -1,0 +1,109 @@
+"""What it costs that a run is never lost: the saves of an epoch, and the guard against bad numbers in each step.
+
+    python benchmarks/checkpointing.py                # about three minutes on two cores
+    python benchmarks/checkpointing.py --format json
+
+A round of the CVAE on all of MNIST: steps of `train.py` with its guarded Adam and with the same Adam unguarded, and the
+saves of an epoch that is the best so far, `last.pt` and `best.pt`, through to the disk, in turn. The cost of an epoch
+is that of its saves and the difference of its steps, over the steps unguarded; medians of the rounds.
+"""
+
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+from common import arguments, count, machine, show, turns
+from speed import Ours
+from torch import Tensor
+from torch.optim.adam import adam
+
+from cvae import checkpoint, runtime
+from cvae.data import ImageSet, load_train
+from cvae.model import CVAE, Baseline
+from cvae.optimizer import BETA1, BETA2, EPSILON, GuardedAdam
+from cvae.quadrants import Quadrants
+from cvae.run_folder import BEST, LAST
+
+BATCH_SIZE = 128
+
+
+class UnguardedAdam(GuardedAdam):
+    """The same optimizer, which takes every step and counts nothing."""
+
+    @torch.no_grad()
+    def step(self, loss: Tensor) -> Tensor:
+        adam(
+            self.parameters, [p.grad for p in self.parameters], self.moments, self.squares, [], self.updates,
+            lr=self.learning_rate, beta1=BETA1, beta2=BETA2, eps=EPSILON, weight_decay=0.0,
+            amsgrad=False, maximize=False, fused=True,
+        )  # fmt: skip
+        return loss.new_ones((), dtype=torch.bool)
+
+
+def trainings() -> tuple[Ours, Ours]:
+    """Two trainings of the CVAE with one quadrant observed: guarded and not."""
+    quadrants = Quadrants(1)
+    images = ImageSet(load_train()[0], quadrants)
+    sizes = (quadrants.num_observed, quadrants.num_pixels)
+    baseline = Baseline(*sizes)
+    images.set_guesses(baseline.guess)
+    guarded, unguarded = (Ours(CVAE(baseline, *sizes), images, BATCH_SIZE) for _ in range(2))
+    unguarded.optimizer = UnguardedAdam(unguarded.optimizer.parameters, unguarded.settings.learning_rate)
+    return guarded, unguarded
+
+
+def save(ours: Ours, folder: Path) -> float:
+    """Seconds for the two files of an epoch."""
+    started = time.perf_counter()
+    state = {
+        "model": ours.model.state_dict(),
+        "average": ours.average.model.state_dict(),
+        "optimizer": ours.optimizer.state_dict(),
+    }
+    checkpoint.save(folder / LAST, state)
+    checkpoint.save(folder / BEST, {"model": state["average"]})
+    return time.perf_counter() - started
+
+
+def main() -> int:
+    """Run the command line."""
+    parser = arguments(__doc__)
+    parser.add_argument("--rounds", type=count, default=15, help="(default: %(default)s)")
+    parser.add_argument("--steps", type=count, default=100, help="per round (default: %(default)s)")
+    options = parser.parse_args()
+    runtime.prepare(torch.device("cpu"))
+    guarded, unguarded = trainings()
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
+        for ours in (guarded, unguarded):
+            ours.run(10)
+        seconds = turns(
+            options.rounds,
+            lambda: guarded.run(options.steps),
+            lambda: unguarded.run(options.steps),
+            lambda: save(guarded, Path(folder)),
+        )
+    with_guard, without, saves = (median(values) for values in seconds)
+    epoch = len(guarded.images) // BATCH_SIZE / options.steps  # rounds that make an epoch
+    result = {
+        "epoch_s": without * epoch,
+        "guard_s": (with_guard - without) * epoch,
+        "saves_s": saves,
+        "cost": ((with_guard - without) * epoch + saves) / (without * epoch),
+        "machine": machine(),
+    }
+    rows = [
+        ["of an epoch of the CVAE", "s", "share"],
+        ["its steps, unguarded", f"{result['epoch_s']:.2f}", ""],
+        ["the guard", f"{result['guard_s']:.3f}", f"{result['guard_s'] / result['epoch_s']:.1%}"],
+        ["last.pt and best.pt", f"{saves:.3f}", f"{saves / result['epoch_s']:.1%}"],
+        ["together", "", f"{result['cost']:.1%}"],
+    ]
+    show(result, rows, [], options.format)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
