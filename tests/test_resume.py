@@ -14,6 +14,7 @@ from trainings import (
     epochs_logged,
     events,
     finish,
+    make_contrary_data,
     make_data,
     start,
     train_command,
@@ -28,9 +29,10 @@ ALL_EPOCHS = [*BASELINE, ("cvae", 1), ("cvae", 2), ("cvae", 3)]
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder all this happens in, with the images in `data`."""
+    """The folder all this happens in, with images in `data` and `contrary`."""
     folder = tmp_path_factory.mktemp("resume")
     make_data(folder / "data")
+    make_contrary_data(folder / "contrary")
     (folder / "runs").mkdir()
     return folder
 
@@ -69,20 +71,20 @@ def nth(moments: list[str], what: str, n: int) -> int:
 # At every moment
 
 
-WITH_PAUSE = [*SMALL, "--baseline-epochs", "1", "--epochs", "2", "--batch-size", "60", "--average", "500"]
-"""Five steps an epoch, and an average that takes the weights in every ten: the CVAE's second epoch is no better."""
+CONTRARY = [*SMALL, "--data", "contrary", "--baseline-epochs", "1", "--epochs", "2", "--batch-size", "60"]
+"""Of the CVAE's two epochs, each of five steps, the second is no improvement."""
 
 
 @pytest.fixture(scope="module")
-def with_pause(work: Path, forked: Forked) -> tuple[Path, list[str]]:
+def contrary(work: Path, forked: Forked) -> tuple[Path, list[str]]:
     """The folder of such a training, undisturbed, and the moments at which it changed the disk."""
-    answer = forked("--data", "data", *WITH_PAUSE, "--name", "pause")
+    answer = forked(*CONTRARY, "--name", "reference")
     assert answer["code"] == 0, answer
-    assert read_json(work / "runs/pause/summary.json")["best_epoch"] == 1
-    return work / "runs/pause", answer["moments"]
+    assert read_json(work / "runs/reference/summary.json")["best_epoch"] == 1
+    return work / "runs/reference", answer["moments"]
 
 
-def test_moments_are_those_of_every_write(with_pause: tuple[Path, list[str]]) -> None:
+def test_moments_are_those_of_every_write(contrary: tuple[Path, list[str]]) -> None:
     """The control of the next test: what it kills before."""
     for what, times in {
         "create_run rename": 1,
@@ -94,21 +96,21 @@ def test_moments_are_those_of_every_write(with_pause: tuple[Path, list[str]]) ->
         "epoch write": 3,
         "write write": 5,  # amid each checkpoint
     }.items():
-        assert sum(moment.startswith(what) for moment in with_pause[1]) == times, what
-    assert with_pause[1].count("flush events") >= 4
+        assert sum(moment.startswith(what) for moment in contrary[1]) == times, what
+    assert contrary[1].count("flush events") >= 4
 
 
 def test_killed_before_any_write_and_again_as_it_goes_on(
-    work: Path, forked: Forked, with_pause: tuple[Path, list[str]]
+    work: Path, forked: Forked, contrary: tuple[Path, list[str]]
 ) -> None:
     """A training killed at any moment, and killed a second time after it was resumed, ends like the undisturbed one."""
-    reference, moments = with_pause
+    reference, moments = contrary
     dice = random.Random(0)
     best_behind = 0
     for kill_at in range(len(moments)):
         name = f"killed-{kill_at}"
         folder = work / "runs" / name
-        argv = ["--data", "data", *WITH_PAUSE, "--name", name]
+        argv = [*CONTRARY, "--name", name]
         assert forked(*argv, kill_at=kill_at)["code"] == -9
         if folder.exists():
             best_behind += is_best_behind(folder)

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from runs_fixture import ROOT, small_mnist
+from runs_fixture import ROOT, small_mnist, write_data
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
 from cvae import checkpoint
+from cvae.data import load_images
 from cvae.run_folder import read_json, read_metrics
 
 SMALL = [
@@ -35,6 +36,16 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
 def make_data(folder: Path) -> Path:
     """600 images of MNIST, 100 of them for validation, and 60 for the test."""
     return small_mnist(folder, 600, 60)
+
+
+def make_contrary_data(folder: Path) -> Path:
+    """The same, but the images for validation are negatives: the better a model gets at the others, the worse at them.
+
+    No epoch after the first can be the best so far, on any machine.
+    """
+    images = load_images(None, "train")[:600]
+    images[500:] = 255 - images[500:]
+    return write_data(folder, images, load_images(None, "t10k")[:60])
 
 
 # What a training leaves behind
