@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cvae import checkpoint
 from cvae.distributed import Processes
-from cvae.errors import DataError, Interrupted, NonFiniteError
+from cvae.errors import DataError, Interrupted, NonFiniteError, UsageError
 from cvae.log import RunLog
 from cvae.optimizer import GuardedAdam
 from cvae.run_folder import BEST, LAST, SUMMARY, create_run, lock_run, read_settings, write_config, write_json
@@ -79,15 +79,20 @@ class Run:
         last = checkpoint.load(path, self.device) if path.exists() else {}
         if last and not _is_checkpoint(last):
             raise DataError(f"{path}: is no checkpoint of a training")
+        if last.get("phase") == "cvae" and last["progress"]["epoch"] > self.settings.epochs:
+            raise UsageError(f"{self.folder} has had {last['progress']['epoch']} epochs; --epochs cannot be less")
+        self.processes.on_main(self._record_epochs)
         return last
 
     def _claim(self, resume: bool, overwrite: bool) -> None:
         if resume:
             self.lock = lock_run(self.folder)
-            if self.settings != read_settings(self.folder):  # --epochs is another now
-                write_config(self.folder, self.settings, self.device, self.processes.count)
         else:
             self.lock = create_run(self.folder, self.settings, self.device, self.processes.count, overwrite)
+
+    def _record_epochs(self) -> None:
+        if self.settings != read_settings(self.folder):  # it goes on with other --epochs
+            write_config(self.folder, self.settings, self.device, self.processes.count)
 
     def is_finished(self, last: dict[str, Any]) -> bool:
         """Whether the run whose last checkpoint this is has nothing left to do."""
