@@ -9,10 +9,9 @@ What is measured, on the real MNIST with one quadrant observed:
 images/s    Of a loop of training steps at the batch size, for the baseline and for the CVAE, everything from the stored
             images to the updated weights included. Ours is the loop of `train.py`: permutation, slices of it, noise,
             learning rate, step, running totals, average of the weights. The tutorial's way is in `tutorial.py`. The two
-            take turns in one process, and medians of the rounds are given. The process has the settings of ours
-            (`runtime.prepare`: memory kept, denormals flushed), which the tutorial's way may profit from too. The
-            weights are a training's first; ŷ stands ready, as in `train.py`, whose own images/s over a whole epoch is
-            printed beside as a check.
+            take turns, each in a process of its own, so that neither has the other's settings of memory and denormals;
+            medians of the rounds are given. The weights are a training's first; ŷ stands ready, as in `train.py`, whose
+            own images/s over a whole epoch is printed beside as a check.
 gemm_share  How much of what the machine can do the CVAE's step makes use of: its matrix FLOPs per second of its whole
             time, over the best rate of a large float32 product (N×N×N, 2N³ FLOPs), measured between the rounds.
             A multiplication and an addition count as two. Counted is what has to be computed. With m the
@@ -45,7 +44,7 @@ from typing import Any
 
 import torch
 import tutorial
-from common import arguments, count, machine, run, show, spread, train_command, turns
+from common import OtherProcess, arguments, count, machine, run, show, spread, train_command, turns
 from torch.utils.flop_counter import FlopCounterMode
 
 import train as script
@@ -153,13 +152,12 @@ def matrix_rate(size: int, repeats: int = 5) -> float:
     return 2 * size**3 / seconds
 
 
-def steps_of(
-    loop: Ours | tutorial.BaselineTraining | tutorial.CvaeTraining, samples: Any, steps: int
-) -> Callable[[], float]:
-    """What does so many steps and returns its seconds."""
-    if isinstance(loop, Ours):
-        return lambda: loop.run(steps)
-    return lambda: tutorial.timed(loop.step, samples, steps)
+def tutorial_way(batch_size: int) -> Callable[[str, int], float]:
+    """The tutorial's trainings; gives the seconds that so many steps of a phase take."""
+    samples = tutorial.endless(tutorial.batches(load_train()[0], NUM_QUADRANTS, batch_size, shuffle=True))
+    baseline = tutorial.BaselineTraining()
+    trainings = {"baseline": baseline, "cvae": tutorial.CvaeTraining(baseline.net)}
+    return lambda phase, steps: tutorial.timed(trainings[phase].step, samples, steps)
 
 
 def measure_steps(batch_size: int, steps: int, rounds: int, matrix_size: int) -> dict[str, Any]:
@@ -170,23 +168,19 @@ def measure_steps(batch_size: int, steps: int, rounds: int, matrix_size: int) ->
     image_set = ImageSet(images, quadrants)
     baseline = Baseline(quadrants.num_observed, quadrants.num_pixels)
     our_baseline = Ours(baseline, image_set, batch_size)
-
-    their_baseline = tutorial.BaselineTraining()
-    loader = tutorial.batches(images, NUM_QUADRANTS, batch_size, shuffle=True)
-    samples = tutorial.endless(loader)
+    theirs = OtherProcess(tutorial_way, batch_size)
     measured: dict[str, Any] = {}
 
-    def compare(name: str, ours: Ours, theirs: Any) -> list[float]:
-        sides = [steps_of(ours, None, steps), steps_of(theirs, samples, steps)]
+    def compare(name: str, ours: Ours) -> list[float]:
         ours.run(5)
-        tutorial.timed(theirs.step, samples, 5)
+        theirs(name, 5)
         rates: list[float] = []
 
         def product() -> float:
             rates.append(matrix_rate(matrix_size))
             return 0.0
 
-        seconds = turns(rounds, *sides, product)
+        seconds = turns(rounds, lambda: ours.run(steps), lambda: theirs(name, steps), product)
         speeds = [[steps * batch_size / s for s in side] for side in seconds[:2]]
         measured[name] = {
             "ours": median(speeds[0]),
@@ -197,11 +191,11 @@ def measure_steps(batch_size: int, steps: int, rounds: int, matrix_size: int) ->
         }
         return rates
 
-    rates = compare("baseline", our_baseline, their_baseline)
+    rates = compare("baseline", our_baseline)
     cvae = CVAE(baseline, quadrants.num_observed, quadrants.num_pixels)
     image_set.set_guesses(baseline.guess)
     our_cvae = Ours(cvae, image_set, batch_size)
-    rates += compare("cvae", our_cvae, tutorial.CvaeTraining(their_baseline.net))
+    rates += compare("cvae", our_cvae)
 
     flops = counted_flops(cvae, quadrants, batch_size)
     best_rate = max(rates)

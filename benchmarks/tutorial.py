@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
@@ -52,7 +53,9 @@ class QuadrantImages(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         picture = Image.fromarray(self.images[index].numpy())
-        return mask_quadrants(pictures.to_tensor(picture).squeeze(), self.num_quadrants)
+        original = pictures.to_tensor(picture)
+        digit = torch.as_tensor(np.asarray(0), dtype=torch.int64)  # not used, but made and collated
+        return {"original": original, "digit": digit, **mask_quadrants(original.squeeze(), self.num_quadrants)}
 
 
 def batches(images: Tensor, num_quadrants: int, batch_size: int, shuffle: bool) -> DataLoader[Sample]:

@@ -243,6 +243,10 @@ def test_more_epochs(work: Path, forked: Forked) -> None:
     assert read_settings(work / "runs/short").epochs == 4
     assert_same(work / "runs/short", work / "runs/long", apart_from="texts")  # of the settings it began with
     assert forked("--resume", "short")["output"] == "runs/short is finished: nothing is left to do\n"
+    fewer = forked("--resume", "short", "--epochs", "3")
+    assert fewer["code"] == 2
+    assert "has had 4 epochs" in fewer["output"]
+    assert read_settings(work / "runs/short").epochs == 4
 
 
 # What is refused
