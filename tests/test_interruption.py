@@ -245,7 +245,8 @@ def test_second_training_in_a_folder(work: Path, forked: Forked) -> None:
         process.kill()
         process.communicate()
     assert (folder / ".lock").exists()  # stale now, and no obstacle
-    answer = forked("--resume", "held", "--epochs", "1")
+    done = checkpoint.load(folder / "last.pt")["progress"]["epoch"]
+    answer = forked("--resume", "held", "--epochs", str(done + 1))
     assert answer["code"] == 0, answer
 
 
