@@ -18,6 +18,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the code of this checkout, installed or not
 
+from cvae.run_folder import processor  # noqa: E402
+
 
 def arguments(manual: str | None) -> argparse.ArgumentParser:
     """A parser whose help is the script's manual, with the flags that every benchmark has."""
@@ -35,7 +37,6 @@ def count(word: str) -> int:
 
 def machine() -> dict[str, Any]:
     """Hardware and versions that the numbers depend on."""
-    names = [line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     try:
         import pyro
@@ -44,7 +45,7 @@ def machine() -> dict[str, Any]:
     else:
         versions["pyro"] = pyro.__version__
     return {
-        "processor": names[0] if names else platform.machine(),
+        "processor": processor(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "vector_instructions": torch.backends.cpu.get_cpu_capability(),
@@ -52,13 +53,6 @@ def machine() -> dict[str, Any]:
         "load_before": round(os.getloadavg()[0], 2),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []
 
 
 class OtherProcess:

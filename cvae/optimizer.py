@@ -82,7 +82,7 @@ class GuardedAdam:
     @torch.no_grad()
     def step(self, loss: Tensor) -> Tensor:
         """Update the parameters unless something is not finite; whether it was done, a bool scalar."""
-        gradients = [p.grad for p in self.parameters if p.grad is not None]  # it is not: they all take part
+        gradients = [p.grad for p in self.parameters if p.grad is not None]  # all of them have one
         # One number per tensor is enough: neither a NaN nor an infinity can leave a sum again.
         checksum = torch.stack([gradient.sum() for gradient in gradients]).sum()
         bad_loss = loss.detach().isfinite().logical_not().float()

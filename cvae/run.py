@@ -3,7 +3,8 @@
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TextIO
@@ -112,19 +113,18 @@ class Run:
 
     def restore(self, last: dict[str, Any], model: nn.Module, average: nn.Module, optimizer: GuardedAdam) -> Progress:
         """Put model, average and optimizer where the checkpoint has them. Raises DataError if it does not fit them."""
-        try:
+        with _fitting(self.folder / LAST):
             model.load_state_dict(last["model"])
             average.load_state_dict(last["average"])
             optimizer.load_state_dict(last["optimizer"])
-            progress = Progress(**last["progress"])
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise DataError(f"{self.folder / LAST}: does not fit the run's settings ({type(error).__name__})") from None
+        progress = Progress(**last["progress"])
         self.processes.on_main(lambda: self.save_best(last))  # the process may have ended between the two files
         return progress
 
     def load_last(self, last: dict[str, Any], model: nn.Module) -> None:
         """Put the checkpoint's weights into a model. Raises DataError if they do not fit it."""
-        self._load_weights(LAST, last, model)
+        with _fitting(self.folder / LAST):
+            model.load_state_dict(last["model"])
 
     def load_best(self, phase: str, progress: Progress, model: nn.Module) -> None:
         """Put the best weights of the phase trained last into a model.
@@ -136,13 +136,9 @@ class Run:
                 f"{phase}: the validation loss was NaN or infinite after each of {progress.epoch} epochs. "
                 "Try a lower --learning-rate, or look at the data"
             )
-        self._load_weights(BEST, checkpoint.load(self.folder / BEST, self.device), model)
-
-    def _load_weights(self, name: str, content: dict[str, Any], model: nn.Module) -> None:
-        try:
-            model.load_state_dict(content["model"])
-        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-            raise DataError(f"{self.folder / name}: does not fit the run's settings ({type(error).__name__})") from None
+        best = checkpoint.load(self.folder / BEST, self.device)
+        with _fitting(self.folder / BEST):
+            model.load_state_dict(best["model"])
 
     def save_epoch(
         self, phase: str, progress: Progress, state: dict[str, Any], record: dict[str, Any], draw: Callable[[], Tensor]
@@ -173,6 +169,15 @@ class Run:
         """Raises Interrupted, in all processes at once, if a signal came to one of them."""
         if number := self.processes.maximum(self.interruption.signal_number, self.device):
             raise Interrupted(f"interrupted; to go on: python train.py --resume {self.folder}", number)
+
+
+@contextmanager
+def _fitting(path: Path) -> Iterator[None]:
+    """Raises DataError, naming the file, for what a model or an optimizer says of a state that is not its own."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise DataError(f"{path}: does not fit the run's settings ({type(error).__name__})") from None
 
 
 def _is_checkpoint(last: dict[str, Any]) -> bool:

@@ -152,7 +152,7 @@ def write_json(path: Path, value: object) -> None:
 
 def describe_machine(device: torch.device, processes: int) -> dict[str, Any]:
     """What a run's numbers and times may depend on beside its settings: versions, revision, hardware."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return {
         "git_revision": _git_revision(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
@@ -161,7 +161,7 @@ def describe_machine(device: torch.device, processes: int) -> dict[str, Any]:
     }
 
 
-def _processor() -> str:
+def processor() -> str:
     """The processor's name, where Linux tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
