@@ -1,11 +1,13 @@
-"""What the tests share: a small CVAE with noise and images to put through it."""
+"""What the tests share: a small CVAE with noise and images to put through it; a place for whole trainings."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
+from trainings import Forked, make_contrary_data, make_data
 
 from cvae.model import CVAE, Baseline
 from cvae.quadrants import Quadrants
@@ -53,3 +55,21 @@ def make_toy() -> Callable[..., Toy]:
         return Toy(quadrants, cvae, images, *quadrants.split(images), eps)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for whole trainings, one per test file, with images in `data` and `contrary`."""
+    folder = tmp_path_factory.mktemp("work")
+    make_data(folder / "data")
+    make_contrary_data(folder / "contrary")
+    (folder / "runs").mkdir()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def forked(work: Path) -> Iterator[Forked]:
+    """Trainings on one process, in `work`."""
+    trainings = Forked(work)
+    yield trainings
+    trainings.close()

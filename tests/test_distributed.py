@@ -7,7 +7,6 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,6 @@ from trainings import (
     epochs_logged,
     events,
     finish,
-    make_contrary_data,
-    make_data,
     running,
     start,
     torchrun,
@@ -39,24 +36,6 @@ STOPS = [
 ]  # fmt: skip
 """The CVAE's second epoch is no better, and the last: ten steps of the CVAE, and five of the baseline before them."""
 STEPS = 15
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder all this happens in, with images in `data` and `contrary`."""
-    folder = tmp_path_factory.mktemp("distributed")
-    make_data(folder / "data")
-    make_contrary_data(folder / "contrary")
-    (folder / "runs").mkdir()
-    return folder
-
-
-@pytest.fixture(scope="module")
-def forked(work: Path) -> Iterator[Forked]:
-    """Trainings on one process."""
-    trainings = Forked(work)
-    yield trainings
-    trainings.close()
 
 
 @pytest.fixture(scope="module")

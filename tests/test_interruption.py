@@ -5,7 +5,6 @@ import signal
 import struct
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,6 @@ from trainings import (
     epochs_logged,
     events,
     finish,
-    make_data,
     plain,
     running,
     start,
@@ -34,22 +32,6 @@ from cvae import checkpoint
 from cvae.errors import DataError
 from cvae.quadrants import Quadrants
 from cvae.run_folder import finished_runs, read_json, read_metrics, read_settings
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder all this happens in, with the images in `data`."""
-    folder = tmp_path_factory.mktemp("interruption")
-    make_data(folder / "data")
-    (folder / "runs").mkdir()
-    return folder
-
-
-@pytest.fixture(scope="module")
-def forked(work: Path) -> Iterator[Forked]:
-    trainings = Forked(work)
-    yield trainings
-    trainings.close()
 
 
 def assert_goes_on_to_the_same_end(folder: Path, forked: Forked) -> None:

@@ -2,7 +2,6 @@
 
 import random
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,6 @@ from trainings import (
     epochs_logged,
     events,
     finish,
-    make_contrary_data,
-    make_data,
     start,
     train_command,
 )
@@ -25,23 +22,6 @@ from cvae.run_folder import read_json, read_settings
 
 BASELINE = [("baseline", 1), ("baseline", 2)]
 ALL_EPOCHS = [*BASELINE, ("cvae", 1), ("cvae", 2), ("cvae", 3)]
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder all this happens in, with images in `data` and `contrary`."""
-    folder = tmp_path_factory.mktemp("resume")
-    make_data(folder / "data")
-    make_contrary_data(folder / "contrary")
-    (folder / "runs").mkdir()
-    return folder
-
-
-@pytest.fixture(scope="module")
-def forked(work: Path) -> Iterator[Forked]:
-    trainings = Forked(work)
-    yield trainings
-    trainings.close()
 
 
 @pytest.fixture(scope="module")
