@@ -38,13 +38,15 @@ from cvae.data import ImageSet, load_train
 from cvae.distributed import Processes
 from cvae.errors import CvaeError, PeerLost, UsageError
 from cvae.figures import completion_rows, draw_rows
+from cvae.gradients import Gradients, by_autograd, by_hand
 from cvae.model import CVAE, Baseline
-from cvae.objectives import Terms, means
-from cvae.optimizer import GuardedAdam, WeightAverage
+from cvae.objectives import means
+from cvae.optimizer import GuardedAdam
 from cvae.quadrants import Quadrants
 from cvae.run import Progress, Run
 from cvae.run_folder import read_settings, refuse_existing
 from cvae.settings import Settings
+from cvae.weights import WeightAverage, Weights
 
 REPORT_EVERY = 50  # steps between two looks at the device: the bar's loss, the gradients' health, the other processes
 VALIDATION_BATCH = 1000
@@ -69,18 +71,21 @@ def fit(
     share = processes.share_of_batch(batch_size)
     steps = len(train) // batch_size
 
-    average = WeightAverage(model, s.average)  # what is validated and kept
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = GuardedAdam(trained, s.learning_rate, loss_scaling=run.precision == "fp16")
+    weights = Weights(model.parameters())
+    average = WeightAverage(model, weights, s.average)  # what is validated and kept
+    optimizer = GuardedAdam(weights, s.learning_rate, loss_scaling=run.precision == "fp16")
     progress = Progress()
     if last.get("phase") == phase:
         progress = run.restore(last, model, average.model, optimizer)
 
-    objective = torch.compile(model) if s.compile else model
+    if s.compile:
+        gradients = by_autograd(torch.compile(model), optimizer, run.precision)
+    else:
+        gradients = by_hand(model, optimizer, run.precision)
     totals = torch.zeros(3, dtype=torch.float64, device=device)  # of the epoch's log-likelihoods, KLs and images
     fixed_noise = noise(s.particles, len(validation), model, runtime.generator(device, s.seed, "validation"))
 
-    step = partial(training_step, objective, train, optimizer, totals, batch_size, run.precision, processes)
+    step = partial(training_step, gradients, train, optimizer, totals, batch_size, processes)
     take_step = runtime.GraphedStep(step) if device.type == "cuda" and processes.count == 1 else step
 
     while not progress.is_over(epochs, s.patience):
@@ -140,20 +145,18 @@ def fit(
 
 
 def training_step(
-    objective: Callable[..., Terms], images: ImageSet, optimizer: GuardedAdam, totals: Tensor, batch_size: int,
-    precision: str, processes: Processes, rows: Tensor, eps: Tensor,
+    gradients: Gradients, images: ImageSet, optimizer: GuardedAdam, totals: Tensor, batch_size: int,
+    processes: Processes, rows: Tensor, eps: Tensor,
 ) -> None:  # fmt: skip
     """One step of Adam on −ELBO per image of a batch, of which `rows` are this process's share; adds to the totals.
 
     Nothing in it waits for the device, and all its results are updated in place: it can be captured in a CUDA graph.
     """
-    with runtime.autocast(precision, rows.device):
-        terms = objective(*images.batch(rows), eps)
+    terms = gradients(images.batch(rows), eps, optimizer.loss_scale / batch_size)
     loss = -terms.elbo.sum() / batch_size
-    optimizer.backward(loss)
-    processes.sum_gradients(optimizer.parameters, loss := loss.detach())
+    processes.sum_(optimizer.gradient, loss)
     accepted = optimizer.step(loss)
-    totals.add_(torch.where(accepted, terms.sums().detach(), 0.0))
+    totals.add_(torch.where(accepted, terms.sums(), 0.0))
 
 
 def noise(particles: int, count: int, model: Baseline | CVAE, random: torch.Generator) -> Tensor:
@@ -209,7 +212,8 @@ def train_run(run: Run, resume: bool, overwrite: bool) -> None:
     quadrants = Quadrants(s.quadrants, *images.shape[1:])
     train = ImageSet(images[: s.train_limit], quadrants, device)
     validation = ImageSet(validation_images, quadrants, device)
-    digits = validation_images[:NUM_DIGITS].to(device)
+    digits = validation_images[:NUM_DIGITS].clone().to(device)
+    del images, validation_images  # the image sets hold all that is needed
 
     def draw(eps: Tensor | None, model: Baseline | CVAE) -> Tensor:
         return draw_rows(completion_rows(digits, quadrants, model, eps))
@@ -224,7 +228,7 @@ def train_run(run: Run, resume: bool, overwrite: bool) -> None:
     if last.get("phase") == "cvae":
         run.load_last(last, cvae)  # the baseline among it
     for image_set in (train, validation):  # ŷ is computed once: the baseline is frozen now
-        image_set.set_guesses(baseline.guess)
+        image_set.set_guesses(baseline.guess, runtime.HALF.get(run.precision))
     eps = noise(NUM_SAMPLES, len(digits), cvae, runtime.generator(device, s.seed, "picture"))
     progress = fit("cvae", cvae, train, validation, partial(draw, eps), run, last)
     run.processes.on_main(lambda: run.finish(progress))
@@ -234,7 +238,10 @@ def train_run(run: Run, resume: bool, overwrite: bool) -> None:
 FLAGS = {  # the settings, as flags of the same names
     "quadrants": (int, "how many quadrants are observed, 1, 2 or 3; several numbers make several runs"),
     "device": (str, "auto, cpu, cuda or cuda:n"),
-    "precision": (str, "fp32, bf16, fp16, or auto: fp32 on a CPU, mixed on CUDA"),
+    "precision": (
+        str,
+        "fp32, bf16, fp16, or auto: bf16 where the device has it, else fp16 on CUDA, fp32 on a CPU",
+    ),
     "epochs": (int, "at most so many epochs of the CVAE"),
     "baseline_epochs": (int, "at most so many epochs of the baseline"),
     "patience": (int, "stop after so many epochs without improvement on the validation images"),

@@ -16,9 +16,8 @@ from statistics import median
 
 import torch
 from common import arguments, count, machine, show, turns
-from speed import Ours
+from speed import PRECISION, Ours
 from torch import Tensor
-from torch.optim.adam import adam
 
 from cvae import checkpoint, runtime
 from cvae.data import ImageSet, load_train
@@ -35,10 +34,11 @@ class UnguardedAdam(GuardedAdam):
 
     @torch.no_grad()
     def step(self, loss: Tensor) -> Tensor:
-        adam(
-            self.parameters, [p.grad for p in self.parameters], self.moments, self.squares, [], self.updates,
+        self.updates += 1
+        torch._fused_adam_(
+            [self.weights.vector], [self.gradient], [self.moments], [self.squares], [], [self.updates],
             lr=self.learning_rate, beta1=BETA1, beta2=BETA2, eps=EPSILON, weight_decay=0.0,
-            amsgrad=False, maximize=False, fused=True,
+            amsgrad=False, maximize=False,
         )  # fmt: skip
         return loss.new_ones((), dtype=torch.bool)
 
@@ -49,9 +49,11 @@ def trainings() -> tuple[Ours, Ours]:
     images = ImageSet(load_train()[0], quadrants)
     sizes = (quadrants.num_observed, quadrants.num_pixels)
     baseline = Baseline(*sizes)
-    images.set_guesses(baseline.guess)
-    guarded, unguarded = (Ours(CVAE(baseline, *sizes), images, BATCH_SIZE) for _ in range(2))
-    unguarded.optimizer = UnguardedAdam(unguarded.optimizer.parameters, unguarded.settings.learning_rate)
+    images.set_guesses(baseline.guess, runtime.HALF.get(PRECISION))
+    guarded, unguarded = (
+        Ours(CVAE(baseline, *sizes), images, BATCH_SIZE, optimizer=optimizer)
+        for optimizer in (GuardedAdam, UnguardedAdam)
+    )
     return guarded, unguarded
 
 

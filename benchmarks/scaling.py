@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from common import ROOT, arguments, count, machine, run, show
-from speed import Ours
+from speed import PRECISION, Ours
 
 from cvae import runtime
 from cvae.data import ImageSet
@@ -42,7 +42,7 @@ def model_and_images(side: int, hidden: int, number: int) -> tuple[CVAE, ImageSe
     images = ImageSet(pixels, quadrants)
     sizes = (quadrants.num_observed, quadrants.num_pixels, (hidden, hidden))
     cvae = CVAE(Baseline(*sizes), *sizes)
-    images.set_guesses(cvae.baseline_net.guess)
+    images.set_guesses(cvae.baseline_net.guess, runtime.HALF.get(PRECISION))
     return cvae, images
 
 

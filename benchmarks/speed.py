@@ -51,14 +51,17 @@ import train as script
 from cvae import runtime
 from cvae.data import ImageSet, load_train
 from cvae.distributed import Processes
+from cvae.gradients import by_hand
 from cvae.model import CVAE, Baseline
-from cvae.optimizer import GuardedAdam, WeightAverage
+from cvae.optimizer import GuardedAdam
 from cvae.quadrants import Quadrants
 from cvae.run_folder import METRICS, read_metrics
 from cvae.settings import Settings
+from cvae.weights import WeightAverage, Weights
 
 NUM_QUADRANTS = 1
 DEVICE = torch.device("cpu")
+PRECISION = runtime.resolve_precision("auto", DEVICE)
 
 # A child's ru_maxrss is never below what its parent had when it started it: so a small process is put in between.
 PEAK_MEMORY = """
@@ -87,19 +90,23 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 class Ours:
     """The loop of `fit` in `train.py`, without its progress bar and signals, and without what is between epochs."""
 
-    def __init__(self, model: Baseline | CVAE, images: ImageSet, batch_size: int):
+    def __init__(
+        self, model: Baseline | CVAE, images: ImageSet, batch_size: int, precision: str = PRECISION,
+        optimizer: type[GuardedAdam] = GuardedAdam,
+    ):  # fmt: skip
         self.model, self.images, self.batch_size = model, images, batch_size
         self.settings = Settings(quadrants=NUM_QUADRANTS, batch_size=batch_size)
-        self.average = WeightAverage(model, self.settings.average)
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = GuardedAdam(trained, self.settings.learning_rate)
+        self.weights = Weights(model.parameters())
+        self.average = WeightAverage(model, self.weights, self.settings.average)
+        self.optimizer = optimizer(self.weights, self.settings.learning_rate)
+        self.gradients = by_hand(model, self.optimizer, precision)
         self.totals = torch.zeros(3, dtype=torch.float64)
         self.epoch = 0
 
     def step(self, rows: torch.Tensor, eps: torch.Tensor) -> None:
         """One step of Adam, as in `fit`."""
         script.training_step(
-            self.model, self.images, self.optimizer, self.totals, self.batch_size, "fp32", Processes(), rows, eps
+            self.gradients, self.images, self.optimizer, self.totals, self.batch_size, Processes(), rows, eps
         )
 
     def run(self, steps: int) -> float:
@@ -160,14 +167,14 @@ def tutorial_way(batch_size: int) -> Callable[[str, int], float]:
     return lambda phase, steps: tutorial.timed(trainings[phase].step, samples, steps)
 
 
-def measure_steps(batch_size: int, steps: int, rounds: int, matrix_size: int) -> dict[str, Any]:
+def measure_steps(precision: str, batch_size: int, steps: int, rounds: int, matrix_size: int) -> dict[str, Any]:
     """Images/s of both phases and both sides, and the share of the machine's matrix rate."""
     runtime.prepare(DEVICE)
     images, _ = load_train()
     quadrants = Quadrants(NUM_QUADRANTS, *images.shape[1:])
     image_set = ImageSet(images, quadrants)
     baseline = Baseline(quadrants.num_observed, quadrants.num_pixels)
-    our_baseline = Ours(baseline, image_set, batch_size)
+    our_baseline = Ours(baseline, image_set, batch_size, precision)
     theirs = OtherProcess(tutorial_way, batch_size)
     measured: dict[str, Any] = {}
 
@@ -193,8 +200,8 @@ def measure_steps(batch_size: int, steps: int, rounds: int, matrix_size: int) ->
 
     rates = compare("baseline", our_baseline)
     cvae = CVAE(baseline, quadrants.num_observed, quadrants.num_pixels)
-    image_set.set_guesses(baseline.guess)
-    our_cvae = Ours(cvae, image_set, batch_size)
+    image_set.set_guesses(baseline.guess, runtime.HALF.get(precision))
+    our_cvae = Ours(cvae, image_set, batch_size, precision)
     rates += compare("cvae", our_cvae)
 
     flops = counted_flops(cvae, quadrants, batch_size)
@@ -233,6 +240,9 @@ def measure_trainings(starts: int, more: Sequence[str]) -> dict[str, Any]:
 def main() -> int:
     """Run the command line."""
     parser = arguments(__doc__)
+    parser.add_argument(
+        "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of our products (default: %(default)s)"
+    )
     parser.add_argument("--batch-size", type=count, default=128, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--steps", type=count, default=100, metavar="N", help="of a round (default: %(default)s)")
     parser.add_argument("--rounds", type=count, default=5, metavar="N", help="(default: %(default)s)")
@@ -246,7 +256,9 @@ def main() -> int:
     parser.add_argument("train_flags", nargs="*", metavar="FLAG", help="for train.py, after --")
     options = parser.parse_args()
     on = machine()
-    result = measure_steps(options.batch_size, options.steps, options.rounds, options.matrix_size)
+    precision = runtime.resolve_precision(options.precision, DEVICE)
+    result = {"precision": precision}
+    result |= measure_steps(precision, options.batch_size, options.steps, options.rounds, options.matrix_size)
     if not options.no_trainings:
         result |= measure_trainings(options.starts, options.train_flags)
     result |= {"batch_size": options.batch_size, "steps": options.steps, "rounds": options.rounds}

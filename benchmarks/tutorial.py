@@ -4,7 +4,7 @@ It has the tutorial's networks, data path and inference, and the choices that co
 image, then a tensor, then two images with −1 where a pixel does not belong, one after the other in the main process
 (DataLoader, no workers); the networks compute all pixels, and boolean masks pick those that count; the baseline is
 applied again in every step; losses are read back step by step; Pyro's SVI with Trace_ELBO trains the CVAE.
-Left out, in the tutorial's favour: labels, progress bars, checkpoints.
+Left out, in the tutorial's favour: progress bars, checkpoints.
 """
 
 import time
@@ -47,6 +47,7 @@ class QuadrantImages(Dataset[Sample]):
 
     def __init__(self, images: Tensor, num_quadrants: int):
         self.images, self.num_quadrants = images, num_quadrants
+        self.digits = torch.zeros(len(images), dtype=torch.int64)  # labels are not used: any will do
 
     def __len__(self) -> int:
         return len(self.images)
@@ -54,7 +55,7 @@ class QuadrantImages(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         picture = Image.fromarray(self.images[index].numpy())
         original = pictures.to_tensor(picture)
-        digit = torch.as_tensor(np.asarray(0), dtype=torch.int64)  # not used, but made and collated
+        digit = torch.as_tensor(np.asarray(int(self.digits[index])), dtype=torch.int64)
         return {"original": original, "digit": digit, **mask_quadrants(original.squeeze(), self.num_quadrants)}
 
 

@@ -105,16 +105,21 @@ class ImageSet:
         return len(self.vectors)
 
     @torch.no_grad()
-    def set_guesses(self, guess: Callable[[Tensor], Tensor], size: int = 1000) -> None:
-        """Compute ŷ once for all images, `size` at a time; `guess`: x `[B, num_observed]` → ŷ `[B, num_hidden]`."""
+    def set_guesses(
+        self, guess: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None, size: int = 1000
+    ) -> None:
+        """Compute ŷ once for all images, `size` at a time; `guess`: x `[B, num_observed]` → ŷ `[B, num_hidden]`.
+
+        dtype: to keep them in; a network whose products are in half precision sees no more of them than that.
+        """
         shape = (len(self), self.vectors.shape[1] - self.num_observed)
-        self.y_hat = torch.empty(shape, device=self.vectors.device)
+        self.y_hat = torch.empty(shape, dtype=dtype, device=self.vectors.device)
         for rows, batch in zip(self.y_hat.split(size), self.batches(size), strict=True):
             rows.copy_(guess(batch.x))
 
     def batch(self, rows: Tensor | slice) -> Batch:
         """The images at these rows: int64 `[B]` on the device, or a slice."""
-        pixels = _rows(self.vectors, rows).float().div_(255)
+        pixels = _rows(self.vectors, rows) / 255
         y_hat = None if self.y_hat is None else _rows(self.y_hat, rows)
         return Batch(pixels[:, : self.num_observed], pixels[:, self.num_observed :], y_hat)
 

@@ -43,6 +43,20 @@ def gaussian_kl(q: Gaussian, p: Gaussian) -> Tensor:
     return (0.5 * ((2.0 * log_ratio).exp() + shift.square() - 1.0) - log_ratio).sum(-1)
 
 
+def gaussian_kl_and_grads(q: Gaussian, p: Gaussian) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`gaussian_kl` `[...]`, and its derivatives by q.loc, by q.log_scale and by p.log_scale, `[..., Z]` each.
+
+    They are (μ_q − μ_p) / σ_p², σ_q²/σ_p² − 1 and 1 − (σ_q² + (μ_q − μ_p)²) / σ_p². That by p.loc is minus the first.
+    """
+    log_ratio = q.log_scale - p.log_scale
+    precision = (-2.0 * p.log_scale).exp_()
+    shift = q.loc - p.loc
+    by_loc = shift * precision
+    by_q = (2.0 * log_ratio).exp_().sub_(1.0)
+    by_p = shift.mul_(by_loc).add_(by_q).neg_()
+    return by_p.mul(-0.5).sub_(log_ratio).sum(-1), by_loc, by_q, by_p
+
+
 def bernoulli_log_prob(y: Tensor, logits: Tensor) -> Tensor:
     """Σ y·l − log(1 + eˡ) over the last dimension: y in [0, 1] and logits l `[..., D]` → nats `[...]`, ≤ 0.
 
@@ -67,7 +81,13 @@ class _BernoulliLogProb(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
         y, logits = ctx.saved_tensors
-        return None, (y - logits.sigmoid()).mul_(grads[0].unsqueeze(-1))
+        return None, bernoulli_log_prob_grad(y, logits).mul_(grads[0].unsqueeze(-1))
+
+
+def bernoulli_log_prob_grad(y: Tensor, logits: Tensor) -> Tensor:
+    """The derivative of `bernoulli_log_prob` by the logits, y − σ(l): `[..., D]`."""
+    mean = logits.sigmoid()
+    return torch.sub(y, mean, out=mean)
 
 
 def bernoulli_entropy(y: Tensor) -> Tensor:

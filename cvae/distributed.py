@@ -4,7 +4,7 @@ With one process everything here is a no-op, and `torch.distributed` is never in
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
@@ -62,11 +62,6 @@ class Processes:
                 dist.all_reduce(flat)
             for tensor, total in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
                 tensor.copy_(total.view_as(tensor))
-
-    def sum_gradients(self, parameters: Iterable[Tensor], *others: Tensor) -> None:
-        """As `sum_`, of the parameters' gradients and whatever else there is to agree on."""
-        if self.count > 1:
-            self.sum_(*(p.grad for p in parameters if p.grad is not None), *others)
 
     def gather(self, part: Tensor) -> Tensor:
         """The parts `[..., n]` of all processes, joined in the order of their ranks."""

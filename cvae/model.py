@@ -36,8 +36,11 @@ class FromObserved(nn.Linear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        observed, hidden = torch.split(self.weight, [x.shape[-1], self.in_features - x.shape[-1]], dim=1)
-        return F.linear(x, observed, self.bias + UNOBSERVED * hidden.sum(1))
+        return F.linear(x, self.weight[:, : x.shape[-1]], self.bias_given(x.shape[-1]))
+
+    def bias_given(self, num_observed: int) -> Tensor:
+        """The bias, `[out_features]`, with the share of the hidden pixels, those after so many observed ones."""
+        return self.bias + UNOBSERVED * self.weight[:, num_observed:].sum(1)
 
 
 class ToHidden(nn.Linear):
@@ -48,8 +51,7 @@ class ToHidden(nn.Linear):
         self.num_hidden = num_hidden
 
     def forward(self, features: Tensor) -> Tensor:
-        sizes = [self.out_features - self.num_hidden, self.num_hidden]
-        return F.linear(features, torch.split(self.weight, sizes)[1], torch.split(self.bias, sizes)[1])
+        return F.linear(features, self.weight[-self.num_hidden :], self.bias[-self.num_hidden :])
 
 
 class Baseline(nn.Module):

@@ -1,49 +1,23 @@
 """One step of Adam that no NaN and no infinity gets past, with loss scaling for float16, and without a host sync."""
 
-import copy
-from collections.abc import Iterable
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim.adam import adam
+from torch import Tensor
 
 from cvae.errors import NonFiniteError
+from cvae.weights import Weights
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # of Kingma and Ba 2015
 
 MAX_STREAK = 10
 """So many bad steps in a row end a training."""
 
+MAX_UNSEEN = 1000
+"""So many steps may pass between two looks at their outcomes."""
+
+BAD, OVERFLOW = 1, 2  # outcomes of a step; 0: it was taken
 INITIAL_SCALE, MIN_SCALE, GROWTH_INTERVAL = 2.0**16, 2.0**-14, 2000
-
-
-Model = TypeVar("Model", bound=nn.Module)
-
-
-class WeightAverage(Generic[Model]):
-    """An exponential moving average of a model's weights, in a copy of the model: less noisy than any last weights.
-
-    The average spans about `window` steps, and less at the start. 0: there is none, `model` is the model itself.
-    Source: Polyak and Juditsky 1992, with exponential weights.
-    """
-
-    def __init__(self, model: Model, window: int):
-        frozen = {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
-        self.model: Model = copy.deepcopy(model, frozen) if window else model  # what is frozen is shared
-        self._window = window
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        averages = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self._pairs = list(zip(averages, trained, strict=True))
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Take the weights in, after the step of this number, counted from 0 over the whole training."""
-        every = 1 if step < 100 else 10  # a pass over the weights is not for nothing, and later they change little
-        if self._window and step % every == 0:
-            weight = min(1.0, every / min(self._window, 1 + step / 9))
-            for average, parameter in self._pairs:
-                average.lerp_(parameter, weight)
 
 
 class GuardedAdam:
@@ -58,54 +32,49 @@ class GuardedAdam:
     et al. 2018.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], learning_rate: float, loss_scaling: bool = False):
-        self.parameters: list[Tensor] = list(parameters)
-        self.device = self.parameters[0].device
+    def __init__(self, weights: Weights, learning_rate: float, loss_scaling: bool = False):
+        self.weights = weights
+        self.device = weights.vector.device
         self.learning_rate = torch.tensor(learning_rate, device=self.device)
-        self.moments = [torch.zeros_like(p) for p in self.parameters]
-        self.squares = [torch.zeros_like(p) for p in self.parameters]
-        self.updates = [self._zero() for _ in self.parameters]  # one count per tensor, as the library wants it
+        self.gradient, self.moments, self.squares = (torch.zeros_like(weights.vector) for _ in range(3))
+        for parameter in weights:
+            parameter.grad = weights.view(parameter, self.gradient)
+        self.updates = self._zero()  # steps taken
         self.scale = torch.tensor(INITIAL_SCALE, device=self.device) if loss_scaling else None
         self.good_steps = self._zero()  # since the scale last changed
-        self.bad_streak = self._zero()
-        self.steps, self.bad, self.overflows, self.failed_at = (self._zero() for _ in range(4))  # of this epoch
+        self._outcomes = torch.zeros(MAX_UNSEEN, device=self.device)  # of the steps since the last look
+        self._unseen = torch.zeros(1, dtype=torch.int64, device=self.device)  # how many they are
+        self.bad_streak = 0
+        self.steps = self.bad = self.overflows = self.failed_at = 0  # of this epoch
+
+    @property
+    def loss_scale(self) -> Tensor | float:
+        """What the loss is to be multiplied by before its gradient is taken."""
+        return 1.0 if self.scale is None else self.scale
 
     def _zero(self) -> Tensor:
         return torch.zeros((), device=self.device)
 
-    def backward(self, loss: Tensor) -> None:
-        """The gradients of the loss, in the place of earlier ones."""
-        for parameter in self.parameters:
-            parameter.grad = None
-        (loss if self.scale is None else loss * self.scale).backward()
-
     @torch.no_grad()
     def step(self, loss: Tensor) -> Tensor:
-        """Update the parameters unless something is not finite; whether it was done, a bool scalar."""
-        gradients = [p.grad for p in self.parameters if p.grad is not None]  # all of them have one
-        # One number per tensor is enough: neither a NaN nor an infinity can leave a sum again.
-        checksum = torch.stack([gradient.sum() for gradient in gradients]).sum()
-        bad_loss = loss.detach().isfinite().logical_not().float()
-        skip = torch.maximum(checksum.isfinite().logical_not().float(), bad_loss)
-        adam(
-            self.parameters, gradients, self.moments, self.squares, [], self.updates,
+        """Update the weights by `gradient`, unless it or the loss is not finite; whether it was done, a bool scalar."""
+        # One sum is enough: neither a NaN nor an infinity can leave it again. v − v is 0 if v is finite, else NaN.
+        checksum = self.gradient.sum() + loss
+        skip = (checksum - checksum != 0).float()
+        self.updates.add_(1).sub_(skip)
+        torch._fused_adam_(  # what torch.optim.Adam(fused=True) calls, without the way there
+            [self.weights.vector], [self.gradient], [self.moments], [self.squares], [], [self.updates],
             lr=self.learning_rate, beta1=BETA1, beta2=BETA2, eps=EPSILON, weight_decay=0.0,
-            amsgrad=False, maximize=False, fused=True, capturable=self.device.type == "cuda",
-            grad_scale=self.scale, found_inf=skip,
+            amsgrad=False, maximize=False, grad_scale=self.scale, found_inf=skip,
         )  # fmt: skip
-        bad = skip if self.scale is None else bad_loss
-        self._count(bad, skip - bad)
+        outcome = skip * BAD
         if self.scale is not None:
-            self._adjust_scale(skip, skip - bad)
+            overflow = skip * (loss - loss == 0)
+            outcome += overflow * (OVERFLOW - BAD)
+            self._adjust_scale(skip, overflow)
+        self._outcomes.index_copy_(0, self._unseen, outcome.view(1))
+        self._unseen += 1
         return skip == 0
-
-    def _count(self, bad: Tensor, overflow: Tensor) -> None:
-        self.steps += 1
-        self.bad += bad
-        self.overflows += overflow
-        self.bad_streak.add_(1).mul_(bad)
-        failed_now = (self.bad_streak >= MAX_STREAK) & (self.failed_at == 0)
-        self.failed_at.copy_(torch.where(failed_now, self.steps, self.failed_at))
 
     def _adjust_scale(self, skip: Tensor, overflow: Tensor) -> None:
         assert self.scale is not None
@@ -114,34 +83,48 @@ class GuardedAdam:
         self.scale.mul_(1 - 0.5 * overflow).mul_(1 + grow)
         self.good_steps.mul_(1 - grow)
 
+    def _look(self) -> None:
+        """Count the outcomes of the steps since the last look. The only place here that waits for the device."""
+        for outcome in self._outcomes[: int(self._unseen)].tolist():
+            self.steps += 1
+            self.bad += outcome == BAD
+            self.overflows += outcome == OVERFLOW
+            self.bad_streak = self.bad_streak + 1 if outcome == BAD else 0
+            if self.bad_streak >= MAX_STREAK and not self.failed_at:
+                self.failed_at = self.steps
+        self._unseen.zero_()
+
     def start_epoch(self) -> None:
         """Count steps and skips from zero; a streak of bad steps goes on."""
-        for count in (self.steps, self.bad, self.overflows, self.failed_at):
-            count.zero_()
+        self._look()
+        self.steps = self.bad = self.overflows = self.failed_at = 0
 
     def check(self, where: str) -> None:
         """Raises NonFiniteError, naming `where` and the step, after MAX_STREAK bad steps in a row or a collapsed scale.
 
-        Reads numbers from the device: the only place here that waits for it.
+        To be called after MAX_UNSEEN steps at the latest.
         """
-        if step := int(self.failed_at):
+        self._look()
+        if self.failed_at:
             raise NonFiniteError(
-                f"{where}, step {step}: the loss or its gradient was NaN or infinite {MAX_STREAK} steps in a row; "
-                "the weights have not taken it. Try a lower --learning-rate, or look at the data"
+                f"{where}, step {self.failed_at}: the loss or its gradient was NaN or infinite {MAX_STREAK} steps in a "
+                "row; the weights have not taken it. Try a lower --learning-rate, or look at the data"
             )
         if self.scale is not None and float(self.scale) < MIN_SCALE:
             raise NonFiniteError(
-                f"{where}, step {int(self.steps)}: gradients overflow float16 whatever the loss scale "
+                f"{where}, step {self.steps}: gradients overflow float16 whatever the loss scale "
                 f"(now under {MIN_SCALE:g}); use --precision fp32 or bf16"
             )
 
     def skipped(self) -> dict[str, int]:
         """The steps skipped in this epoch, and apart from them those that only overflowed the loss scale."""
-        skipped = {"skipped_steps": int(self.bad)}
-        return skipped if self.scale is None else skipped | {"overflow_steps": int(self.overflows)}
+        self._look()
+        skipped = {"skipped_steps": self.bad}
+        return skipped if self.scale is None else skipped | {"overflow_steps": self.overflows}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next steps depend on, as tensors and plain values."""
+        self._look()
         return {
             "moments": self.moments,
             "squares": self.squares,
@@ -157,9 +140,14 @@ class GuardedAdam:
         Raises KeyError, TypeError, ValueError or RuntimeError if the state is not of this kind.
         """
         for name, value in self.state_dict().items():
-            own, new = (value, state[name]) if isinstance(value, list) else ([value], [state[name]])
-            for tensor, source in zip(own, new, strict=True):
-                if tensor is not None:
-                    if not isinstance(source, Tensor) or source.shape != tensor.shape or source.dtype != tensor.dtype:
-                        raise ValueError(f"{name} is not a tensor of the shape and type that is expected")
-                    tensor.copy_(source)
+            source = state[name]
+            if type(source) is not type(value) or (value is not None and not _alike(source, value)):
+                raise ValueError(f"{name} is not of the shape and type that is expected")
+            if isinstance(value, Tensor):
+                value.copy_(source)
+        self.bad_streak = state["bad_streak"]
+
+
+def _alike(a: Tensor | int, b: Tensor | int) -> bool:
+    """Of the same shape and type."""
+    return not isinstance(a, Tensor) or not isinstance(b, Tensor) or (a.shape == b.shape and a.dtype == b.dtype)

@@ -17,7 +17,17 @@ from cvae.distributed import Processes
 from cvae.errors import DataError, Interrupted, NonFiniteError, UsageError
 from cvae.log import RunLog
 from cvae.optimizer import GuardedAdam
-from cvae.run_folder import BEST, LAST, SUMMARY, create_run, lock_run, read_settings, write_config, write_json
+from cvae.run_folder import (
+    BEST,
+    LAST,
+    SUMMARY,
+    create_run,
+    describe_machine,
+    lock_run,
+    read_settings,
+    write_config,
+    write_json,
+)
 from cvae.runtime import Interruption
 from cvae.settings import Settings
 
@@ -89,11 +99,14 @@ class Run:
         if resume:
             self.lock = lock_run(self.folder)
         else:
-            self.lock = create_run(self.folder, self.settings, self.device, self.processes.count, overwrite)
+            self.lock = create_run(self.folder, self.settings, self._machine(), overwrite)
 
     def _record_epochs(self) -> None:
         if self.settings != read_settings(self.folder):  # it goes on with other --epochs
-            write_config(self.folder, self.settings, self.device, self.processes.count)
+            write_config(self.folder, self.settings, self._machine())
+
+    def _machine(self) -> dict[str, Any]:
+        return describe_machine(self.device, self.precision, self.processes.count)
 
     def is_finished(self, last: dict[str, Any]) -> bool:
         """Whether the run whose last checkpoint this is has nothing left to do."""

@@ -26,7 +26,7 @@ CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
 BEST, LAST, LOCK = "best.pt", "last.pt", ".lock"
 
 
-def create_run(path: Path, settings: Settings, device: torch.device, processes: int, overwrite: bool) -> TextIO:
+def create_run(path: Path, settings: Settings, machine: dict[str, Any], overwrite: bool) -> TextIO:
     """Make a run folder with its `config.json`, and return the lock on it, which holds while it is kept open.
 
     Raises UsageError if the folder stands already (with `overwrite`: if it is no run folder, or a training holds it)
@@ -37,7 +37,7 @@ def create_run(path: Path, settings: Settings, device: torch.device, processes: 
         refuse_existing(path, overwrite)
         staging.mkdir(parents=True)
         try:
-            write_config(staging, settings, device, processes)
+            write_config(staging, settings, machine)
             lock = lock_run(staging)
             if overwrite and path.exists():
                 _remove_run(path)  # now that its successor could be written
@@ -82,9 +82,9 @@ def lock_run(path: Path) -> TextIO:
     return lock
 
 
-def write_config(path: Path, settings: Settings, device: torch.device, processes: int) -> None:
-    """Write the `config.json` of a run. Raises DiskError."""
-    write_json(path / CONFIG, {"settings": settings.to_dict(), **describe_machine(device, processes)})
+def write_config(path: Path, settings: Settings, machine: dict[str, Any]) -> None:
+    """Write the `config.json` of a run; machine: as of `describe_machine`. Raises DiskError."""
+    write_json(path / CONFIG, {"settings": settings.to_dict(), **machine})
 
 
 def read_settings(path: Path) -> Settings:
@@ -150,13 +150,14 @@ def write_json(path: Path, value: object) -> None:
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
-def describe_machine(device: torch.device, processes: int) -> dict[str, Any]:
+def describe_machine(device: torch.device, precision: str, processes: int) -> dict[str, Any]:
     """What a run's numbers and times may depend on beside its settings: versions, revision, hardware."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return {
         "git_revision": _git_revision(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "device": {"type": device.type, "name": name, "threads": torch.get_num_threads(), "processes": processes},
+        "precision": precision,
         "command": ["train.py", *sys.argv[1:]],
     }
 

@@ -40,11 +40,15 @@ def resolve_device(name: str, local_rank: int = 0, local_count: int = 1) -> torc
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
-    """`fp32`, `bf16` or `fp16`; `auto` is fp32 on a CPU, on CUDA bf16 where the GPU computes it, else fp16."""
+    """`fp32`, `bf16` or `fp16`; `auto` is bf16 where the device computes it, else fp16 on CUDA and fp32 on a CPU.
+
+    A CPU computes bfloat16 products by AVX512-BF16 or AMX, about twice as fast as those of float32.
+    """
     if name != "auto":
         return name
     if device.type == "cpu":
-        return "fp32"
+        capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # not in all versions of PyTorch
+        return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 

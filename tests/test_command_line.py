@@ -24,7 +24,7 @@ from PIL import Image
 from runs_fixture import NAMES, PATIENCE, ROOT, run_script, small_mnist, write_data
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cvae import checkpoint
+from cvae import checkpoint, runtime
 from cvae.data import load_images
 from cvae.errors import DataError
 from cvae.likelihood import Likelihoods
@@ -124,6 +124,7 @@ def test_config(place: Path, trained: subprocess.CompletedProcess[str]) -> None:
     assert config["settings"] == expected.to_dict()
     assert config["versions"]["torch"] == torch.__version__
     assert config["device"]["type"] == "cpu"
+    assert config["precision"] == runtime.resolve_precision("auto", torch.device("cpu"))
     revision = subprocess.run(
         ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     )
@@ -218,11 +219,12 @@ def test_another_seed_gives_other_weights_and_quiet_prints_nothing(
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_mixed_precision_on_a_cpu(place: Path, trained: subprocess.CompletedProcess[str], precision: str) -> None:
-    words = ["--data", "data", "--precision", precision, "--runs", "other", "--name", precision]
-    succeeded(train(*words, *TINY, cwd=place))
-    exact = read_metrics(place / "runs" / "q1" / "metrics.jsonl")
-    mixed = read_metrics(place / "other" / precision / "metrics.jsonl")
+def test_mixed_precision_on_a_cpu(place: Path, precision: str) -> None:
+    for name in ("fp32", precision):
+        words = ["--data", "data", "--precision", name, "--runs", f"with-{precision}", "--name", name]
+        succeeded(train(*words, *TINY, cwd=place))
+    exact = read_metrics(place / f"with-{precision}" / "fp32" / "metrics.jsonl")
+    mixed = read_metrics(place / f"with-{precision}" / precision / "metrics.jsonl")
     for one, other in zip(exact, mixed, strict=True):
         (name,) = one.keys() & {"validation_nll", "validation_neg_elbo"}
         assert other["skipped_steps"] == 0
@@ -232,7 +234,7 @@ def test_mixed_precision_on_a_cpu(place: Path, trained: subprocess.CompletedProc
     if precision == "fp16":  # gives up its first steps, until the scale of the loss is low enough; then it learns
         assert mixed[1]["overflow_steps"] > 0
         assert mixed[2]["validation_neg_elbo"] < 0.7 * mixed[1]["validation_neg_elbo"]
-    assert all(tensor.dtype == torch.float32 for tensor in weights(place / "other" / precision).values())
+    assert all(tensor.dtype == torch.float32 for tensor in weights(place / f"with-{precision}" / precision).values())
 
 
 def test_embedded_mnist_from_training_to_table(tmp_path: Path) -> None:

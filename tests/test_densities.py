@@ -10,7 +10,14 @@ import torch
 from torch.autograd import gradcheck
 from torch.distributions import Independent, Normal, kl_divergence
 
-from cvae.densities import Gaussian, bernoulli_entropy, bernoulli_log_prob, gaussian_kl, gaussian_log_prob
+from cvae.densities import (
+    Gaussian,
+    bernoulli_entropy,
+    bernoulli_log_prob,
+    gaussian_kl,
+    gaussian_kl_and_grads,
+    gaussian_log_prob,
+)
 
 SCALAR_GAUSSIANS = [(0.0, 0.0), (-1.5, 0.7), (3.0, -2.0), (0.2, 1.9)]  # loc, log_scale
 
@@ -135,6 +142,17 @@ def test_bernoulli_gradients():
     extreme = torch.tensor([-1e4, -100.0, 100.0, 1e4], requires_grad=True)
     bernoulli_log_prob(torch.tensor([1.0, 0.0, 0.25, 1.0]), extreme).backward()
     assert extreme.grad.tolist() == [1.0, 0.0, -0.75, 0.0]
+
+
+def test_gradient_of_the_kl_is_autograds():
+    """Written out, in float64; by p.loc it is minus that by q.loc."""
+    q, p = random_gaussian(0, 4, 3), random_gaussian(1, 4, 3)
+    kl, by_loc, by_q, by_p = gaussian_kl_and_grads(q, p)
+    expected = gaussian_kl(*(Gaussian(*(tensor.requires_grad_() for tensor in gaussian)) for gaussian in (q, p)))
+    torch.testing.assert_close(kl, expected, rtol=1e-12, atol=1e-12)
+    gradients = torch.autograd.grad(expected.sum(), (*q, *p))
+    for ours, theirs in zip((by_loc, by_q, -by_loc, by_p), gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])

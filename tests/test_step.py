@@ -9,9 +9,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cvae import runtime
-from cvae.data import ImageSet
+from cvae.data import Batch, ImageSet
 from cvae.distributed import Processes
+from cvae.gradients import by_autograd, by_hand
 from cvae.optimizer import GuardedAdam
+from cvae.weights import Weights
 from train import training_step
 
 CPU = torch.device("cpu")
@@ -41,14 +43,7 @@ def model_of(toy, which):
 
 
 def optimizer_of(model, precision, learning_rate=1e-3):
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return GuardedAdam(trained, learning_rate, loss_scaling=precision == "fp16")
-
-
-def loss_of(model, batch, eps, precision):
-    with runtime.autocast(precision, CPU):
-        terms = model(*batch, eps)
-    return -terms.elbo.sum() / len(batch[0]), terms
+    return GuardedAdam(Weights(model.parameters()), learning_rate, loss_scaling=precision == "fp16")
 
 
 @pytest.mark.parametrize(
@@ -62,16 +57,18 @@ def test_watch_notices(forbidden):
 
 
 @MODELS
+@pytest.mark.parametrize("way", [by_hand, by_autograd])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("cached", [False, True], ids=["guess", "cached guess"])
-def test_step_never_waits_for_the_device(make_toy, which, precision, cached):
+def test_step_never_waits_for_the_device(make_toy, which, way, precision, cached):
     """From the rows of a batch to the new weights and totals: no number read, no shape that hangs on data."""
     toy = make_toy(count=20, particles=2, dtype=torch.float32)
     model = model_of(toy, which)
     images = ImageSet(toy.images.mul(255).to(torch.uint8), toy.quadrants)
     if cached:
-        images.y_hat = toy.cvae.baseline_net.guess(toy.x).detach()
+        images.set_guesses(toy.cvae.baseline_net.guess, runtime.HALF.get(precision))
     optimizer = optimizer_of(model, precision)
+    gradients = way(model, optimizer, precision)
     totals = torch.zeros(3, dtype=torch.float64)
     permutation = torch.randperm(20)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
@@ -80,9 +77,10 @@ def test_step_never_waits_for_the_device(make_toy, which, precision, cached):
             rows = permutation[8 * i : 8 * (i + 1)]
             eps = torch.randn(2, 8, model.latent_dim)
             optimizer.learning_rate.fill_(1e-3)
-            training_step(model, images, optimizer, totals, 8, precision, Processes(), rows, eps)
+            training_step(gradients, images, optimizer, totals, 8, Processes(), rows, eps)
     assert {"addmm", "mm", "index_select", "_fused_adam_"} <= watch.seen  # forward, backward, data and optimizer
-    assert totals[2] == 8 * int(optimizer.steps - optimizer.bad - optimizer.overflows)
+    skipped = optimizer.skipped()
+    assert totals[2] == 8 * (optimizer.steps - sum(skipped.values()))
     if precision != "fp16":  # there the first steps may go into finding the scale
         for name, parameter in model.named_parameters():
             assert torch.equal(parameter, before[name]) == (not parameter.requires_grad), name
@@ -99,19 +97,18 @@ def test_mixed_precision_agrees_with_float32(make_toy, which, precision):
     results = {}
     for name in ("fp32", precision):
         toy = make_toy(1, 28, 28, hidden=(100, 80), latent_dim=20, count=64, dtype=torch.float32)
-        model, batch = model_of(toy, which), (toy.x, toy.y, None)
+        model, batch = model_of(toy, which), Batch(toy.x, toy.y, None)
         optimizer, accepted = optimizer_of(model, name), False
+        gradients, eps = by_hand(model, optimizer, name), toy.eps[..., : model.latent_dim]
         while not accepted:  # a scale that overflows is halved, and the weights stay as they were
-            loss, terms = loss_of(model, batch, toy.eps, name)
-            optimizer.backward(loss)
-            gradients = [parameter.grad / (1 if optimizer.scale is None else optimizer.scale)
-                         for parameter in optimizer.parameters]  # fmt: skip
-            accepted = bool(optimizer.step(loss))
+            scale = optimizer.loss_scale / 64
+            terms = gradients(batch, eps, scale)
+            found = [parameter.grad / scale for parameter in optimizer.weights]
+            accepted = bool(optimizer.step(loss := -terms.elbo.mean()))
             optimizer.check("here")
-        with torch.no_grad():
-            after, _ = loss_of(model, batch, toy.eps, "fp32")
-        assert all(value.dtype == torch.float32 for value in (*terms, *gradients))
-        results[name] = (terms, gradients, loss.item(), after.item())
+        after = -gradients(batch, eps, 1.0).elbo.mean()
+        assert all(value.dtype == torch.float32 for value in (*terms, *found))
+        results[name] = (terms, found, loss.item(), after.item())
     (wide, wide_gradients, wide_loss, wide_after), (half, half_gradients, _, half_after) = results.values()
     assert not torch.equal(half.elbo, wide.elbo)  # it was in half precision
     torch.testing.assert_close(half.log_likelihood, wide.log_likelihood, rtol=epsilon / 2, atol=0)
@@ -121,3 +118,13 @@ def test_mixed_precision_agrees_with_float32(make_toy, which, precision):
     gain = wide_loss - wide_after
     assert gain > 1
     assert half_after == pytest.approx(wide_after, abs=gain / 100)
+
+
+@pytest.mark.parametrize("capable", ["avx512_bf16", "amx_bf16", None])
+def test_auto_is_bfloat16_where_the_processor_has_it(monkeypatch, capable):
+    """And what is asked for by name stays, whatever the processor has."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, capable: True}, raising=False)
+    assert runtime.resolve_precision("auto", CPU) == ("bf16" if capable else "fp32")
+    assert [runtime.resolve_precision(name, CPU) for name in ("fp32", "bf16", "fp16")] == ["fp32", "bf16", "fp16"]
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # as in versions of PyTorch that have it not
+    assert runtime.resolve_precision("auto", CPU) == "fp32"

@@ -1,0 +1,145 @@
+"""The gradient of −ELBO with respect to the weights, in two ways: written out by hand, and by PyTorch's autograd.
+
+Both put it where the optimizer looks for it, and give back the terms of the ELBO. Written out, it takes fewer
+operations, conversions and passes over memory, and is what trains. Autograd's needs no more than the formula: it serves
+what `torch.compile` makes of a model, and is what the other is tested against.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from cvae import runtime
+from cvae.data import Batch
+from cvae.densities import Gaussian, bernoulli_log_prob, bernoulli_log_prob_grad, gaussian_kl_and_grads, widen
+from cvae.model import CVAE, UNOBSERVED, Baseline, FromObserved, ToHidden
+from cvae.objectives import Terms
+from cvae.optimizer import GuardedAdam
+
+Gradients = Callable[[Batch, Tensor, float | Tensor], Terms]
+"""From a batch, its noise `[L, B, Z]` and a factor to the terms of the ELBO, `[B]` each. The gradient of
+−factor · Σ elbo replaces what `optimizer.gradient` held."""
+
+
+def by_autograd(objective: Callable[..., Terms], optimizer: GuardedAdam, precision: str) -> Gradients:
+    """`objective`: x, y, ŷ, eps → Terms, of any model whose trained parameters are the optimizer's."""
+
+    def gradients(batch: Batch, eps: Tensor, factor: float | Tensor) -> Terms:
+        with runtime.autocast(precision, eps.device):
+            terms = objective(*batch, eps)
+        optimizer.gradient.zero_()
+        (-factor * terms.elbo.sum()).backward()
+        return Terms(*(term.detach() for term in terms))
+
+    return gradients
+
+
+def by_hand(model: Baseline | CVAE, optimizer: GuardedAdam, precision: str) -> Gradients:
+    """For the models of this package: matrix products in `precision`, all else in float32 or wider."""
+    half = runtime.HALF.get(precision)
+    if isinstance(model, Baseline):
+        return _of_baseline(_Passes(model.layers, optimizer, half))
+    nets = (model.prior_net, model.recognition_net, model.generation_net)
+    return _of_cvae(model.baseline_net, *(_Passes(net.layers, optimizer, half) for net in nets))
+
+
+class _Passes:
+    """The passes through one network of linear layers and ReLUs: its weights in, its part of the gradient out.
+
+    With `half`, the products are of that type: each forward pass begins with a copy of the weights, and each backward
+    pass ends with copying the gradient back.
+    """
+
+    def __init__(self, layers: nn.Sequential, optimizer: GuardedAdam, half: torch.dtype | None):
+        linears = [layer for layer in layers if isinstance(layer, nn.Linear)]
+        weights, span = optimizer.weights, optimizer.weights.span(layers.parameters())
+        self._half = half
+        self._weights, self._gradient = weights.vector[span], optimizer.gradient[span]
+        self._used, self._found = (
+            vector if half is None else torch.zeros_like(vector, dtype=half)
+            for vector in (self._weights, self._gradient)
+        )
+
+        def views(vector: Tensor) -> list[tuple[Tensor, Tensor]]:
+            """The weight and the bias of each layer; of the last, the rows that are computed: the others stay zero."""
+            pairs = [
+                (weights.view(layer.weight, vector, span.start), weights.view(layer.bias, vector, span.start))
+                for layer in linears
+            ]
+            if isinstance(last := linears[-1], ToHidden):
+                pairs[-1] = (pairs[-1][0][-last.num_hidden :], pairs[-1][1][-last.num_hidden :])
+            return pairs
+
+        self._layers, self._grads = views(self._used), views(self._found)
+        self._from_observed = linears[0] if isinstance(linears[0], FromObserved) else None
+        self._inputs: list[Tensor] = []  # of each layer, in the last forward pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, inputs]` → `[B, outputs]`."""
+        if self._half is not None:
+            self._used.copy_(self._weights)
+        layers = self._layers.copy()
+        if self._from_observed is not None:
+            weight, bias = layers[0]
+            layers[0] = (weight[:, : x.shape[1]], self._from_observed.bias_given(x.shape[1]).to(bias.dtype))
+        self._inputs = [x.to(self._used.dtype)]
+        for weight, bias in layers[:-1]:
+            self._inputs.append(torch.addmm(bias, self._inputs[-1], weight.t()).relu_())
+        weight, bias = layers[-1]
+        return widen(torch.addmm(bias, self._inputs[-1], weight.t()))
+
+    def backward(self, grad: Tensor, to_input: bool = False) -> Tensor:
+        """The gradient of the loss with respect to the outputs → that with respect to the inputs, if it is wanted."""
+        grad = grad.to(self._found.dtype)
+        for i in reversed(range(len(self._layers))):
+            (weight, _), (weight_grad, bias_grad), x = self._layers[i], self._grads[i], self._inputs[i]
+            torch.sum(grad, 0, out=bias_grad)
+            torch.mm(grad.t(), x, out=weight_grad[:, : x.shape[1]])
+            if x.shape[1] < weight_grad.shape[1]:  # from observed pixels: all others hold the same
+                weight_grad[:, x.shape[1] :] = UNOBSERVED * bias_grad[:, None]
+            if i > 0:
+                grad = torch.ops.aten.threshold_backward(grad @ weight, x, 0)  # a ReLU's
+            elif to_input:
+                grad = grad @ weight
+        if self._half is not None:
+            self._gradient.copy_(self._found)
+        return widen(grad) if to_input else grad
+
+
+def _of_baseline(net: _Passes) -> Gradients:
+    @torch.no_grad()
+    def gradients(batch: Batch, eps: Tensor, factor: float | Tensor) -> Terms:
+        logits = net.forward(batch.x)
+        net.backward(bernoulli_log_prob_grad(batch.y, logits).mul_(-factor))
+        log_likelihood = bernoulli_log_prob(batch.y, logits)
+        return Terms(log_likelihood, kl=torch.zeros_like(log_likelihood))
+
+    return gradients
+
+
+def _of_cvae(baseline: Baseline, prior: _Passes, recognition: _Passes, generation: _Passes) -> Gradients:
+    @torch.no_grad()
+    def gradients(batch: Batch, eps: Tensor, factor: float | Tensor) -> Terms:
+        x, y, y_hat = batch
+        y_hat = baseline.guess(x) if y_hat is None else y_hat
+        seen_x, seen_y = x.to(y_hat.dtype), y.to(y_hat.dtype)  # in half precision already, where ŷ is kept in it
+        p = Gaussian(*prior.forward(torch.cat([seen_x, y_hat], dim=-1)).chunk(2, dim=-1))
+        q = Gaussian(*recognition.forward(torch.cat([seen_x, seen_y], dim=-1)).chunk(2, dim=-1))
+        scale = q.log_scale.exp()
+        z = q.loc + scale * eps
+        logits = generation.forward(z.flatten(0, 1)).unflatten(0, z.shape[:2])
+
+        # −log p(y|x,z), a mean over the L samples, reaches q through z = loc + scale · eps.
+        logits_grad = bernoulli_log_prob_grad(y, logits).mul_(-factor / len(eps))
+        z_grad = generation.backward(logits_grad.flatten(0, 1), to_input=True).view_as(z)
+        loc_grad, log_scale_grad = z_grad.sum(0), (z_grad * eps).sum(0).mul_(scale)
+
+        # The KL reaches q and p themselves.
+        kl, *kl_grads = gaussian_kl_and_grads(q, p)
+        kl_loc, kl_q, kl_p = (grad.mul_(factor) for grad in kl_grads)
+        recognition.backward(torch.cat([loc_grad + kl_loc, log_scale_grad + kl_q], dim=-1))
+        prior.backward(torch.cat([-kl_loc, kl_p], dim=-1))
+        return Terms(bernoulli_log_prob(y, logits).mean(0), kl)
+
+    return gradients

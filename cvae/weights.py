@@ -1,0 +1,69 @@
+"""The trained weights of a model as one vector, and their average over the steps."""
+
+import copy
+from collections.abc import Iterable, Iterator
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class Weights:
+    """The parameters that are trained, side by side in one vector: one pass over it does for all of them.
+
+    They stay the parameters that they are, as views of `vector`.
+    """
+
+    _ALIGNMENT = 64  # a parameter begins at a multiple of so many elements: products are faster on aligned matrices
+
+    def __init__(self, parameters: Iterable[nn.Parameter]):
+        self._starts: dict[Tensor, int] = {}
+        length = 0
+        for parameter in parameters:
+            if parameter.requires_grad:
+                self._starts[parameter] = length
+                length = self._end(parameter)
+        first = next(iter(self._starts))
+        self.vector = torch.zeros(length, dtype=first.dtype, device=first.device)
+        for weights in self:
+            weights.data = self.view(weights, self.vector).copy_(weights.detach())
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self._starts)
+
+    def _end(self, parameter: Tensor) -> int:
+        return -(-(self._starts[parameter] + parameter.numel()) // self._ALIGNMENT) * self._ALIGNMENT
+
+    def view(self, parameter: Tensor, vector: Tensor, first: int = 0) -> Tensor:
+        """The part of a parameter, in its shape, of a vector that is laid out as this one is from `first` on."""
+        start = self._starts[parameter] - first
+        return vector[start : start + parameter.numel()].view_as(parameter)
+
+    def span(self, parameters: Iterable[Tensor]) -> slice:
+        """The part of the vector that parameters which follow one another take together."""
+        parameters = list(parameters)
+        return slice(self._starts[parameters[0]], self._end(parameters[-1]))
+
+
+class WeightAverage(Generic[Model]):
+    """An exponential moving average of a model's weights, in a copy of the model: less noisy than any last weights.
+
+    The average spans about `window` steps, and less at the start. 0: there is none, `model` is the model itself.
+    Source: Polyak and Juditsky 1992, with exponential weights.
+    """
+
+    def __init__(self, model: Model, weights: Weights, window: int):
+        frozen = {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
+        self.model: Model = copy.deepcopy(model, frozen) if window else model  # what is frozen is shared
+        self._window = window
+        self._vector = weights.vector
+        self._average = Weights(self.model.parameters()).vector if window else weights.vector
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take the weights in, after the step of this number, counted from 0 over the whole training."""
+        every = 1 if step < 100 else 20  # a pass over the weights is not for nothing, and later they change little
+        if self._window and step % every == 0:
+            self._average.lerp_(self._vector, min(1.0, every / min(self._window, 1 + step / 9)))

@@ -1,0 +1,101 @@
+"""The gradient written out by hand: against the plain masked form, against autograd, and in half precision."""
+
+import pytest
+import torch
+from pyro_reference import Reference, assert_gradients_agree
+from test_model import CASES, masked_log_likelihood, plain_cvae
+
+from cvae import runtime
+from cvae.data import Batch
+from cvae.gradients import by_autograd, by_hand
+from cvae.optimizer import GuardedAdam
+from cvae.weights import Weights
+
+WAYS = pytest.mark.parametrize("way", [by_hand, by_autograd])
+MODELS = pytest.mark.parametrize("which", ["baseline", "cvae"])
+
+
+def optimizer_of(model):
+    return GuardedAdam(Weights(model.parameters()), 1e-3)
+
+
+def baseline_of(toy):
+    return toy.cvae.baseline_net.requires_grad_(True)
+
+
+@WAYS
+@CASES
+@pytest.mark.parametrize("cached", [False, True], ids=["guess", "cached guess"])
+def test_cvae_gradient_is_the_plain_one(make_toy, way, case, cached):
+    """Terms and gradients to 1e-10 in float64, for three samples of z."""
+    toy = make_toy(*case, particles=3)
+    reference = Reference(toy.cvae, toy.quadrants)
+    log_likelihood, kl = plain_cvae(reference, toy.images.flatten(1), toy.eps)
+    (0.7 * (kl - log_likelihood).sum()).backward()
+    y_hat = toy.cvae.baseline_net.guess(toy.x).detach() if cached else None
+    terms = way(toy.cvae, optimizer_of(toy.cvae), "fp32")(Batch(toy.x, toy.y, y_hat), toy.eps, 0.7)
+    assert not terms.elbo.requires_grad
+    torch.testing.assert_close(terms.log_likelihood, log_likelihood, rtol=1e-10, atol=0)
+    torch.testing.assert_close(terms.kl, kl, rtol=1e-10, atol=0)
+    assert_gradients_agree(toy.cvae, reference, toy.quadrants, 1e-10)
+
+
+@WAYS
+@CASES
+def test_baseline_gradient_is_the_plain_one(make_toy, way, case):
+    toy = make_toy(*case)
+    reference, images = Reference(toy.cvae, toy.quadrants), toy.images.flatten(1)
+    log_likelihood = masked_log_likelihood(images, reference.observed, torch.sigmoid(reference.baseline_logits(images)))
+    (-0.7 * log_likelihood.sum()).backward()
+    baseline = baseline_of(toy)
+    terms = way(baseline, optimizer_of(baseline), "fp32")(Batch(toy.x, toy.y, None), toy.eps[..., :0], 0.7)
+    torch.testing.assert_close(terms.log_likelihood, log_likelihood, rtol=1e-10, atol=0)
+    assert terms.kl.eq(0).all()
+    assert_gradients_agree(toy.cvae, reference, toy.quadrants, 1e-10)
+
+
+@MODELS
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_is_that_of_autocast(make_toy, which, precision):
+    """The same products of the same numbers, rounded at the same places but for a few."""
+    toy = make_toy(1, 28, 28, hidden=(100, 80), latent_dim=20, count=64, dtype=torch.float32)
+    model = toy.cvae if which == "cvae" else baseline_of(toy)
+    optimizer = optimizer_of(model)
+    batch, eps = Batch(toy.x, toy.y, None), toy.eps[..., : model.latent_dim]
+    results = []
+    for way in (by_hand, by_autograd):
+        terms = way(model, optimizer, precision)(batch, eps, 1.0)
+        results.append((*terms, optimizer.gradient.clone()))
+    epsilon = torch.finfo(runtime.HALF[precision]).eps
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours - theirs).norm() <= 2 * epsilon * theirs.norm()
+
+
+@WAYS
+@MODELS
+def test_gradient_replaces_the_last_one(make_toy, way, which):
+    """And is proportional to the factor, a number or a tensor."""
+    toy = make_toy(particles=2)
+    model = toy.cvae if which == "cvae" else baseline_of(toy)
+    optimizer = optimizer_of(model)
+    gradients, batch, eps = way(model, optimizer, "fp32"), Batch(toy.x, toy.y, None), toy.eps[..., : model.latent_dim]
+    gradients(batch, eps, 1.0)
+    once = optimizer.gradient.clone()
+    assert once.ne(0).any()
+    gradients(batch, eps, torch.tensor(-4.0))
+    torch.testing.assert_close(optimizer.gradient, -4 * once, rtol=1e-12, atol=0)
+    gradients(batch, eps, 1.0)
+    assert torch.equal(optimizer.gradient, once)
+
+
+@WAYS
+def test_outputs_of_observed_pixels_are_not_trained(make_toy, way):
+    """The rows of the last layers that stand for observed pixels get a gradient of exactly zero."""
+    toy = make_toy()
+    for model in (baseline_of(toy), toy.cvae):
+        way(model, optimizer_of(model), "fp32")(Batch(toy.x, toy.y, None), toy.eps[..., : model.latent_dim], 1.0)
+        toy.cvae.baseline_net.requires_grad_(False)
+    for layer in (toy.cvae.baseline_net.layers[-1], toy.cvae.generation_net.layers[-1]):
+        for gradient in (layer.weight.grad, layer.bias.grad):
+            assert gradient[: toy.quadrants.num_observed].eq(0).all()
+            assert gradient[toy.quadrants.num_observed :].ne(0).any()

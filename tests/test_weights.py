@@ -1,0 +1,75 @@
+"""The vector of weights: the parameters themselves, and their average."""
+
+import pytest
+import torch
+from torch import nn
+
+from cvae.weights import WeightAverage, Weights
+
+
+def network():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3), nn.Linear(3, 2))
+    net[1].requires_grad_(False)
+    return net
+
+
+def test_parameters_keep_their_values_and_are_views():
+    net, plain = network(), network()
+    weights = Weights(net.parameters())
+    assert [
+        parameter is own for parameter, own in zip(weights, (*net[0].parameters(), *net[2].parameters()), strict=True)
+    ]
+    for (name, parameter), original in zip(net.named_parameters(), plain.parameters(), strict=True):
+        assert torch.equal(parameter, original), name
+    assert weights.vector.ne(0).sum() == 5 * 7 + 7 + 3 * 2 + 2
+    with torch.no_grad():
+        weights.vector.mul_(2)
+        net[0].bias.add_(1)
+    assert torch.equal(net[0].weight, 2 * plain[0].weight)
+    assert torch.equal(weights.view(net[0].bias, weights.vector), 2 * plain[0].bias + 1)
+    assert torch.equal(net[1].weight, plain[1].weight)  # frozen, and so not among them
+
+
+def test_spans_hold_their_parameters_and_nothing_else():
+    net = network()
+    weights = Weights(net.parameters())
+    span = weights.span(net[2].parameters())
+    part = torch.zeros_like(weights.vector)[span]
+    for parameter in net[2].parameters():
+        weights.view(parameter, part, span.start).copy_(parameter.detach())
+    assert torch.equal(part, weights.vector[span])
+    first = weights.span(net[0].parameters())
+    assert (first.start, first.stop, span.stop) == (0, span.start, len(weights.vector))
+
+
+@pytest.mark.parametrize("window", [1, 30, 500])
+def test_average_follows_the_weights(window):
+    """It begins as the weights, spans about the window in the end, and leaves frozen parameters shared."""
+    net = network()
+    weights = Weights(net.parameters())
+    average = WeightAverage(net, weights, window)
+    assert average.model[1].weight is net[1].weight
+    with torch.no_grad():
+        weights.vector.fill_(1.0)
+        average.update(0)
+        assert average.model[0].weight.eq(1.0).all()
+        weights.vector.fill_(0.0)
+        for step in range(1, 10_001):
+            if step == 10_001 - 3 * window:
+                weights.vector.fill_(1.0)
+            average.update(step)
+    value = average.model[0].weight[0, 0].item()
+    assert average.model[2].bias.eq(value).all()
+    assert value == pytest.approx(1 - torch.tensor(-3.0).exp().item(), abs=0.06)  # three windows later
+    assert net[0].weight.eq(1.0).all()
+
+
+def test_no_average_is_the_model_itself():
+    net = network()
+    weights = Weights(net.parameters())
+    average = WeightAverage(net, weights, 0)
+    assert average.model is net
+    before = weights.vector.clone()
+    average.update(0)
+    assert torch.equal(weights.vector, before)
