@@ -11,9 +11,12 @@ images/s    Of a loop of training steps at the batch size, for the baseline and 
             learning rate, step, running totals, average of the weights. The tutorial's way is in `tutorial.py`. The two
             take turns, each in a process of its own, so that neither has the other's settings of memory and denormals;
             medians of the rounds are given. The weights are a training's first; ŷ stands ready, as in `train.py`, whose
-            own images/s over a whole epoch is printed beside as a check.
+            own images/s over a whole epoch is printed beside as a check. Where the default precision is not fp32, that
+            is measured too.
 gemm_share  How much of what the machine can do the CVAE's step makes use of: its matrix FLOPs per second of its whole
             time, over the best rate of a large float32 product (N×N×N, 2N³ FLOPs), measured between the rounds.
+            Where the default's products are in bfloat16, which this processor computes faster than float32, two more
+            are given: the share of the best bfloat16 rate, and that of a step with --precision fp32 of the float32 one.
             A multiplication and an addition count as two. Counted is what has to be computed. With m the
             multiplications of a net's forward pass per image, fan-in × fan-out of its layers,
                 prior, recognition  m = 784·500 + 500·500 + 500·400 = 842,000 each
@@ -29,7 +32,7 @@ start       From starting the process `train.py --quadrants 1` to the end of its
 
 For CUDA, an estimate on paper, nothing of it measured: 1.6 GFLOP of a step at batch 128 take 0.1 ms at 15 TFLOP/s
 (float32 on a mid-range GPU), less in bfloat16; Adam reads 16 and writes 12 bytes for each of 2.4 million parameters,
-68 MB, 0.1 ms at 600 GB/s; some 150 kernels at 3 to 5 µs a launch are 0.5 to 0.8 ms. So launches dominate an eager step,
+68 MB, 0.1 ms at 600 GB/s; some 120 kernels at 3 to 5 µs a launch are 0.4 to 0.6 ms. So launches dominate an eager step,
 and one graph of them is bounded by memory traffic and by the chain of kernels: some 0.3 ms.
 """
 
@@ -38,6 +41,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -148,9 +152,9 @@ def performed_flops(ours: Ours) -> int:
     return counter.get_total_flops()
 
 
-def matrix_rate(size: int, repeats: int = 5) -> float:
-    """The best rate of a float32 product of that size just now, FLOP/s."""
-    a, b, c = (torch.randn(size, size) for _ in range(3))
+def matrix_rate(size: int, precision: str, repeats: int = 5) -> float:
+    """The best rate of a product of that size and precision just now, FLOP/s."""
+    a, b, c = (torch.randn(size, size).to(runtime.HALF.get(precision, torch.float32)) for _ in range(3))
     seconds = math.inf
     for _ in range(repeats + 1):  # the first one warms up
         started = time.perf_counter()
@@ -168,52 +172,63 @@ def tutorial_way(batch_size: int) -> Callable[[str, int], float]:
 
 
 def measure_steps(precision: str, batch_size: int, steps: int, rounds: int, matrix_size: int) -> dict[str, Any]:
-    """Images/s of both phases and both sides, and the share of the machine's matrix rate."""
+    """Images/s of both phases, ours in `precision` and in fp32 and the tutorial's, and shares of the matrix rates."""
     runtime.prepare(DEVICE)
     images, _ = load_train()
     quadrants = Quadrants(NUM_QUADRANTS, *images.shape[1:])
     image_set = ImageSet(images, quadrants)
-    baseline = Baseline(quadrants.num_observed, quadrants.num_pixels)
-    our_baseline = Ours(baseline, image_set, batch_size, precision)
+    sizes = (quadrants.num_observed, quadrants.num_pixels)
     theirs = OtherProcess(tutorial_way, batch_size)
+    precisions = list(dict.fromkeys((precision, "fp32")))
+    best_rates = dict.fromkeys(precisions, 0.0)
     measured: dict[str, Any] = {}
 
-    def compare(name: str, ours: Ours) -> list[float]:
-        ours.run(5)
-        theirs(name, 5)
-        rates: list[float] = []
+    def product(kind: str) -> float:
+        best_rates[kind] = max(best_rates[kind], matrix_rate(matrix_size, kind))
+        return 0.0
 
-        def product() -> float:
-            rates.append(matrix_rate(matrix_size))
-            return 0.0
+    def compare(phase: str, make: Callable[[], Baseline | CVAE]) -> Ours:
+        ours = {kind: Ours(make(), image_set, batch_size, kind) for kind in precisions}
+        for one in ours.values():
+            one.run(5)
+        theirs(phase, 5)
+        sides = [partial(one.run, steps) for one in ours.values()] + [lambda: theirs(phase, steps)]
+        seconds = turns(rounds, *sides, *(partial(product, kind) for kind in precisions))
+        *speeds, tutorials = ([steps * batch_size / s for s in side] for side in seconds[: len(sides)])
+        for kind, own in zip(precisions, speeds, strict=True):
+            suffix = "" if kind == precision else "_fp32"
+            measured[phase + suffix] = {
+                "ours": median(own),
+                "tutorial": median(tutorials),
+                "ratio": median(own) / median(tutorials),
+                "ours_spread": spread(own),
+                "tutorial_spread": spread(tutorials),
+            }
+        return ours[precision]
 
-        seconds = turns(rounds, lambda: ours.run(steps), lambda: theirs(name, steps), product)
-        speeds = [[steps * batch_size / s for s in side] for side in seconds[:2]]
-        measured[name] = {
-            "ours": median(speeds[0]),
-            "tutorial": median(speeds[1]),
-            "ratio": median(speeds[0]) / median(speeds[1]),
-            "ours_spread": spread(speeds[0]),
-            "tutorial_spread": spread(speeds[1]),
-        }
-        return rates
-
-    rates = compare("baseline", our_baseline)
-    cvae = CVAE(baseline, quadrants.num_observed, quadrants.num_pixels)
+    compare("baseline", lambda: Baseline(*sizes))
+    baseline = Baseline(*sizes)
     image_set.set_guesses(baseline.guess, runtime.HALF.get(precision))
-    our_cvae = Ours(cvae, image_set, batch_size, precision)
-    rates += compare("cvae", our_cvae)
+    ours = compare("cvae", lambda: CVAE(baseline, *sizes))
 
-    flops = counted_flops(cvae, quadrants, batch_size)
-    best_rate = max(rates)
-    step_seconds = batch_size / measured["cvae"]["ours"]
+    flops = counted_flops(CVAE(baseline, *sizes), quadrants, batch_size)
+
+    def share(phase: str, kind: str) -> float:
+        return flops * measured[phase]["ours"] / batch_size / best_rates[kind]
+
+    shares = {"gemm_share": share("cvae", "fp32")}
+    if precision != "fp32":
+        shares |= {
+            f"gemm_share_of_{precision}_rate": share("cvae", precision),
+            "gemm_share_with_fp32": share("cvae_fp32", "fp32"),
+        }
     return {
         **measured,
-        "gemm_share": flops / step_seconds / best_rate,
+        **shares,
         "flops_per_step": flops,
-        "flops_performed": performed_flops(our_cvae),
-        "matrix_rate": best_rate,
-        "step_seconds": step_seconds,
+        "flops_performed": performed_flops(ours),
+        "matrix_rates": best_rates,
+        "step_seconds": batch_size / measured["cvae"]["ours"],
     }
 
 
@@ -265,20 +280,23 @@ def main() -> int:
     result |= {"train_flags": options.train_flags, "machine": on}
 
     rows = [["images/s", "ours", "tutorial's way", "ratio", "train.py itself"]]
-    for phase in ("baseline", "cvae"):
-        own = result.get("train_py_images_per_second", {}).get(phase)
-        numbers = result[phase]
-        ratio = f"{numbers['ratio']:.1f}"
-        own_text = "—" if own is None else f"{own:,.0f}"
-        rows.append([phase, f"{numbers['ours']:,.0f}", f"{numbers['tutorial']:,.0f}", ratio, own_text])
+    for phase in ("baseline", "cvae", "baseline_fp32", "cvae_fp32"):
+        if phase in result:
+            own = result.get("train_py_images_per_second", {}).get(phase)
+            numbers = result[phase]
+            ratio = f"{numbers['ratio']:.1f}"
+            own_text = "—" if own is None else f"{own:,.0f}"
+            rows.append([phase, f"{numbers['ours']:,.0f}", f"{numbers['tutorial']:,.0f}", ratio, own_text])
+    rates = " and ".join(f"{rate / 1e9:.0f} GFLOP/s in {kind}" for kind, rate in result["matrix_rates"].items())
     notes = [
-        f"gemm_share {result['gemm_share']:.2f}: {result['flops_per_step'] / 1e9:.3f} GFLOP per step of the CVAE "
-        f"(PyTorch counts {result['flops_performed'] / 1e9:.3f}) in {result['step_seconds'] * 1e3:.1f} ms, "
-        f"where the best product of {options.matrix_size}³ ran at {result['matrix_rate'] / 1e9:.0f} GFLOP/s",
+        f"precision {precision}: {result['flops_per_step'] / 1e9:.3f} GFLOP per step of the CVAE (PyTorch counts "
+        f"{result['flops_performed'] / 1e9:.3f}) in {result['step_seconds'] * 1e3:.1f} ms; the best product of "
+        f"{options.matrix_size}³ ran at {rates}",
+        ", ".join(f"{name} {value:.2f}" for name, value in result.items() if name.startswith("gemm_share")),
         f"medians of {options.rounds} rounds of {options.steps} steps at batch {options.batch_size}, the sides in turn",
     ]
     if not options.no_trainings:
-        notes[1:1] = [
+        notes[2:2] = [
             f"peak resident memory of a training: {result['peak_rss_mib']:.0f} MiB",
             f"start to the end of the first training step: {result['start_to_first_step_s']:.1f} s",
         ]

@@ -108,7 +108,7 @@ class _Passes:
 
 
 def _of_baseline(net: _Passes) -> Gradients:
-    @torch.no_grad()
+    @torch.inference_mode()
     def gradients(batch: Batch, eps: Tensor, factor: float | Tensor) -> Terms:
         logits = net.forward(batch.x)
         net.backward(bernoulli_log_prob_grad(batch.y, logits).mul_(-factor))
@@ -119,7 +119,7 @@ def _of_baseline(net: _Passes) -> Gradients:
 
 
 def _of_cvae(baseline: Baseline, prior: _Passes, recognition: _Passes, generation: _Passes) -> Gradients:
-    @torch.no_grad()
+    @torch.inference_mode()
     def gradients(batch: Batch, eps: Tensor, factor: float | Tensor) -> Terms:
         x, y, y_hat = batch
         y_hat = baseline.guess(x) if y_hat is None else y_hat

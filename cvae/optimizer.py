@@ -55,7 +55,7 @@ class GuardedAdam:
     def _zero(self) -> Tensor:
         return torch.zeros((), device=self.device)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def step(self, loss: Tensor) -> Tensor:
         """Update the weights by `gradient`, unless it or the loss is not finite; whether it was done, a bool scalar."""
         # One sum is enough: neither a NaN nor an infinity can leave it again. v − v is 0 if v is finite, else NaN.
@@ -67,10 +67,10 @@ class GuardedAdam:
             lr=self.learning_rate, beta1=BETA1, beta2=BETA2, eps=EPSILON, weight_decay=0.0,
             amsgrad=False, maximize=False, grad_scale=self.scale, found_inf=skip,
         )  # fmt: skip
-        outcome = skip * BAD
+        outcome = skip  # BAD or 0
         if self.scale is not None:
             overflow = skip * (loss - loss == 0)
-            outcome += overflow * (OVERFLOW - BAD)
+            outcome = skip + overflow * (OVERFLOW - BAD)
             self._adjust_scale(skip, overflow)
         self._outcomes.index_copy_(0, self._unseen, outcome.view(1))
         self._unseen += 1
