@@ -44,7 +44,7 @@ from cvae.objectives import means
 from cvae.optimizer import GuardedAdam
 from cvae.quadrants import Quadrants
 from cvae.run import Progress, Run
-from cvae.run_folder import read_settings, refuse_existing
+from cvae.run_folder import read_precision, read_settings, refuse_existing
 from cvae.settings import Settings
 from cvae.weights import WeightAverage, Weights
 
@@ -103,7 +103,7 @@ def fit(
                 eps = noise(s.particles, batch_size, model, random)
                 optimizer.learning_rate.fill_(scheduled_rate(s, progress.epoch - 1 + i / steps, epochs))
                 take_step(rows[share], eps[:, share])
-                average.update((progress.epoch - 1) * steps + i)
+                average.update((progress.epoch - 1) * steps + i, last=i == steps - 1)
 
                 bar.update(batch_size)
                 if i % REPORT_EVERY == 0:
@@ -141,6 +141,7 @@ def fit(
         )
 
     run.load_best(phase, progress, model)
+    model.zero_grad()  # frees the memory of the gradients
     return progress
 
 
@@ -334,7 +335,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             for folder, _ in runs if options.resume is None else []:  # before the first one is begun
                 processes.on_main(partial(refuse_existing, folder, options.overwrite))
             for folder, settings in runs:
-                precision = runtime.resolve_precision(settings.precision, device)
+                wanted = settings.precision if options.resume is None else read_precision(folder)
+                precision = processes.on_main(partial(runtime.resolve_precision, wanted, device))
                 with Run(folder, settings, device, precision, processes, interruption, options.quiet) as run:
                     train_run(run, options.resume is not None, options.overwrite)
         except CvaeError as error:

@@ -128,6 +128,8 @@ class Ours:
             self.optimizer.learning_rate.fill_(rate)
             self.step(rows, eps)
             self.average.update((self.epoch - 1) * steps + i)
+            if i % script.REPORT_EVERY == 0:
+                self.optimizer.check("the benchmark")
         self.optimizer.check("the benchmark")
         return time.perf_counter() - started
 
@@ -176,10 +178,10 @@ def measure_steps(precision: str, batch_size: int, steps: int, rounds: int, matr
     runtime.prepare(DEVICE)
     images, _ = load_train()
     quadrants = Quadrants(NUM_QUADRANTS, *images.shape[1:])
-    image_set = ImageSet(images, quadrants)
     sizes = (quadrants.num_observed, quadrants.num_pixels)
     theirs = OtherProcess(tutorial_way, batch_size)
     precisions = list(dict.fromkeys((precision, "fp32")))
+    image_sets = {kind: ImageSet(images, quadrants) for kind in precisions}
     best_rates = dict.fromkeys(precisions, 0.0)
     measured: dict[str, Any] = {}
 
@@ -188,7 +190,7 @@ def measure_steps(precision: str, batch_size: int, steps: int, rounds: int, matr
         return 0.0
 
     def compare(phase: str, make: Callable[[], Baseline | CVAE]) -> Ours:
-        ours = {kind: Ours(make(), image_set, batch_size, kind) for kind in precisions}
+        ours = {kind: Ours(make(), image_sets[kind], batch_size, kind) for kind in precisions}
         for one in ours.values():
             one.run(5)
         theirs(phase, 5)
@@ -208,7 +210,8 @@ def measure_steps(precision: str, batch_size: int, steps: int, rounds: int, matr
 
     compare("baseline", lambda: Baseline(*sizes))
     baseline = Baseline(*sizes)
-    image_set.set_guesses(baseline.guess, runtime.HALF.get(precision))
+    for kind, image_set in image_sets.items():
+        image_set.set_guesses(baseline.guess, runtime.HALF.get(kind))
     ours = compare("cvae", lambda: CVAE(baseline, *sizes))
 
     flops = counted_flops(CVAE(baseline, *sizes), quadrants, batch_size)

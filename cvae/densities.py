@@ -86,8 +86,7 @@ class _BernoulliLogProb(torch.autograd.Function):
 
 def bernoulli_log_prob_grad(y: Tensor, logits: Tensor) -> Tensor:
     """The derivative of `bernoulli_log_prob` by the logits, y − σ(l): `[..., D]`."""
-    mean = logits.sigmoid()
-    return torch.sub(y, mean, out=mean)
+    return y - logits.sigmoid()
 
 
 def bernoulli_entropy(y: Tensor) -> Tensor:

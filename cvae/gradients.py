@@ -19,7 +19,7 @@ from cvae.optimizer import GuardedAdam
 
 Gradients = Callable[[Batch, Tensor, float | Tensor], Terms]
 """From a batch, its noise `[L, B, Z]` and a factor to the terms of the ELBO, `[B]` each. The gradient of
-−factor · Σ elbo replaces what `optimizer.gradient` held."""
+−factor · Σ elbo goes to `optimizer.gradient`, in the place of the last one."""
 
 
 def by_autograd(objective: Callable[..., Terms], optimizer: GuardedAdam, precision: str) -> Gradients:
@@ -53,8 +53,11 @@ class _Passes:
 
     def __init__(self, layers: nn.Sequential, optimizer: GuardedAdam, half: torch.dtype | None):
         linears = [layer for layer in layers if isinstance(layer, nn.Linear)]
+        if not all(isinstance(layer, nn.Linear | nn.ReLU) for layer in layers):
+            raise TypeError("only linear layers and ReLUs are written out; train other networks by autograd")
         weights, span = optimizer.weights, optimizer.weights.span(layers.parameters())
         self._half = half
+        self.dtype = half or weights.vector.dtype
         self._weights, self._gradient = weights.vector[span], optimizer.gradient[span]
         self._used, self._found = (
             vector if half is None else torch.zeros_like(vector, dtype=half)
@@ -83,15 +86,22 @@ class _Passes:
         if self._from_observed is not None:
             weight, bias = layers[0]
             layers[0] = (weight[:, : x.shape[1]], self._from_observed.bias_given(x.shape[1]).to(bias.dtype))
-        self._inputs = [x.to(self._used.dtype)]
+        self._inputs = [x.to(self.dtype)]
         for weight, bias in layers[:-1]:
             self._inputs.append(torch.addmm(bias, self._inputs[-1], weight.t()).relu_())
         weight, bias = layers[-1]
         return widen(torch.addmm(bias, self._inputs[-1], weight.t()))
 
-    def backward(self, grad: Tensor, to_input: bool = False) -> Tensor:
-        """The gradient of the loss with respect to the outputs → that with respect to the inputs, if it is wanted."""
-        grad = grad.to(self._found.dtype)
+    def backward(self, grad: Tensor) -> None:
+        """Find the gradient, from that of the loss with respect to the outputs of the last forward pass."""
+        self._backward(grad, to_input=False)
+
+    def backward_to_input(self, grad: Tensor) -> Tensor:
+        """The same; returns the gradient of the loss with respect to the inputs."""
+        return widen(self._backward(grad, to_input=True))
+
+    def _backward(self, grad: Tensor, to_input: bool) -> Tensor:
+        grad = grad.to(self.dtype)
         for i in reversed(range(len(self._layers))):
             (weight, _), (weight_grad, bias_grad), x = self._layers[i], self._grads[i], self._inputs[i]
             torch.sum(grad, 0, out=bias_grad)
@@ -104,7 +114,7 @@ class _Passes:
                 grad = grad @ weight
         if self._half is not None:
             self._gradient.copy_(self._found)
-        return widen(grad) if to_input else grad
+        return grad
 
 
 def _of_baseline(net: _Passes) -> Gradients:
@@ -123,8 +133,8 @@ def _of_cvae(baseline: Baseline, prior: _Passes, recognition: _Passes, generatio
     def gradients(batch: Batch, eps: Tensor, factor: float | Tensor) -> Terms:
         x, y, y_hat = batch
         y_hat = baseline.guess(x) if y_hat is None else y_hat
-        seen_x, seen_y = x.to(y_hat.dtype), y.to(y_hat.dtype)  # in half precision already, where ŷ is kept in it
-        p = Gaussian(*prior.forward(torch.cat([seen_x, y_hat], dim=-1)).chunk(2, dim=-1))
+        seen_x, seen_y, seen_y_hat = (part.to(prior.dtype) for part in (x, y, y_hat))
+        p = Gaussian(*prior.forward(torch.cat([seen_x, seen_y_hat], dim=-1)).chunk(2, dim=-1))
         q = Gaussian(*recognition.forward(torch.cat([seen_x, seen_y], dim=-1)).chunk(2, dim=-1))
         scale = q.log_scale.exp()
         z = q.loc + scale * eps
@@ -132,7 +142,7 @@ def _of_cvae(baseline: Baseline, prior: _Passes, recognition: _Passes, generatio
 
         # −log p(y|x,z), a mean over the L samples, reaches q through z = loc + scale · eps.
         logits_grad = bernoulli_log_prob_grad(y, logits).mul_(-factor / len(eps))
-        z_grad = generation.backward(logits_grad.flatten(0, 1), to_input=True).view_as(z)
+        z_grad = generation.backward_to_input(logits_grad.flatten(0, 1)).view_as(z)
         loc_grad, log_scale_grad = z_grad.sum(0), (z_grad * eps).sum(0).mul_(scale)
 
         # The KL reaches q and p themselves.

@@ -58,7 +58,7 @@ class GuardedAdam:
     @torch.inference_mode()
     def step(self, loss: Tensor) -> Tensor:
         """Update the weights by `gradient`, unless it or the loss is not finite; whether it was done, a bool scalar."""
-        # One sum is enough: neither a NaN nor an infinity can leave it again. v − v is 0 if v is finite, else NaN.
+        # One sum is enough: no NaN and no infinity leaves it again. v − v is 0 where v is finite, and NaN elsewhere.
         checksum = self.gradient.sum() + loss
         skip = (checksum - checksum != 0).float()
         self.updates.add_(1).sub_(skip)
@@ -126,8 +126,8 @@ class GuardedAdam:
         """Everything that the next steps depend on, as tensors and plain values."""
         self._look()
         return {
-            "moments": self.moments,
-            "squares": self.squares,
+            "moments": [self.weights.view(parameter, self.moments) for parameter in self.weights],
+            "squares": [self.weights.view(parameter, self.squares) for parameter in self.weights],
             "updates": self.updates,
             "bad_streak": self.bad_streak,
             "good_steps": self.good_steps,
@@ -140,14 +140,12 @@ class GuardedAdam:
         Raises KeyError, TypeError, ValueError or RuntimeError if the state is not of this kind.
         """
         for name, value in self.state_dict().items():
-            source = state[name]
-            if type(source) is not type(value) or (value is not None and not _alike(source, value)):
-                raise ValueError(f"{name} is not of the shape and type that is expected")
-            if isinstance(value, Tensor):
-                value.copy_(source)
+            own, new = (value, state[name]) if isinstance(value, list) else ([value], [state[name]])
+            for held, source in zip(own, new, strict=True):
+                if type(source) is not type(held):
+                    raise TypeError(f"{name} is not of the type that is expected")
+                if isinstance(held, Tensor):
+                    if source.shape != held.shape or source.dtype != held.dtype:
+                        raise ValueError(f"{name} is not a tensor of the shape and type that is expected")
+                    held.copy_(source)
         self.bad_streak = state["bad_streak"]
-
-
-def _alike(a: Tensor | int, b: Tensor | int) -> bool:
-    """Of the same shape and type."""
-    return not isinstance(a, Tensor) or not isinstance(b, Tensor) or (a.shape == b.shape and a.dtype == b.dtype)

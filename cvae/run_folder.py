@@ -20,7 +20,7 @@ import torch
 
 from cvae.checkpoint import write_atomically
 from cvae.errors import CvaeError, DataError, DiskError, UsageError
-from cvae.settings import Settings
+from cvae.settings import PRECISIONS, Settings
 
 CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
 BEST, LAST, LOCK = "best.pt", "last.pt", ".lock"
@@ -97,6 +97,13 @@ def read_settings(path: Path) -> Settings:
         return Settings.from_dict(config.get("settings") if isinstance(config, dict) else None)
     except ValueError as error:
         raise DataError(f"{file}: {error}") from None
+
+
+def read_precision(path: Path) -> str:
+    """The precision that a run was begun in: that of its settings if its `config.json` has no other."""
+    config = read_json(path / CONFIG)
+    begun = config.get("precision") if isinstance(config, dict) else None
+    return begun if begun in PRECISIONS else read_settings(path).precision
 
 
 def finished_runs(folder: Path) -> list[Path]:

@@ -27,8 +27,8 @@ class Weights:
                 length = self._end(parameter)
         first = next(iter(self._starts))
         self.vector = torch.zeros(length, dtype=first.dtype, device=first.device)
-        for weights in self:
-            weights.data = self.view(weights, self.vector).copy_(weights.detach())
+        for trained in self:
+            trained.data = self.view(trained, self.vector).copy_(trained.detach())
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self._starts)
@@ -59,11 +59,18 @@ class WeightAverage(Generic[Model]):
         self.model: Model = copy.deepcopy(model, frozen) if window else model  # what is frozen is shared
         self._window = window
         self._vector = weights.vector
-        self._average = Weights(self.model.parameters()).vector if window else weights.vector
+        self._average = Weights(self.model.parameters()).vector if window else self._vector
+        self._since = 0  # steps since the weights were last taken in
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Take the weights in, after the step of this number, counted from 0 over the whole training."""
-        every = 1 if step < 100 else 20  # a pass over the weights is not for nothing, and later they change little
-        if self._window and step % every == 0:
-            self._average.lerp_(self._vector, min(1.0, every / min(self._window, 1 + step / 9)))
+    def update(self, step: int, last: bool = False) -> None:
+        """Take the weights in, after the step of this number, counted from 0 over the whole training.
+
+        A pass over all weights takes time, and later they change little: then they are taken in every so many steps
+        only, each time with the weight of these steps, and after the `last` step of an epoch.
+        """
+        self._since += 1
+        every = 1 if step < 100 else min(20, self._window)
+        if self._window and (last or self._since >= every):
+            self._average.lerp_(self._vector, min(1.0, self._since / min(self._window, 1 + step / 9)))
+            self._since = 0
