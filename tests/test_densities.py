@@ -7,7 +7,7 @@ import pytest
 import scipy.integrate
 import scipy.stats
 import torch
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 from torch.distributions import Independent, Normal, kl_divergence
 
 from cvae.densities import (
@@ -139,6 +139,7 @@ def test_bernoulli_gradients():
     y = torch.rand(4, 5, generator=random, dtype=torch.float64)
     logits = (5 * torch.randn(3, 4, 5, generator=random, dtype=torch.float64)).requires_grad_()
     assert gradcheck(lambda logits: bernoulli_log_prob(y, logits), logits)
+    assert gradgradcheck(lambda logits: bernoulli_log_prob(y, logits), logits)
     extreme = torch.tensor([-1e4, -100.0, 100.0, 1e4], requires_grad=True)
     bernoulli_log_prob(torch.tensor([1.0, 0.0, 0.25, 1.0]), extreme).backward()
     assert extreme.grad.tolist() == [1.0, 0.0, -0.75, 0.0]

@@ -57,18 +57,55 @@ def test_baseline_gradient_is_the_plain_one(make_toy, way, case):
 @MODELS
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_is_that_of_autocast(make_toy, which, precision):
-    """The same products of the same numbers, rounded at the same places but for a few."""
+    """The same products of the same numbers, rounded at the same places but for a few; ŷ as training keeps it."""
     toy = make_toy(1, 28, 28, hidden=(100, 80), latent_dim=20, count=64, dtype=torch.float32)
+    half = runtime.HALF[precision]
+    batch = Batch(toy.x, toy.y, toy.cvae.baseline_net.guess(toy.x).detach().to(half))
     model = toy.cvae if which == "cvae" else baseline_of(toy)
-    optimizer = optimizer_of(model)
-    batch, eps = Batch(toy.x, toy.y, None), toy.eps[..., : model.latent_dim]
+    optimizer, eps = optimizer_of(model), toy.eps[..., : model.latent_dim]
     results = []
     for way in (by_hand, by_autograd):
         terms = way(model, optimizer, precision)(batch, eps, 1.0)
-        results.append((*terms, optimizer.gradient.clone()))
-    epsilon = torch.finfo(runtime.HALF[precision]).eps
+        results.append((*terms, *(parameter.grad.clone() for parameter in optimizer.weights)))
     for ours, theirs in zip(*results, strict=True):
-        assert (ours - theirs).norm() <= 2 * epsilon * theirs.norm()
+        assert (ours - theirs).norm() <= 2 * torch.finfo(half).eps * theirs.norm()
+
+
+@MODELS
+@pytest.mark.parametrize("hidden", [(7,), (7, 8, 9)], ids=str)
+def test_any_number_of_layers(make_toy, which, hidden):
+    toy = make_toy(hidden=hidden, particles=2)
+    model = toy.cvae if which == "cvae" else baseline_of(toy)
+    optimizer, eps = optimizer_of(model), toy.eps[..., : model.latent_dim]
+    results = []
+    for way in (by_hand, by_autograd):
+        way(model, optimizer, "fp32")(Batch(toy.x, toy.y, None), eps, 1.0)
+        results.append([parameter.grad.clone() for parameter in optimizer.weights])
+    for ours, theirs in zip(*results, strict=True):
+        assert theirs.ne(0).any()
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@MODELS
+def test_compiled_model_has_the_same_gradient(make_toy, which):
+    """What `--compile` trains by; here without the code generator, which takes a minute."""
+    toy = make_toy(particles=2)
+    model = toy.cvae if which == "cvae" else baseline_of(toy)
+    optimizer, eps = optimizer_of(model), toy.eps[..., : model.latent_dim]
+    batch = Batch(toy.x, toy.y, toy.cvae.baseline_net.guess(toy.x).detach())
+    by_hand(model, optimizer, "fp32")(batch, eps, 0.7)
+    ours = optimizer.gradient.clone()
+    by_autograd(torch.compile(model, backend="aot_eager"), optimizer, "fp32")(batch, eps, 0.7)
+    assert ours.ne(0).any()
+    torch.testing.assert_close(optimizer.gradient, ours, rtol=1e-10, atol=1e-12)
+
+
+def test_other_layers_are_refused(make_toy):
+    """Rather than trained as if they were ReLUs."""
+    toy = make_toy()
+    toy.cvae.prior_net.layers[1] = torch.nn.Tanh()
+    with pytest.raises(TypeError, match="by autograd"):
+        by_hand(toy.cvae, optimizer_of(toy.cvae), "fp32")
 
 
 @WAYS

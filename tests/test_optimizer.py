@@ -53,7 +53,9 @@ def snapshot(net, optimizer):
     """Copies of all weights and of Adam's state."""
     tensors = {f"weights.{name}": tensor.clone() for name, tensor in net.state_dict().items()}
     state = optimizer.state_dict()
-    return tensors | {name: state[name].clone() for name in ("moments", "squares", "updates")}
+    for name in ("moments", "squares"):
+        tensors |= {f"{name}.{i}": tensor.clone() for i, tensor in enumerate(state[name])}
+    return tensors | {"updates": state["updates"].clone()}
 
 
 def assert_identical(ours, theirs):
