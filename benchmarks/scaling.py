@@ -88,10 +88,9 @@ def main() -> int:
     parser.add_argument("--steps", type=count, default=20, help="per round (default: %(default)s)")
     options = parser.parse_args()
     runtime.prepare(torch.device("cpu"))
-    number = max(BATCHES) * options.steps // 8
 
     def ours(side: int = 28, hidden: int = 500, batch: int = 128) -> Ours:
-        return Ours(*model_and_images(side, hidden, max(number, batch)), batch)
+        return Ours(*model_and_images(side, hidden, batch * options.steps), batch)
 
     result: dict[str, Any] = {
         "ms_per_step_by_batch": step_times({str(b): ours(batch=b) for b in BATCHES}, options.rounds, options.steps),

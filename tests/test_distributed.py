@@ -86,6 +86,21 @@ def test_two_processes_train_what_one_does(work: Path, forked: Forked, on_one: P
         assert (tensor - before[name]).abs().max() > 1000 * STEPS * 2**-23 * tensor.abs().max(), name
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_two_processes_in_half_precision(work: Path, forked: Forked, precision: str) -> None:
+    """They round otherwise, but learn the same, and skip the same steps while a scale is being found."""
+    argv = ["--data", "data", *SMALL, "--epochs", "2", "--baseline-epochs", "1", "--precision", precision]
+    assert forked(*argv, "--name", f"one-{precision}")["code"] == 0
+    code, _, err = finish(start(torchrun("train.py", *argv, "--name", f"two-{precision}"), work))
+    assert (code, err) == (0, "")
+    one, two = (read_metrics(work / f"runs/{ranks}-{precision}/metrics.jsonl") for ranks in ("one", "two"))
+    for a, b in zip(one, two, strict=True):
+        assert a["skipped_steps"] == b["skipped_steps"] == 0
+        assert a.get("overflow_steps") == b.get("overflow_steps")
+        for key in a.keys() & {"validation_nll", "validation_neg_elbo"}:
+            assert a[key] == pytest.approx(b[key], rel=5e-3)
+
+
 def test_both_stop_early_at_the_same_epoch(on_one: Path, on_two: tuple[Path, str]) -> None:
     stopped = [("baseline", 1), ("cvae", 1), ("cvae", 2)]  # of 9
     assert epochs_logged(on_one) == epochs_logged(on_two[0]) == stopped

@@ -1,10 +1,12 @@
 """Exact resume: wherever a training ends, it can go on, and leaves what one leaves that was never interrupted."""
 
+import json
 import random
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from trainings import (
     SMALL,
     Forked,
@@ -17,8 +19,9 @@ from trainings import (
     train_command,
 )
 
-from cvae import checkpoint
-from cvae.run_folder import read_json, read_settings
+from cvae import checkpoint, runtime
+from cvae.run_folder import read_json, read_precision, read_settings
+from cvae.settings import Settings
 
 BASELINE = [("baseline", 1), ("baseline", 2)]
 ALL_EPOCHS = [*BASELINE, ("cvae", 1), ("cvae", 2), ("cvae", 3)]
@@ -280,6 +283,33 @@ def test_checkpoint_of_other_settings(work: Path, forked: Forked, moments: list[
     assert answer["code"] == 3, answer
     assert answer["output"].count("\n") == 1
     assert answer["output"].startswith("train.py: runs/other/last.pt: ")
+
+
+def test_goes_on_in_the_precision_it_was_begun_in(work: Path, forked: Forked, moments: list[str]) -> None:
+    """Whatever `auto` stands for where it goes on: from its first step, it is a run of the other precision."""
+    auto = runtime.resolve_precision("auto", torch.device("cpu"))
+    other = "fp32" if auto == "bf16" else "bf16"
+    argv = ["--data", "data", *SMALL]
+    assert forked(*argv, "--name", "elsewhere", kill_at=nth(moments, "epoch write", 1))["code"] == -9
+    config = work / "runs/elsewhere/config.json"
+    begun = read_json(config)
+    assert begun["precision"] == auto
+    config.write_text(json.dumps(begun | {"precision": other}))
+    assert forked("--resume", "elsewhere")["code"] == 0
+    for name, precision in (("as-other", other), ("as-auto", auto)):
+        assert forked(*argv, "--precision", precision, "--name", name)["code"] == 0
+    resumed, as_other, as_auto = (
+        checkpoint.load(work / "runs" / name / "best.pt")["model"] for name in ("elsewhere", "as-other", "as-auto")
+    )
+    assert all(torch.equal(resumed[name], as_other[name]) for name in resumed)
+    assert not all(torch.equal(resumed[name], as_auto[name]) for name in resumed)
+
+
+@pytest.mark.parametrize("precision", ["fp8", 5, [], None], ids=repr)
+def test_precision_that_is_none_is_that_of_the_settings(tmp_path: Path, precision: object) -> None:
+    config = {"settings": Settings(precision="fp16").to_dict(), "precision": precision}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_precision(tmp_path) == "fp16"
 
 
 def test_no_such_run(work: Path, forked: Forked) -> None:
