@@ -2,7 +2,7 @@
 
     python train.py                                   # one quadrant observed, on MNIST, into runs/q1
     python train.py --quadrants 1 2 3                 # three runs, one after the other: runs/q1, runs/q2, runs/q3
-    python train.py --quadrants 1 --device cuda       # in mixed precision, each step one CUDA graph
+    python train.py --quadrants 1 --device cuda       # each step one CUDA graph
     python train.py --resume q1                       # go on with runs/q1 where it was interrupted
     torchrun --nproc-per-node 2 train.py              # on two processes
 
@@ -176,7 +176,10 @@ def scheduled_rate(s: Settings, epoch: float, epochs: int) -> float:
 
 @torch.no_grad()
 def validate(model: Baseline | CVAE, images: ImageSet, eps: Tensor, run: Run) -> Tensor:
-    """`Terms.sums` over the images, each process taking its share; eps `[L, N, Z]`, the same in every epoch."""
+    """`Terms.sums` over the images, each process taking its share, in the training's precision.
+
+    eps `[L, N, Z]`: the noise, the same in every epoch.
+    """
     mine = run.processes.share(len(images))
     totals = torch.zeros(3, dtype=torch.float64, device=run.device)
     for start in range(mine.start, mine.stop, VALIDATION_BATCH):

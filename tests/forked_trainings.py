@@ -48,9 +48,9 @@ class Moments:
         call = f"{code.co_name} {function.__name__}"
         if function.__name__ not in CALLS and call != "sync_folder fsync":
             return
-        # A checkpoint is written in hundreds of pieces, of which the fortieth will do.
+        # A checkpoint is written in dozens of pieces, of which the twentieth will do.
         self._pieces = self._pieces + 1 if call == "write write" else 0
-        if self._pieces in (0, 40):
+        if self._pieces in (0, 20):
             path = frame.f_locals.get("path", frame.f_locals.get("self"))
             self.note(f"{call} {path.name}" if isinstance(path, Path) else call)
 
