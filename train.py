@@ -242,10 +242,7 @@ def train_run(run: Run, resume: bool, overwrite: bool) -> None:
 FLAGS = {  # the settings, as flags of the same names
     "quadrants": (int, "how many quadrants are observed, 1, 2 or 3; several numbers make several runs"),
     "device": (str, "auto, cpu, cuda or cuda:n"),
-    "precision": (
-        str,
-        "fp32, bf16, fp16, or auto: bf16 where the device has it, else fp16 on CUDA, fp32 on a CPU",
-    ),
+    "precision": (str, "fp32, bf16, fp16, or auto: bf16 where it is native, else fp16 on CUDA and fp32 on a CPU"),
     "epochs": (int, "at most so many epochs of the CVAE"),
     "baseline_epochs": (int, "at most so many epochs of the baseline"),
     "patience": (int, "stop after so many epochs without improvement on the validation images"),
