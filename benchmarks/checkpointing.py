@@ -22,7 +22,7 @@ from torch import Tensor
 from cvae import checkpoint, runtime
 from cvae.data import ImageSet, load_train
 from cvae.model import CVAE, Baseline
-from cvae.optimizer import BETA1, BETA2, EPSILON, GuardedAdam
+from cvae.optimizer import GuardedAdam
 from cvae.quadrants import Quadrants
 from cvae.run_folder import BEST, LAST
 
@@ -32,14 +32,9 @@ BATCH_SIZE = 128
 class UnguardedAdam(GuardedAdam):
     """The same optimizer, which takes every step and counts nothing."""
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def step(self, loss: Tensor) -> Tensor:
-        self.updates += 1
-        torch._fused_adam_(
-            [self.weights.vector], [self.gradient], [self.moments], [self.squares], [], [self.updates],
-            lr=self.learning_rate, beta1=BETA1, beta2=BETA2, eps=EPSILON, weight_decay=0.0,
-            amsgrad=False, maximize=False,
-        )  # fmt: skip
+        self._update()
         return loss.new_ones((), dtype=torch.bool)
 
 

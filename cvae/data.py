@@ -123,11 +123,10 @@ class ImageSet:
         y_hat = None if self.y_hat is None else _rows(self.y_hat, rows)
         return Batch(pixels[:, : self.num_observed], pixels[:, self.num_observed :], y_hat)
 
-    def batches(self, size: int, start: int = 0, end: int | None = None) -> Iterator[Batch]:
-        """The images from start to end in order, `size` at a time and the rest at last."""
-        end = len(self) if end is None else end
-        for first in range(start, end, size):
-            yield self.batch(slice(first, min(first + size, end)))
+    def batches(self, size: int) -> Iterator[Batch]:
+        """The images in order, `size` at a time and the rest at last."""
+        for first in range(0, len(self), size):
+            yield self.batch(slice(first, first + size))
 
 
 def _rows(table: Tensor, rows: Tensor | slice) -> Tensor:

@@ -92,15 +92,11 @@ class _Passes:
         weight, bias = layers[-1]
         return widen(torch.addmm(bias, self._inputs[-1], weight.t()))
 
-    def backward(self, grad: Tensor) -> None:
-        """Find the gradient, from that of the loss with respect to the outputs of the last forward pass."""
-        self._backward(grad, to_input=False)
+    def backward(self, grad: Tensor) -> Tensor:
+        """Find the gradient, from that of the loss with respect to the outputs of the last forward pass.
 
-    def backward_to_input(self, grad: Tensor) -> Tensor:
-        """The same; returns the gradient of the loss with respect to the inputs."""
-        return widen(self._backward(grad, to_input=True))
-
-    def _backward(self, grad: Tensor, to_input: bool) -> Tensor:
+        Returns that with respect to the first layer's outputs before the ReLU, for `to_input`.
+        """
         grad = grad.to(self.dtype)
         for i in reversed(range(len(self._layers))):
             (weight, _), (weight_grad, bias_grad), x = self._layers[i], self._grads[i], self._inputs[i]
@@ -110,11 +106,13 @@ class _Passes:
                 weight_grad[:, x.shape[1] :] = UNOBSERVED * bias_grad[:, None]
             if i > 0:
                 grad = torch.ops.aten.threshold_backward(grad @ weight, x, 0)  # a ReLU's
-            elif to_input:
-                grad = grad @ weight
         if self._half is not None:
             self._gradient.copy_(self._found)
         return grad
+
+    def to_input(self, grad: Tensor) -> Tensor:
+        """What `backward` returned → the gradient of the loss with respect to the inputs."""
+        return widen(grad @ self._layers[0][0])
 
 
 def _of_baseline(net: _Passes) -> Gradients:
@@ -142,7 +140,7 @@ def _of_cvae(baseline: Baseline, prior: _Passes, recognition: _Passes, generatio
 
         # −log p(y|x,z), a mean over the L samples, reaches q through z = loc + scale · eps.
         logits_grad = bernoulli_log_prob_grad(y, logits).mul_(-factor / len(eps))
-        z_grad = generation.backward_to_input(logits_grad.flatten(0, 1)).view_as(z)
+        z_grad = generation.to_input(generation.backward(logits_grad.flatten(0, 1))).view_as(z)
         loc_grad, log_scale_grad = z_grad.sum(0), (z_grad * eps).sum(0).mul_(scale)
 
         # The KL reaches q and p themselves.

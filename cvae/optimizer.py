@@ -61,12 +61,8 @@ class GuardedAdam:
         # One sum is enough: no NaN and no infinity leaves it again. v − v is 0 where v is finite, and NaN elsewhere.
         checksum = self.gradient.sum() + loss
         skip = (checksum - checksum != 0).float()
-        self.updates.add_(1).sub_(skip)
-        torch._fused_adam_(  # what torch.optim.Adam(fused=True) calls, without the way there
-            [self.weights.vector], [self.gradient], [self.moments], [self.squares], [], [self.updates],
-            lr=self.learning_rate, beta1=BETA1, beta2=BETA2, eps=EPSILON, weight_decay=0.0,
-            amsgrad=False, maximize=False, grad_scale=self.scale, found_inf=skip,
-        )  # fmt: skip
+        self._update(skip)
+        self.updates -= skip
         outcome = skip  # BAD or 0
         if self.scale is not None:
             overflow = skip * (loss - loss == 0)
@@ -75,6 +71,15 @@ class GuardedAdam:
         self._outcomes.index_copy_(0, self._unseen, outcome.view(1))
         self._unseen += 1
         return skip == 0
+
+    def _update(self, skip: Tensor | None = None) -> None:
+        """Adam's step itself, which leaves everything but the count as it is where `skip` is 1."""
+        self.updates += 1
+        torch._fused_adam_(  # what torch.optim.Adam(fused=True) calls, without the way there
+            [self.weights.vector], [self.gradient], [self.moments], [self.squares], [], [self.updates],
+            lr=self.learning_rate, beta1=BETA1, beta2=BETA2, eps=EPSILON, weight_decay=0.0,
+            amsgrad=False, maximize=False, grad_scale=self.scale, found_inf=skip,
+        )  # fmt: skip
 
     def _adjust_scale(self, skip: Tensor, overflow: Tensor) -> None:
         assert self.scale is not None

@@ -23,6 +23,10 @@ class Toy(NamedTuple):
     y: Tensor
     eps: Tensor
 
+    def model(self, which: str) -> Baseline | CVAE:
+        """The "cvae" to train, or its "baseline", no longer frozen."""
+        return self.cvae if which == "cvae" else self.cvae.baseline_net.requires_grad_(True)
+
 
 @pytest.fixture
 def make_toy() -> Callable[..., Toy]:

@@ -19,10 +19,6 @@ def optimizer_of(model):
     return GuardedAdam(Weights(model.parameters()), 1e-3)
 
 
-def baseline_of(toy):
-    return toy.cvae.baseline_net.requires_grad_(True)
-
-
 @WAYS
 @CASES
 @pytest.mark.parametrize("cached", [False, True], ids=["guess", "cached guess"])
@@ -47,7 +43,7 @@ def test_baseline_gradient_is_the_plain_one(make_toy, way, case):
     reference, images = Reference(toy.cvae, toy.quadrants), toy.images.flatten(1)
     log_likelihood = masked_log_likelihood(images, reference.observed, torch.sigmoid(reference.baseline_logits(images)))
     (-0.7 * log_likelihood.sum()).backward()
-    baseline = baseline_of(toy)
+    baseline = toy.model("baseline")
     terms = way(baseline, optimizer_of(baseline), "fp32")(Batch(toy.x, toy.y, None), toy.eps[..., :0], 0.7)
     torch.testing.assert_close(terms.log_likelihood, log_likelihood, rtol=1e-10, atol=0)
     assert terms.kl.eq(0).all()
@@ -61,7 +57,7 @@ def test_half_precision_is_that_of_autocast(make_toy, which, precision):
     toy = make_toy(1, 28, 28, hidden=(100, 80), latent_dim=20, count=64, dtype=torch.float32)
     half = runtime.HALF[precision]
     batch = Batch(toy.x, toy.y, toy.cvae.baseline_net.guess(toy.x).detach().to(half))
-    model = toy.cvae if which == "cvae" else baseline_of(toy)
+    model = toy.model(which)
     optimizer, eps = optimizer_of(model), toy.eps[..., : model.latent_dim]
     results = []
     for way in (by_hand, by_autograd):
@@ -75,7 +71,7 @@ def test_half_precision_is_that_of_autocast(make_toy, which, precision):
 @pytest.mark.parametrize("hidden", [(7,), (7, 8, 9)], ids=str)
 def test_any_number_of_layers(make_toy, which, hidden):
     toy = make_toy(hidden=hidden, particles=2)
-    model = toy.cvae if which == "cvae" else baseline_of(toy)
+    model = toy.model(which)
     optimizer, eps = optimizer_of(model), toy.eps[..., : model.latent_dim]
     results = []
     for way in (by_hand, by_autograd):
@@ -90,7 +86,7 @@ def test_any_number_of_layers(make_toy, which, hidden):
 def test_compiled_model_has_the_same_gradient(make_toy, which):
     """What `--compile` trains by; here without the code generator, which takes a minute."""
     toy = make_toy(particles=2)
-    model = toy.cvae if which == "cvae" else baseline_of(toy)
+    model = toy.model(which)
     optimizer, eps = optimizer_of(model), toy.eps[..., : model.latent_dim]
     batch = Batch(toy.x, toy.y, toy.cvae.baseline_net.guess(toy.x).detach())
     by_hand(model, optimizer, "fp32")(batch, eps, 0.7)
@@ -113,7 +109,7 @@ def test_other_layers_are_refused(make_toy):
 def test_gradient_replaces_the_last_one(make_toy, way, which):
     """And is proportional to the factor, a number or a tensor."""
     toy = make_toy(particles=2)
-    model = toy.cvae if which == "cvae" else baseline_of(toy)
+    model = toy.model(which)
     optimizer = optimizer_of(model)
     gradients, batch, eps = way(model, optimizer, "fp32"), Batch(toy.x, toy.y, None), toy.eps[..., : model.latent_dim]
     gradients(batch, eps, 1.0)
@@ -129,7 +125,7 @@ def test_gradient_replaces_the_last_one(make_toy, way, which):
 def test_outputs_of_observed_pixels_are_not_trained(make_toy, way):
     """The rows of the last layers that stand for observed pixels get a gradient of exactly zero."""
     toy = make_toy()
-    for model in (baseline_of(toy), toy.cvae):
+    for model in (toy.model("baseline"), toy.cvae):
         way(model, optimizer_of(model), "fp32")(Batch(toy.x, toy.y, None), toy.eps[..., : model.latent_dim], 1.0)
         toy.cvae.baseline_net.requires_grad_(False)
     for layer in (toy.cvae.baseline_net.layers[-1], toy.cvae.generation_net.layers[-1]):

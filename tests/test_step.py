@@ -38,10 +38,6 @@ class Watch(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def model_of(toy, which):
-    return toy.cvae if which == "cvae" else toy.cvae.baseline_net.requires_grad_(True)
-
-
 def optimizer_of(model, precision, learning_rate=1e-3):
     return GuardedAdam(Weights(model.parameters()), learning_rate, loss_scaling=precision == "fp16")
 
@@ -63,7 +59,7 @@ def test_watch_notices(forbidden):
 def test_step_never_waits_for_the_device(make_toy, which, way, precision, cached):
     """From the rows of a batch to the new weights and totals: no number read, no shape that hangs on data."""
     toy = make_toy(count=20, particles=2, dtype=torch.float32)
-    model = model_of(toy, which)
+    model = toy.model(which)
     images = ImageSet(toy.images.mul(255).to(torch.uint8), toy.quadrants)
     if cached:
         images.set_guesses(toy.cvae.baseline_net.guess, runtime.HALF.get(precision))
@@ -97,7 +93,7 @@ def test_mixed_precision_agrees_with_float32(make_toy, which, precision):
     results = {}
     for name in ("fp32", precision):
         toy = make_toy(1, 28, 28, hidden=(100, 80), latent_dim=20, count=64, dtype=torch.float32)
-        model, batch = model_of(toy, which), Batch(toy.x, toy.y, None)
+        model, batch = toy.model(which), Batch(toy.x, toy.y, None)
         optimizer, accepted = optimizer_of(model, name), False
         gradients, eps = by_hand(model, optimizer, name), toy.eps[..., : model.latent_dim]
         while not accepted:  # a scale that overflows is halved, and the weights stay as they were
