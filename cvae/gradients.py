@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cvae import runtime
 from cvae.data import Batch
 from cvae.densities import Gaussian, bernoulli_log_prob, bernoulli_log_prob_grad, gaussian_kl_and_grads, widen
-from cvae.model import CVAE, UNOBSERVED, Baseline, FromObserved, ToHidden
+from cvae.model import CVAE, Baseline
 from cvae.objectives import Terms
 from cvae.optimizer import GuardedAdam
 
@@ -65,31 +65,23 @@ class _Passes:
         )
 
         def views(vector: Tensor) -> list[tuple[Tensor, Tensor]]:
-            """The weight and the bias of each layer; of the last, the rows that are computed: the others stay zero."""
-            pairs = [
+            """The weight and the bias of each layer."""
+            return [
                 (weights.view(layer.weight, vector, span.start), weights.view(layer.bias, vector, span.start))
                 for layer in linears
             ]
-            if isinstance(last := linears[-1], ToHidden):
-                pairs[-1] = (pairs[-1][0][-last.num_hidden :], pairs[-1][1][-last.num_hidden :])
-            return pairs
 
         self._layers, self._grads = views(self._used), views(self._found)
-        self._from_observed = linears[0] if isinstance(linears[0], FromObserved) else None
         self._inputs: list[Tensor] = []  # of each layer, in the last forward pass
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, inputs]` → `[B, outputs]`."""
         if self._half is not None:
             self._used.copy_(self._weights)
-        layers = self._layers.copy()
-        if self._from_observed is not None:
-            weight, bias = layers[0]
-            layers[0] = (weight[:, : x.shape[1]], self._from_observed.bias_given(x.shape[1]).to(bias.dtype))
         self._inputs = [x.to(self.dtype)]
-        for weight, bias in layers[:-1]:
+        for weight, bias in self._layers[:-1]:
             self._inputs.append(torch.addmm(bias, self._inputs[-1], weight.t()).relu_())
-        weight, bias = layers[-1]
+        weight, bias = self._layers[-1]
         return widen(torch.addmm(bias, self._inputs[-1], weight.t()))
 
     def backward(self, grad: Tensor) -> Tensor:
@@ -101,9 +93,7 @@ class _Passes:
         for i in reversed(range(len(self._layers))):
             (weight, _), (weight_grad, bias_grad), x = self._layers[i], self._grads[i], self._inputs[i]
             torch.sum(grad, 0, out=bias_grad)
-            torch.mm(grad.t(), x, out=weight_grad[:, : x.shape[1]])
-            if x.shape[1] < weight_grad.shape[1]:  # from observed pixels: all others hold the same
-                weight_grad[:, x.shape[1] :] = UNOBSERVED * bias_grad[:, None]
+            torch.mm(grad.t(), x, out=weight_grad)
             if i > 0:
                 grad = torch.ops.aten.threshold_backward(grad @ weight, x, 0)  # a ReLU's
         if self._half is not None:

@@ -9,65 +9,34 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from cvae.densities import Gaussian, bernoulli_log_prob, widen
 from cvae.objectives import Terms, elbo_terms
 
-UNOBSERVED = -1.0
-"""What the baseline is shown in the place of a hidden pixel."""
 
-
-def mlp(sizes: Sequence[int], first: type[nn.Linear] = nn.Linear) -> list[nn.Module]:
+def mlp(sizes: Sequence[int]) -> list[nn.Module]:
     """Fully connected layers of these sizes, each followed by a ReLU, initialised as in He et al. 2015."""
     layers: list[nn.Module] = []
-    for i, (fan_in, fan_out) in enumerate(pairwise(sizes)):
-        linear = (nn.Linear if i else first)(fan_in, fan_out)
+    for fan_in, fan_out in pairwise(sizes):
+        linear = nn.Linear(fan_in, fan_out)
         nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
         nn.init.zeros_(linear.bias)
         layers += [linear, nn.ReLU(inplace=True)]
     return layers
 
 
-class FromObserved(nn.Linear):
-    """A linear layer on an image whose hidden pixels all hold `UNOBSERVED`.
-
-    It equals the plain layer on all pixels; the hidden pixels' share, a constant, is added to the bias instead.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight[:, : x.shape[-1]], self.bias_given(x.shape[-1]))
-
-    def bias_given(self, num_observed: int) -> Tensor:
-        """The bias, `[out_features]`, with the share of the hidden pixels, those after so many observed ones."""
-        return self.bias + UNOBSERVED * self.weight[:, num_observed:].sum(1)
-
-
-class ToHidden(nn.Linear):
-    """A linear layer to all pixels of an image, of which it computes the hidden ones, the last `num_hidden`."""
-
-    def __init__(self, in_features: int, num_pixels: int, num_hidden: int):
-        super().__init__(in_features, num_pixels)
-        self.num_hidden = num_hidden
-
-    def forward(self, features: Tensor) -> Tensor:
-        return F.linear(features, self.weight[-self.num_hidden :], self.bias[-self.num_hidden :])
-
-
 class Baseline(nn.Module):
     """The deterministic guess ŷ of the hidden pixels: pixels → hidden layers → pixels, ReLU.
 
-    Its weights span all pixels, as in the tutorial; what is constant or unused is not computed.
+    The tutorial shows it whole images with −1 in the place of each hidden pixel. Those inputs add a constant to each
+    unit, which the bias can hold as well: they are left out, and so are the outputs for observed pixels, never used.
     """
 
     latent_dim = 0  # it takes no noise
 
     def __init__(self, num_observed: int, num_pixels: int, hidden: Sequence[int] = (500, 500)):
         super().__init__()
-        self.layers = nn.Sequential(
-            *mlp((num_pixels, *hidden), first=FromObserved),
-            ToHidden(hidden[-1], num_pixels, num_pixels - num_observed),
-        )
+        self.layers = nn.Sequential(*mlp((num_observed, *hidden)), nn.Linear(hidden[-1], num_pixels - num_observed))
 
     def logits(self, x: Tensor) -> Tensor:
         """The logits of ŷ, `[B, num_hidden]`."""
@@ -98,9 +67,9 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """A network from z to the logits of the hidden pixels: z → hidden layers → pixels."""
 
-    def __init__(self, latent_dim: int, hidden: Sequence[int], num_pixels: int, num_hidden: int):
+    def __init__(self, latent_dim: int, hidden: Sequence[int], num_hidden: int):
         super().__init__()
-        self.layers = nn.Sequential(*mlp((latent_dim, *hidden)), ToHidden(hidden[-1], num_pixels, num_hidden))
+        self.layers = nn.Sequential(*mlp((latent_dim, *hidden)), nn.Linear(hidden[-1], num_hidden))
 
     def forward(self, z: Tensor) -> Tensor:
         return widen(self.layers(z))
@@ -126,7 +95,7 @@ class CVAE(nn.Module):
         self.baseline_net: Baseline = baseline.requires_grad_(False)
         self.prior_net = Encoder(num_pixels, hidden, latent_dim)
         self.recognition_net = Encoder(num_pixels, hidden, latent_dim)
-        self.generation_net = Decoder(latent_dim, hidden, num_pixels, num_pixels - num_observed)
+        self.generation_net = Decoder(latent_dim, hidden, num_pixels - num_observed)
 
     def prior(self, x: Tensor, y_hat: Tensor | None = None) -> Gaussian:
         """p(z|x), `[B, Z]`. y_hat: the baseline's guess for x where it is known already, `[B, num_hidden]`."""

@@ -5,7 +5,6 @@ baseline looks, and takes no part in the likelihood.
 """
 
 from itertools import pairwise
-from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -41,7 +40,7 @@ def network(*sizes: int) -> nn.Sequential:
 
 
 class Reference(nn.Module):
-    """The networks with the weights of ours, in raster order."""
+    """Networks of whole images, as the tutorial's, that compute the same as ours."""
 
     def __init__(self, cvae: CVAE, quadrants: Quadrants):
         super().__init__()
@@ -53,8 +52,15 @@ class Reference(nn.Module):
         self.prior_net = network(pixels, *hidden, 2 * cvae.latent_dim)
         self.recognition_net = network(pixels, *hidden, 2 * cvae.latent_dim)
         self.generation_net = network(cvae.latent_dim, *hidden, pixels)
-        ours = {name: weights.detach() for name, weights in cvae.named_parameters()}
-        self.load_state_dict(in_raster_order(ours, quadrants))
+        ours = {name.replace(".layers.", "."): weights.detach() for name, weights in cvae.named_parameters()}
+        positions = positions_of_pixels(quadrants)
+        with torch.no_grad():
+            for name, weights in self.named_parameters():  # those that ours leaves out stay as they are: random
+                if name in positions:
+                    weights.index_copy_(*positions[name], ours[name])
+                else:
+                    weights.copy_(ours[name])
+            self.baseline_net[0].bias += self.baseline_net[0].weight[:, ~self.observed].sum(1)  # times −(−1)
 
     def baseline_logits(self, images: Tensor) -> Tensor:
         return self.baseline_net(torch.where(self.observed, images, -1.0))
@@ -92,29 +98,42 @@ class Reference(nn.Module):
         pass
 
 
-PIXEL_DIMENSIONS = {"baseline_net.0.weight": 1, "prior_net.0.weight": 1, "recognition_net.0.weight": 1}
-PIXEL_DIMENSIONS |= {f"{net}.4.{kind}": 0 for net in ("baseline_net", "generation_net") for kind in ("weight", "bias")}
-"""Where pixels are counted in the parameters of networks with two hidden layers."""
+def positions_of_pixels(quadrants: Quadrants) -> dict[str, tuple[int, Tensor]]:
+    """Where the parameters of ours that stand for pixels are in the reference's: the dimension, and the places in it.
 
-
-def in_raster_order(ours: dict[str, Tensor], quadrants: Quadrants) -> dict[str, Tensor]:
-    """Weights or gradients of our CVAE, by name, as the reference has them."""
-    theirs: dict[str, Any] = {}
-    for name, tensor in ours.items():
-        name = name.replace(".layers.", ".")
-        if name in PIXEL_DIMENSIONS:
-            tensor = torch.empty_like(tensor).index_copy_(PIXEL_DIMENSIONS[name], quadrants.order, tensor)
-        theirs[name] = tensor
-    return theirs
+    For networks with two hidden layers.
+    """
+    observed, hidden = quadrants.order.split([quadrants.num_observed, quadrants.num_hidden])
+    positions = {f"{net}.0.weight": (1, quadrants.order) for net in ("prior_net", "recognition_net")}
+    positions["baseline_net.0.weight"] = (1, observed)
+    ends = [f"{net}.4.{kind}" for net in ("baseline_net", "generation_net") for kind in ("weight", "bias")]
+    return positions | dict.fromkeys(ends, (0, hidden))
 
 
 def assert_gradients_agree(cvae: CVAE, reference: Reference, quadrants: Quadrants, tolerance: float) -> None:
     """Every gradient of ours within `tolerance` of the reference's, relative to the largest entry of the tensor."""
-    ours = {name: weights.grad for name, weights in cvae.named_parameters() if weights.grad is not None}
-    ours = in_raster_order(ours, quadrants)
-    theirs = {name: weights.grad for name, weights in reference.named_parameters() if weights.grad is not None}
+    ours = {name.replace(".layers.", "."): weights.grad for name, weights in cvae.named_parameters()}
+    theirs = {name: weights.grad for name, weights in reference.named_parameters()}
     assert ours.keys() == theirs.keys()
-    for name in theirs:
-        largest = theirs[name].abs().max().item()
-        assert largest > 0, name
-        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=tolerance * largest, msg=name)
+    assert any(gradient is not None for gradient in theirs.values())
+    positions = positions_of_pixels(quadrants)
+    for name, gradient in theirs.items():
+        assert (gradient is None) == (ours[name] is None), name
+        if gradient is not None:
+            largest = gradient.abs().max().item()
+            assert largest > 0, name
+            same = gradient.index_select(*positions[name]) if name in positions else gradient
+            torch.testing.assert_close(ours[name], same, rtol=0, atol=tolerance * largest, msg=name)
+    assert_nothing_is_left_out(reference)
+
+
+def assert_nothing_is_left_out(reference: Reference) -> None:
+    """What the networks of whole images have more than ours could learn nothing, or nothing but a bias."""
+    for net in (reference.baseline_net, reference.generation_net):
+        for weights in net[4].parameters():
+            if weights.grad is not None:  # of the outputs for observed pixels
+                assert weights.grad[reference.observed].eq(0).all()
+    first = reference.baseline_net[0]
+    if first.weight.grad is not None:  # of the inputs for hidden pixels, all −1
+        hidden = first.weight.grad[:, ~reference.observed]
+        torch.testing.assert_close(hidden, -first.bias.grad[:, None].expand_as(hidden), rtol=1e-12, atol=1e-15)

@@ -153,8 +153,8 @@ def test_best_weights_are_those_of_a_cvae_of_these_sizes(
     place: Path, trained: subprocess.CompletedProcess[str]
 ) -> None:
     state = weights(place / "runs" / "q1")
-    shapes = {tuple(tensor.shape) for tensor in state.values()}
-    assert {(32, 784), (32, 32), (784, 32), (32, 8), (16, 32)} <= shapes
+    shapes = {tuple(tensor.shape) for tensor in state.values() if tensor.dim() == 2}
+    assert shapes == {(32, 196), (32, 784), (32, 32), (588, 32), (32, 8), (16, 32)}
     assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in state.values())
 
 
@@ -220,9 +220,10 @@ def test_another_seed_gives_other_weights_and_quiet_prints_nothing(
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_mixed_precision_on_a_cpu(place: Path, precision: str) -> None:
+    rate = "5e-4" if precision == "bf16" else "2e-3"  # low enough for two trainings to keep together
     for name in ("fp32", precision):
         words = ["--data", "data", "--precision", name, "--runs", f"with-{precision}", "--name", name]
-        succeeded(train(*words, *TINY, cwd=place))
+        succeeded(train(*words, *TINY, "--learning-rate", rate, cwd=place))
     exact = read_metrics(place / f"with-{precision}" / "fp32" / "metrics.jsonl")
     mixed = read_metrics(place / f"with-{precision}" / precision / "metrics.jsonl")
     for one, other in zip(exact, mixed, strict=True):
@@ -230,7 +231,7 @@ def test_mixed_precision_on_a_cpu(place: Path, precision: str) -> None:
         assert other["skipped_steps"] == 0
         assert other[name] != one[name], "it was computed in float32 after all"
         if precision == "bf16":  # it keeps 8 bits of a number, and the sums are in float32
-            assert other[name] == pytest.approx(one[name], rel=5e-3)
+            assert other[name] == pytest.approx(one[name], rel=2e-3)
     if precision == "fp16":  # gives up its first steps, until the scale of the loss is low enough; then it learns
         assert mixed[1]["overflow_steps"] > 0
         assert mixed[2]["validation_neg_elbo"] < 0.7 * mixed[1]["validation_neg_elbo"]
@@ -251,7 +252,7 @@ def test_pictures_of_another_size(place: Path) -> None:
     write_data(place / "odd" / "MNIST" / "raw", *images, suffix=".gz")
     succeeded(train("--data", "odd", "--runs", "odd-runs", "--quadrants", "3", "--particles", "3", *TINY, cwd=place))
     shapes = {tuple(tensor.shape) for tensor in weights(place / "odd-runs" / "q3").values()}
-    assert {(32, 17 * 21), (17 * 21, 32)} <= shapes
+    assert {(32, 258), (32, 17 * 21), (99, 32)} <= shapes
     figure = place / "odd.png"
     printed = succeeded(evaluate("--runs", "odd-runs", "--format", "json", "--figure", figure, *SAMPLES, cwd=place))
     assert json.loads(printed)[0]["images"] == 60
