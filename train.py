@@ -71,17 +71,14 @@ def fit(
     share = processes.share_of_batch(batch_size)
     steps = len(train) // batch_size
 
-    weights = Weights(model.parameters())
+    weights = Weights(model.parameters(), None if s.compile else runtime.HALF.get(run.precision))
     average = WeightAverage(model, weights, s.average)  # what is validated and kept
     optimizer = GuardedAdam(weights, s.learning_rate, loss_scaling=run.precision == "fp16")
     progress = Progress()
     if last.get("phase") == phase:
         progress = run.restore(last, model, average.model, optimizer)
 
-    if s.compile:
-        gradients = by_autograd(torch.compile(model), optimizer, run.precision)
-    else:
-        gradients = by_hand(model, optimizer, run.precision)
+    gradients = by_autograd(torch.compile(model), optimizer, run.precision) if s.compile else by_hand(model, optimizer)
     totals = torch.zeros(3, dtype=torch.float64, device=device)  # of the epoch's log-likelihoods, KLs and images
     fixed_noise = noise(s.particles, len(validation), model, runtime.generator(device, s.seed, "validation"))
 

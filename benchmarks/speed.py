@@ -31,8 +31,8 @@ start       From starting the process `train.py --quadrants 1` to the end of its
             Both are left out by `--no-trainings`; what follows `--` is given to train.py.
 
 For CUDA, an estimate on paper, nothing of it measured: 1.6 GFLOP of a step at batch 128 take 0.1 ms at 15 TFLOP/s
-(float32 on a mid-range GPU), less in bfloat16; Adam reads 16 and writes 12 bytes for each of 2.4 million parameters,
-68 MB, 0.1 ms at 600 GB/s; some 120 kernels at 3 to 5 µs a launch are 0.4 to 0.6 ms. So launches dominate an eager step,
+(float32 on a mid-range GPU), less in bfloat16; Adam reads 16 and writes 12 bytes for each of 2.3 million parameters,
+65 MB, 0.1 ms at 600 GB/s; some 120 kernels at 3 to 5 µs a launch are 0.4 to 0.6 ms. So launches dominate an eager step,
 and one graph of them is bounded by memory traffic and by the chain of kernels: some 0.3 ms.
 """
 
@@ -100,10 +100,10 @@ class Ours:
     ):  # fmt: skip
         self.model, self.images, self.batch_size = model, images, batch_size
         self.settings = Settings(quadrants=NUM_QUADRANTS, batch_size=batch_size)
-        self.weights = Weights(model.parameters())
+        self.weights = Weights(model.parameters(), runtime.HALF.get(precision))
         self.average = WeightAverage(model, self.weights, self.settings.average)
         self.optimizer = optimizer(self.weights, self.settings.learning_rate)
-        self.gradients = by_hand(model, self.optimizer, precision)
+        self.gradients = by_hand(model, self.optimizer)
         self.totals = torch.zeros(3, dtype=torch.float64)
         self.epoch = 0
 
@@ -134,14 +134,13 @@ class Ours:
         return time.perf_counter() - started
 
 
-def counted_flops(cvae: CVAE, quadrants: Quadrants, batch_size: int) -> int:
+def counted_flops(cvae: CVAE, batch_size: int) -> int:
     """The matrix FLOPs that a step of the CVAE has to do, from the sizes of its layers (see the manual above)."""
 
     def sizes(net: torch.nn.Module) -> list[int]:
         return [layer.in_features * layer.out_features for layer in net.layers if isinstance(layer, torch.nn.Linear)]
 
     encoder, decoder = sizes(cvae.prior_net), sizes(cvae.generation_net)
-    decoder[-1] = decoder[-1] // quadrants.num_pixels * quadrants.num_hidden
     return 2 * batch_size * (2 * (3 * sum(encoder) - encoder[0]) + 3 * sum(decoder))
 
 
@@ -214,7 +213,7 @@ def measure_steps(precision: str, batch_size: int, steps: int, rounds: int, matr
         image_set.set_guesses(baseline.guess, runtime.HALF.get(kind))
     ours = compare("cvae", lambda: CVAE(baseline, *sizes))
 
-    flops = counted_flops(CVAE(baseline, *sizes), quadrants, batch_size)
+    flops = counted_flops(CVAE(baseline, *sizes), batch_size)
 
     def share(phase: str, kind: str) -> float:
         return flops * measured[phase]["ours"] / batch_size / best_rates[kind]

@@ -1,7 +1,8 @@
 """The trained weights of a model as one vector, and their average over the steps."""
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import Generic, TypeVar
 
 import torch
@@ -13,38 +14,50 @@ Model = TypeVar("Model", bound=nn.Module)
 class Weights:
     """The parameters that are trained, side by side in one vector: one pass over it does for all of them.
 
-    They stay the parameters that they are, as views of `vector`.
+    They stay the parameters that they are, as views of `vector`; those of one shape are neighbours. `working` is what
+    products are computed with: the vector itself, or, given the type `half`, a copy of it in half precision.
     """
 
-    _ALIGNMENT = 64  # a parameter begins at a multiple of so many elements: products are faster on aligned matrices
+    _ALIGNMENT = 16  # a parameter begins at a multiple of so many elements: products are faster on aligned matrices
 
-    def __init__(self, parameters: Iterable[nn.Parameter]):
+    def __init__(self, parameters: Iterable[nn.Parameter], half: torch.dtype | None = None):
         self._starts: dict[Tensor, int] = {}
         length = 0
-        for parameter in parameters:
+        for parameter in sorted(parameters, key=lambda parameter: parameter.shape):
             if parameter.requires_grad:
                 self._starts[parameter] = length
-                length = self._end(parameter)
+                length += -(-parameter.numel() // self._ALIGNMENT) * self._ALIGNMENT
         first = next(iter(self._starts))
         self.vector = torch.zeros(length, dtype=first.dtype, device=first.device)
         for trained in self:
             trained.data = self.view(trained, self.vector).copy_(trained.detach())
+        self.working = self.vector if half is None else self.vector.to(half)
+
+    def refresh(self) -> None:
+        """Bring `working` up to date: needed when anything but the optimizer has changed the weights."""
+        if self.working is not self.vector:
+            self.working.copy_(self.vector)
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self._starts)
 
-    def _end(self, parameter: Tensor) -> int:
-        return -(-(self._starts[parameter] + parameter.numel()) // self._ALIGNMENT) * self._ALIGNMENT
-
-    def view(self, parameter: Tensor, vector: Tensor, first: int = 0) -> Tensor:
-        """The part of a parameter, in its shape, of a vector that is laid out as this one is from `first` on."""
-        start = self._starts[parameter] - first
+    def view(self, parameter: Tensor, vector: Tensor) -> Tensor:
+        """The part of a parameter, in its shape, of a vector that is laid out as this one is."""
+        start = self._starts[parameter]
         return vector[start : start + parameter.numel()].view_as(parameter)
 
-    def span(self, parameters: Iterable[Tensor]) -> slice:
-        """The part of the vector that parameters which follow one another take together."""
-        parameters = list(parameters)
-        return slice(self._starts[parameters[0]], self._end(parameters[-1]))
+    def stacked(self, parameters: Sequence[Tensor], vector: Tensor) -> Tensor:
+        """`view` of several parameters at once, `[n, *shape]`: a view too.
+
+        Raises ValueError unless they are of one shape, and equally far apart in the vector, in this order.
+        """
+        starts = [self._starts[parameter] for parameter in parameters]
+        shapes = {parameter.shape for parameter in parameters}
+        distances = {after - before for before, after in pairwise(starts)} or {parameters[0].numel()}
+        if len(shapes) > 1 or len(distances) > 1 or min(distances) < 0:
+            raise ValueError("parameters can be stacked if they are of one shape, equally far apart and in order")
+        first = self.view(parameters[0], vector)
+        return first.as_strided((len(starts), *first.shape), (*distances, *first.stride()))
 
 
 class WeightAverage(Generic[Model]):

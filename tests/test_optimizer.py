@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from cvae import optimizer as optimizer_module
 from cvae.errors import NonFiniteError
 from cvae.optimizer import GROWTH_INTERVAL, INITIAL_SCALE, MAX_STREAK, MAX_UNSEEN, MIN_SCALE, GuardedAdam
 from cvae.weights import Weights
@@ -103,6 +104,47 @@ def test_is_adam_by_its_formula():
         optimizer.step(loss)
     for name, parameter in net.named_parameters():
         torch.testing.assert_close(parameter.detach(), weights[name], rtol=1e-12, atol=1e-14)
+
+
+HALVES = pytest.mark.parametrize(("half", "loss_scaling"), [(torch.bfloat16, False), (torch.float16, True)])
+
+
+@HALVES
+@pytest.mark.parametrize("part", [64, 1 << 20], ids=["in parts", "at once"])
+def test_half_gradient_is_widened_and_the_copy_follows(monkeypatch, half, loss_scaling, part):
+    """Bit for bit the step on the same gradient in float32, however many weights are taken at a time."""
+    monkeypatch.setattr(optimizer_module, "PART", part)
+    start = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    weights, plain = (Weights([nn.Parameter(start.clone())], kind) for kind in (half, None))
+    optimizer, reference = (GuardedAdam(one, 1e-2, loss_scaling) for one in (weights, plain))
+    for step in range(20):
+        torch.randn(len(optimizer.gradient), generator=torch.Generator().manual_seed(step), out=reference.gradient)
+        optimizer.gradient.copy_(reference.gradient.mul_(reference.loss_scale / 100))
+        reference.gradient.copy_(optimizer.gradient)
+        loss = torch.tensor(1.0)
+        assert optimizer.step(loss) == reference.step(loss) == True  # noqa: E712
+        assert torch.equal(weights.vector, plain.vector)
+        assert torch.equal(weights.working, weights.vector.to(half))
+    assert (weights.vector[:1000] - start).abs().min() > 0
+
+
+@HALVES
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+def test_no_bad_number_in_a_half_gradient_is_overlooked(half, loss_scaling, poison):
+    """Wherever it is; the largest numbers that are finite are none."""
+    weights = Weights([nn.Parameter(torch.ones(200))], half)
+    optimizer = GuardedAdam(weights, 1e-2, loss_scaling)
+    largest = torch.finfo(half).max
+    for place in range(200):
+        optimizer.gradient.fill_(0.5)
+        optimizer.gradient[place] = poison
+        optimizer.gradient[place - 1] = largest * (-1) ** place
+        assert not optimizer.step(torch.tensor(1.0))
+    assert weights.vector[:200].eq(1).all()
+    assert weights.working[:200].eq(1).all()
+    assert optimizer.moments.eq(0).all()
+    optimizer.gradient.fill_(largest)
+    assert optimizer.step(torch.tensor(1.0))
 
 
 @pytest.mark.parametrize("loss_scaling", [False, True])

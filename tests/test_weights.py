@@ -19,8 +19,7 @@ def network():
 def test_parameters_keep_their_values_and_are_views():
     net, plain = network(), network()
     weights = Weights(net.parameters())
-    trained = [*net[0].parameters(), *net[2].parameters()]
-    assert all(parameter is own for parameter, own in zip(weights, trained, strict=True))
+    assert {id(parameter) for parameter in weights} == {id(own) for i in (0, 2) for own in net[i].parameters()}
     for (name, parameter), original in zip(net.named_parameters(), plain.parameters(), strict=True):
         assert torch.equal(parameter, original), name
     assert weights.vector.ne(0).sum() == 5 * 7 + 7 + 3 * 2 + 2
@@ -32,16 +31,39 @@ def test_parameters_keep_their_values_and_are_views():
     assert torch.equal(net[1].weight, plain[1].weight)  # frozen, and so not among them
 
 
-def test_spans_hold_their_parameters_and_nothing_else():
-    net = network()
+def test_parameters_of_one_shape_are_stacked_in_place():
+    """Whatever lies between them, and side by side where nothing does."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4), nn.Linear(8, 8), nn.Linear(4, 8), nn.Linear(8, 8))
     weights = Weights(net.parameters())
-    span = weights.span(net[2].parameters())
-    part = torch.zeros_like(weights.vector)[span]
-    for parameter in net[2].parameters():
-        weights.view(parameter, part, span.start).copy_(parameter.detach())
-    assert torch.equal(part, weights.vector[span])
-    first = weights.span(net[0].parameters())
-    assert (first.start, first.stop, span.stop) == (0, span.start, len(weights.vector))
+    squares = [net[0].weight, net[2].weight, net[4].weight]
+    for some in (squares, squares[::2], squares[:1], [net[1].weight]):
+        stacked = weights.stacked(some, weights.vector)
+        assert torch.equal(stacked, torch.stack([parameter.detach() for parameter in some]))
+        with torch.no_grad():
+            stacked.mul_(2)
+        assert torch.equal(stacked, torch.stack([parameter.detach() for parameter in some]))
+    assert weights.stacked(squares, weights.vector).is_contiguous()
+    with pytest.raises(ValueError, match="of one shape"):
+        weights.stacked([net[1].weight, net[3].weight], weights.vector)
+    for others in ([squares[0], squares[2], squares[1]], squares[::-1]):
+        with pytest.raises(ValueError, match="equally far apart and in order"):
+            weights.stacked(others, weights.vector)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_working_copy(half):
+    """Without `half`, it is the weights themselves; with it, their rounding, once it is refreshed."""
+    weights = Weights(network().parameters())
+    assert weights.working is weights.vector
+    weights.refresh()
+    weights = Weights(network().parameters(), half)
+    assert torch.equal(weights.working, weights.vector.to(half))
+    weights.vector.mul_(3)
+    before = weights.vector.clone()
+    weights.refresh()
+    assert torch.equal(weights.working, before.to(half))
+    assert torch.equal(weights.vector, before)
 
 
 @pytest.mark.parametrize("window", [100, 500])
