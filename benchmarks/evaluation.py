@@ -90,6 +90,12 @@ def as_tutorial(cvae: CVAE, quadrants: Quadrants) -> tutorial.PyroCVAE:
     hidden = [len(state[f"prior_net.layers.{i}.bias"]) for i in (0, 2)]
     net = tutorial.PyroCVAE(tutorial.BaselineNet(quadrants.num_pixels, *hidden), *hidden, cvae.latent_dim)
     raster = torch.argsort(quadrants.order)
+    observed, hidden_pixels = quadrants.order.split([quadrants.num_observed, quadrants.num_hidden])
+
+    def spread(weights: Tensor, places: Tensor, dimension: int) -> Tensor:
+        """The weights at these pixels, and zeros at those that our networks leave out."""
+        shape = [quadrants.num_pixels if i == dimension else n for i, n in enumerate(weights.shape)]
+        return torch.zeros(shape).index_copy_(dimension, places, weights)
 
     def copy(layer: torch.nn.Linear, weight: Tensor, bias: Tensor) -> None:
         layer.weight.data.copy_(weight)
@@ -99,7 +105,9 @@ def as_tutorial(cvae: CVAE, quadrants: Quadrants) -> tutorial.PyroCVAE:
         theirs = getattr(net, name)
         weights = [state[f"{name}.layers.{i}.weight"] for i in (0, 2, 4)]
         biases = [state[f"{name}.layers.{i}.bias"] for i in (0, 2, 4)]
-        if name != "generation_net":
+        if name == "baseline_net":
+            weights[0] = spread(weights[0], observed, 1)
+        elif name != "generation_net":
             weights[0] = weights[0][:, raster]
         copy(theirs.layer_1, weights[0], biases[0])
         copy(theirs.layer_2, weights[1], biases[1])
@@ -107,7 +115,7 @@ def as_tutorial(cvae: CVAE, quadrants: Quadrants) -> tutorial.PyroCVAE:
             copy(theirs.loc, weights[2].chunk(2)[0], biases[2].chunk(2)[0])
             copy(theirs.log_scale, weights[2].chunk(2)[1], biases[2].chunk(2)[1])
         else:
-            copy(theirs.layer_3, weights[2][raster], biases[2][raster])
+            copy(theirs.layer_3, spread(weights[2], hidden_pixels, 0), spread(biases[2], hidden_pixels, 0))
     return net
 
 

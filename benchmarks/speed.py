@@ -32,8 +32,9 @@ start       From starting the process `train.py --quadrants 1` to the end of its
 
 For CUDA, an estimate on paper, nothing of it measured: 1.6 GFLOP of a step at batch 128 take 0.1 ms at 15 TFLOP/s
 (float32 on a mid-range GPU), less in bfloat16; Adam reads 16 and writes 12 bytes for each of 2.3 million parameters,
-65 MB, 0.1 ms at 600 GB/s; some 120 kernels at 3 to 5 µs a launch are 0.4 to 0.6 ms. So launches dominate an eager step,
-and one graph of them is bounded by memory traffic and by the chain of kernels: some 0.3 ms.
+65 MB, 0.1 ms at 600 GB/s, and the conversions from and to bfloat16 add a quarter; some 100 kernels at 3 to 5 µs a
+launch are 0.3 to 0.5 ms. So launches dominate an eager step, and one graph of them is bounded by memory traffic and by
+the chain of kernels: some 0.3 ms.
 """
 
 import math

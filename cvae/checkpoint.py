@@ -18,7 +18,7 @@ import torch
 
 from cvae.errors import DataError, DiskError
 
-FORMAT = 1
+FORMAT = 2
 TAG = b"SHA-256\0"
 TAIL = len(TAG) + hashlib.sha256().digest_size
 

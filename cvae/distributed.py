@@ -55,7 +55,7 @@ class Processes:
         return self.share(batch_size)
 
     def sum_(self, *tensors: Tensor) -> None:
-        """Replace each tensor by its sum over all processes, in one exchange; they share one dtype and device."""
+        """Replace each tensor by its sum over all processes, in one exchange, of the widest of their types."""
         if self.count > 1:
             flat = torch.cat([tensor.flatten() for tensor in tensors])
             with exchange():

@@ -25,10 +25,11 @@ Gradients = Callable[[Batch, Tensor, float | Tensor], Terms]
 def by_autograd(objective: Callable[..., Terms], optimizer: GuardedAdam, precision: str) -> Gradients:
     """`objective`: x, y, ŷ, eps → Terms, of any model whose trained parameters are the optimizer's.
 
-    It takes the weights as they are, not their working copy; autocast rounds them for `precision`.
+    It takes the weights as they are; autocast rounds them for `precision`. Raises ValueError if they have a copy in
+    half precision: the gradient would be of its type.
     """
     if optimizer.weights.working is not optimizer.weights.vector:
-        raise ValueError("autograd's gradient is of the type of the weights: they need no copy in half precision")
+        raise ValueError("autograd's gradient is of the type of the weights: they can have no copy in half precision")
 
     def gradients(batch: Batch, eps: Tensor, factor: float | Tensor) -> Terms:
         with runtime.autocast(precision, eps.device):
@@ -41,8 +42,10 @@ def by_autograd(objective: Callable[..., Terms], optimizer: GuardedAdam, precisi
 
 
 def by_hand(model: Baseline | CVAE, optimizer: GuardedAdam) -> Gradients:
-    """For the models of this package: products of the optimizer's working weights, all else in float32 or wider."""
-    optimizer.weights.refresh()
+    """For the models of this package: products of the optimizer's working weights, all else in float32 or wider.
+
+    Raises TypeError if a layer is neither linear nor a ReLU.
+    """
     if isinstance(model, Baseline):
         return _of_baseline(_Passes(optimizer, model))
     encoders = _Passes(optimizer, model.prior_net, model.recognition_net)
@@ -50,8 +53,8 @@ def by_hand(model: Baseline | CVAE, optimizer: GuardedAdam) -> Gradients:
 
 
 class _Passes:
-    """The passes through n networks of the same linear layers and ReLUs at once: a product of n matrices takes less
-    time than n products."""
+    """The passes through n networks of the same linear layers and ReLUs at once: one batched product takes less time
+    than n single ones. Weights and gradients are views of the optimizer's vectors."""
 
     def __init__(self, optimizer: GuardedAdam, *networks: Baseline | Encoder | Decoder):
         for layer in (layer for network in networks for layer in network.layers):

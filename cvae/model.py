@@ -29,7 +29,8 @@ class Baseline(nn.Module):
     """The deterministic guess ŷ of the hidden pixels: pixels → hidden layers → pixels, ReLU.
 
     The tutorial shows it whole images with −1 in the place of each hidden pixel. Those inputs add a constant to each
-    unit, which the bias can hold as well: they are left out, and so are the outputs for observed pixels, never used.
+    unit of the first layer, which its bias can hold as well: they are left out, and so are the outputs for observed
+    pixels, which nobody looks at.
     """
 
     latent_dim = 0  # it takes no noise

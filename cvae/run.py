@@ -130,6 +130,7 @@ class Run:
             model.load_state_dict(last["model"])
             average.load_state_dict(last["average"])
             optimizer.load_state_dict(last["optimizer"])
+        optimizer.weights.refresh()
         progress = Progress(**last["progress"])
         self.processes.on_main(lambda: self.save_best(last))  # the process may have ended between the two files
         return progress

@@ -18,7 +18,7 @@ class Settings:
     device: str = "auto"
     precision: str = "auto"
     epochs: int = 30
-    baseline_epochs: int = 12
+    baseline_epochs: int = 8
     patience: int = 3
     batch_size: int = 128
     learning_rate: float = 2e-3

@@ -14,8 +14,9 @@ Model = TypeVar("Model", bound=nn.Module)
 class Weights:
     """The parameters that are trained, side by side in one vector: one pass over it does for all of them.
 
-    They stay the parameters that they are, as views of `vector`; those of one shape are neighbours. `working` is what
-    products are computed with: the vector itself, or, given the type `half`, a copy of it in half precision.
+    They stay the parameters that they are, as views of `vector`; those of one shape are neighbours, so that `stacked`
+    finds them. `working` is what products are computed with: the vector itself, or, given the type `half`, a copy of it
+    in half precision.
     """
 
     _ALIGNMENT = 16  # a parameter begins at a multiple of so many elements: products are faster on aligned matrices
@@ -54,7 +55,7 @@ class Weights:
         starts = [self._starts[parameter] for parameter in parameters]
         shapes = {parameter.shape for parameter in parameters}
         distances = {after - before for before, after in pairwise(starts)} or {parameters[0].numel()}
-        if len(shapes) > 1 or len(distances) > 1 or min(distances) < 0:
+        if len(shapes) > 1 or len(distances) > 1 or min(distances) <= 0:
             raise ValueError("parameters can be stacked if they are of one shape, equally far apart and in order")
         first = self.view(parameters[0], vector)
         return first.as_strided((len(starts), *first.shape), (*distances, *first.stride()))

@@ -18,9 +18,9 @@ MODELS = pytest.mark.parametrize("which", ["baseline", "cvae"])
 
 
 def gradients_of(way, model, precision="fp32"):
-    """The gradients of a model, and the optimizer that receives them."""
-    half = runtime.HALF.get(precision) if way is by_hand else None
-    optimizer = GuardedAdam(Weights(model.parameters(), half), 1e-3)
+    """The gradients of a model, and the optimizer that receives them, as `fit` makes them."""
+    weights = Weights(model.parameters(), runtime.HALF.get(precision) if way is by_hand else None)
+    optimizer = GuardedAdam(weights, 1e-3, loss_scaling=precision == "fp16")
     return by_hand(model, optimizer) if way is by_hand else by_autograd(model, optimizer, precision), optimizer
 
 
@@ -76,7 +76,7 @@ def test_half_precision_is_that_of_autocast(make_toy, which, precision):
 
 
 @MODELS
-@pytest.mark.parametrize("hidden", [(7,), (7, 8, 9)], ids=str)
+@pytest.mark.parametrize("hidden", [(7,), (7, 8, 9), (8, 8), (16, 16, 16)], ids=str)
 def test_any_number_of_layers(make_toy, which, hidden):
     toy = make_toy(hidden=hidden, particles=2)
     model = toy.model(which)
@@ -117,21 +117,22 @@ def test_autograd_refuses_a_copy_in_half_precision(make_toy):
     """Its gradients would go elsewhere, and nothing would be trained."""
     toy = make_toy()
     optimizer = GuardedAdam(Weights(toy.cvae.parameters(), torch.bfloat16), 1e-3)
-    with pytest.raises(ValueError, match="no copy in half precision"):
+    with pytest.raises(ValueError, match="no copy in half"):
         by_autograd(toy.cvae, optimizer, "bf16")
 
 
 @MODELS
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_working_copy_follows_the_weights(make_toy, which, precision):
-    """After a step, and where the weights were loaded before the gradient was made: as if it had begun with them."""
+    """After a step, and after it was refreshed: as if the training had begun with these weights."""
     toy = make_toy(dtype=torch.float32, particles=2)
     model = toy.model(which)
     batch, eps = Batch(toy.x, toy.y, None), toy.eps[..., : model.latent_dim]
     weights = Weights(model.parameters(), runtime.HALF[precision])
     optimizer = GuardedAdam(weights, 1e-2)
-    weights.vector.mul_(1.5)  # as a resumed run would
     gradients = by_hand(model, optimizer)
+    weights.vector.mul_(1.5)
+    weights.refresh()
     for _ in range(3):
         terms = gradients(batch, eps, 1.0)
         fresh, other = gradients_of(by_hand, copy.deepcopy(model), precision)

@@ -57,6 +57,24 @@ def test_fast_baseline_is_the_plain_one(make_toy, case):
 
 
 @CASES
+def test_what_is_left_out_has_nothing_to_learn(make_toy, case):
+    """The plain networks' outputs for observed pixels get no gradient; their inputs for hidden ones that of a bias."""
+    toy = make_toy(*case)
+    reference, images = Reference(toy.cvae, toy.quadrants), toy.images.flatten(1)
+    log_likelihood, kl = plain_cvae(reference, images, toy.eps)
+    baseline = masked_log_likelihood(images, reference.observed, reference.baseline_logits(images))
+    (kl - log_likelihood - baseline).sum().backward()
+    for net in (reference.baseline_net, reference.generation_net):
+        for weights in net[4].parameters():
+            assert weights.grad[reference.observed].eq(0).all()
+            assert weights.grad[~reference.observed].ne(0).any()
+    first = reference.baseline_net[0]
+    constant = first.weight.grad[:, ~reference.observed]
+    assert first.bias.grad.ne(0).any()
+    torch.testing.assert_close(constant, -first.bias.grad[:, None].expand_as(constant), rtol=1e-12, atol=1e-14)
+
+
+@CASES
 def test_completions_are_the_plain_ones(make_toy, case):
     """Pixel means at z ~ p(z|x), as pictures; one noise for all images broadcasts."""
     toy = make_toy(*case, particles=3)

@@ -305,6 +305,19 @@ def test_goes_on_in_the_precision_it_was_begun_in(work: Path, forked: Forked, mo
     assert not all(torch.equal(resumed[name], as_auto[name]) for name in resumed)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_goes_on_bit_for_bit_in_any_precision(work: Path, forked: Forked, moments: list[str], precision: str) -> None:
+    """What is kept in half precision beside the weights is made anew; the scale of float16 goes on where it was."""
+    argv = ["--data", "data", *SMALL, "--precision", precision, "--name"]
+    for phase, epoch in (("baseline", 2), ("cvae", 2)):
+        name = f"{precision}-{phase}"
+        kill_at = nth(moments, "atomic_file replace last.pt", ALL_EPOCHS.index((phase, epoch)) + 1)
+        assert forked(*argv, name, kill_at=kill_at)["code"] == -9
+        assert forked("--resume", name)["code"] == 0
+        assert forked(*argv, f"{name}-through")["code"] == 0
+        assert_same(work / "runs" / name, work / "runs" / f"{name}-through")
+
+
 @pytest.mark.parametrize("precision", ["fp8", 5, [], None], ids=repr)
 def test_precision_that_is_none_is_that_of_the_settings(tmp_path: Path, precision: object) -> None:
     config = {"settings": Settings(precision="fp16").to_dict(), "precision": precision}

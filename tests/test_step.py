@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_gradients import gradients_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -12,8 +13,6 @@ from cvae import runtime
 from cvae.data import Batch, ImageSet
 from cvae.distributed import Processes
 from cvae.gradients import by_autograd, by_hand
-from cvae.optimizer import GuardedAdam
-from cvae.weights import Weights
 from train import training_step
 
 CPU = torch.device("cpu")
@@ -36,13 +35,6 @@ class Watch(TorchDispatchMode):
             assert all(index is None or index.dtype not in (torch.bool, torch.uint8) for index in args[1]), name
         self.seen.add(name)
         return func(*args, **(kwargs or {}))
-
-
-def gradients_of(way, model, precision):
-    """The gradients of a model, and the optimizer that receives them, as `fit` makes them."""
-    weights = Weights(model.parameters(), runtime.HALF.get(precision) if way is by_hand else None)
-    optimizer = GuardedAdam(weights, 1e-3, loss_scaling=precision == "fp16")
-    return by_hand(model, optimizer) if way is by_hand else by_autograd(model, optimizer, precision), optimizer
 
 
 @pytest.mark.parametrize(
@@ -102,7 +94,7 @@ def test_mixed_precision_agrees_with_float32(make_toy, which, precision):
         while not accepted:  # a scale that overflows is halved, and the weights stay as they were
             scale = optimizer.loss_scale / 64
             terms = gradients(batch, eps, scale)
-            found = [optimizer.weights.view(weight, optimizer.gradient) / scale for weight in optimizer.weights]
+            found = [optimizer.weights.view(weight, optimizer.gradient).float() / scale for weight in optimizer.weights]
             accepted = bool(optimizer.step(loss := -terms.elbo.mean()))
             optimizer.check("here")
         after = -gradients(batch, eps, 1.0).elbo.mean()
