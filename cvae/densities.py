@@ -81,12 +81,17 @@ class _BernoulliLogProb(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
         y, logits = ctx.saved_tensors
-        return None, bernoulli_log_prob_grad(y, logits).mul_(grads[0].unsqueeze(-1))
+        return None, (y - logits.sigmoid()).mul_(grads[0].unsqueeze(-1))
 
 
-def bernoulli_log_prob_grad(y: Tensor, logits: Tensor) -> Tensor:
-    """The derivative of `bernoulli_log_prob` by the logits, y − σ(l): `[..., D]`."""
-    return y - logits.sigmoid()
+def bernoulli_log_prob_and_grad(y: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """`bernoulli_log_prob` `[...]`, and its derivative by the logits, y − σ(l): `[..., D]`; σ(l) serves both."""
+    probabilities = logits.sigmoid()
+    grad = y - probabilities
+    log_normalizer = (
+        probabilities.sub_(0.5).abs_().add_(0.5).log_().sub_(logits.clamp(min=0))
+    )  # σ(|l|) = ½ + |σ(l) − ½|
+    return log_normalizer.addcmul_(y, logits).sum(-1), grad
 
 
 def bernoulli_entropy(y: Tensor) -> Tensor:

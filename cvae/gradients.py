@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cvae import runtime
 from cvae.data import Batch
-from cvae.densities import Gaussian, bernoulli_log_prob, bernoulli_log_prob_grad, gaussian_kl_and_grads, widen
+from cvae.densities import Gaussian, bernoulli_log_prob_and_grad, gaussian_kl_and_grads, widen
 from cvae.model import CVAE, Baseline, Decoder, Encoder
 from cvae.objectives import Terms
 from cvae.optimizer import GuardedAdam
@@ -102,8 +102,8 @@ def _of_baseline(net: _Passes) -> Gradients:
     @torch.inference_mode()
     def gradients(batch: Batch, eps: Tensor, factor: float | Tensor) -> Terms:
         logits = net.forward(batch.x[None])[0]
-        net.backward(bernoulli_log_prob_grad(batch.y, logits).mul_(-factor)[None])
-        log_likelihood = bernoulli_log_prob(batch.y, logits)
+        log_likelihood, grad = bernoulli_log_prob_and_grad(batch.y, logits)
+        net.backward(grad.mul_(-factor)[None])
         return Terms(log_likelihood, kl=torch.zeros_like(log_likelihood))
 
     return gradients
@@ -124,7 +124,8 @@ def _of_cvae(baseline: Baseline, encoders: _Passes, generation: _Passes) -> Grad
         logits = generation.forward(z.flatten(0, 1)[None])[0].unflatten(0, z.shape[:2])
 
         # −log p(y|x,z), a mean over the L samples, reaches q through z = loc + scale · eps.
-        logits_grad = bernoulli_log_prob_grad(y, logits).mul_(-factor / len(eps))
+        log_likelihood, logits_grad = bernoulli_log_prob_and_grad(y, logits)
+        logits_grad.mul_(-factor / len(eps))
         z_grad = generation.to_input(generation.backward(logits_grad.flatten(0, 1)[None])).view_as(z)
         loc_grad, log_scale_grad = z_grad.sum(0), (z_grad * eps).sum(0).mul_(scale)
 
@@ -134,6 +135,6 @@ def _of_cvae(baseline: Baseline, encoders: _Passes, generation: _Passes) -> Grad
         p_grad = torch.cat([-kl_loc, kl_p], dim=-1)
         q_grad = torch.cat([loc_grad + kl_loc, log_scale_grad + kl_q], dim=-1)
         encoders.backward(torch.stack([p_grad, q_grad]))
-        return Terms(bernoulli_log_prob(y, logits).mean(0), kl)
+        return Terms(log_likelihood.mean(0), kl)
 
     return gradients

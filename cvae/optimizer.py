@@ -73,8 +73,10 @@ class GuardedAdam:
     def step(self, loss: Tensor) -> Tensor:
         """Update the weights by `gradient`, unless it or the loss is not finite; whether it was done, a bool scalar."""
         # No NaN and no infinity is lost on the way. v − v is 0 where v is finite, and NaN elsewhere.
-        extremes = torch.stack(torch.aminmax(self.gradient)).float() / self.loss_scale
-        checksum = extremes.square().sum() + loss
+        extremes = torch.stack(torch.aminmax(self.gradient)).float()
+        if self.scale is not None:
+            extremes /= self.scale
+        checksum = torch.dot(extremes, extremes) + loss
         skip = (checksum - checksum != 0).float()
         self._update(skip)
         self.updates -= skip

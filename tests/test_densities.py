@@ -14,6 +14,7 @@ from cvae.densities import (
     Gaussian,
     bernoulli_entropy,
     bernoulli_log_prob,
+    bernoulli_log_prob_and_grad,
     gaussian_kl,
     gaussian_kl_and_grads,
     gaussian_log_prob,
@@ -109,10 +110,12 @@ LOGITS = [*LOGITS, *(-logit for logit in LOGITS)]
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("y", [0.0, 0.25, 1.0])
-def test_bernoulli_log_prob_matches_its_formula(dtype, y):
+@pytest.mark.parametrize("with_grad", [False, True])
+def test_bernoulli_log_prob_matches_its_formula(dtype, y, with_grad):
     """Of each pixel, up to the rounding of 1 or of the logit, whichever is larger: under 1e-7 for black at l ≤ 0."""
     logits = torch.tensor(LOGITS, dtype=dtype)
-    ours = bernoulli_log_prob(torch.full((len(LOGITS), 1), y, dtype=dtype), logits[:, None])
+    pixels = torch.full((len(LOGITS), 1), y, dtype=dtype), logits[:, None]
+    ours = bernoulli_log_prob_and_grad(*pixels)[0] if with_grad else bernoulli_log_prob(*pixels)
     assert ours.dtype == dtype
     exact = y * logits.double().numpy() - np.logaddexp(0, logits.double().numpy())
     errors = np.abs(ours.double().numpy() - exact)
@@ -143,6 +146,16 @@ def test_bernoulli_gradients():
     extreme = torch.tensor([-1e4, -100.0, 100.0, 1e4], requires_grad=True)
     bernoulli_log_prob(torch.tensor([1.0, 0.0, 0.25, 1.0]), extreme).backward()
     assert extreme.grad.tolist() == [1.0, 0.0, -0.75, 0.0]
+
+
+def test_gradient_of_the_bernoulli_is_autograds():
+    random = torch.Generator().manual_seed(9)
+    y = torch.rand(4, 5, generator=random, dtype=torch.float64)
+    logits = (5 * torch.randn(3, 4, 5, generator=random, dtype=torch.float64)).requires_grad_()
+    log_prob, grad = bernoulli_log_prob_and_grad(y, logits.detach())
+    expected = bernoulli_log_prob(y, logits)
+    torch.testing.assert_close(log_prob, expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(grad, torch.autograd.grad(expected.sum(), logits)[0])
 
 
 def test_gradient_of_the_kl_is_autograds():
