@@ -76,7 +76,7 @@ class GuardedAdam:
         extremes = torch.stack(torch.aminmax(self.gradient)).float()
         if self.scale is not None:
             extremes /= self.scale
-        checksum = torch.dot(extremes, extremes) + loss
+        checksum = extremes.square().sum() + loss
         skip = (checksum - checksum != 0).float()
         self._update(skip)
         self.updates -= skip
