@@ -1,6 +1,6 @@
 """How fast a training step is, data path included: ours, and the tutorial's way.
 
-    python benchmarks/speed.py                        # about four minutes on two cores
+    python benchmarks/speed.py                        # about two minutes on two cores
     python benchmarks/speed.py --format json
     python benchmarks/speed.py --rounds 2 --steps 20 -- --train-limit 1000       # a trial of the script itself
 
