@@ -89,11 +89,11 @@ def as_tutorial(cvae: CVAE, quadrants: Quadrants) -> tutorial.PyroCVAE:
         sys.exit("the tutorial's networks have two hidden layers; this run's have another number")
     hidden = [len(state[f"prior_net.layers.{i}.bias"]) for i in (0, 2)]
     net = tutorial.PyroCVAE(tutorial.BaselineNet(quadrants.num_pixels, *hidden), *hidden, cvae.latent_dim)
-    raster = torch.argsort(quadrants.order)
     observed, hidden_pixels = quadrants.order.split([quadrants.num_observed, quadrants.num_hidden])
+    seen = {"baseline_net": observed, "prior_net": quadrants.order, "recognition_net": quadrants.order}
 
     def spread(weights: Tensor, places: Tensor, dimension: int) -> Tensor:
-        """The weights at these pixels, and zeros at those that our networks leave out."""
+        """The weights at the places of their pixels, and zeros at those of pixels that our networks leave out."""
         shape = [quadrants.num_pixels if i == dimension else n for i, n in enumerate(weights.shape)]
         return torch.zeros(shape).index_copy_(dimension, places, weights)
 
@@ -105,10 +105,8 @@ def as_tutorial(cvae: CVAE, quadrants: Quadrants) -> tutorial.PyroCVAE:
         theirs = getattr(net, name)
         weights = [state[f"{name}.layers.{i}.weight"] for i in (0, 2, 4)]
         biases = [state[f"{name}.layers.{i}.bias"] for i in (0, 2, 4)]
-        if name == "baseline_net":
-            weights[0] = spread(weights[0], observed, 1)
-        elif name != "generation_net":
-            weights[0] = weights[0][:, raster]
+        if name in seen:
+            weights[0] = spread(weights[0], seen[name], 1)
         copy(theirs.layer_1, weights[0], biases[0])
         copy(theirs.layer_2, weights[1], biases[1])
         if isinstance(theirs, tutorial.Encoder):

@@ -88,9 +88,8 @@ def bernoulli_log_prob_and_grad(y: Tensor, logits: Tensor) -> tuple[Tensor, Tens
     """`bernoulli_log_prob` `[...]`, and its derivative by the logits, y − σ(l): `[..., D]`; σ(l) serves both."""
     probabilities = logits.sigmoid()
     grad = y - probabilities
-    log_normalizer = (
-        probabilities.sub_(0.5).abs_().add_(0.5).log_().sub_(logits.clamp(min=0))
-    )  # σ(|l|) = ½ + |σ(l) − ½|
+    larger = probabilities.sub_(0.5).abs_().add_(0.5)  # σ(|l|) = ½ + |σ(l) − ½|
+    log_normalizer = larger.log_().sub_(logits.clamp(min=0))
     return log_normalizer.addcmul_(y, logits).sum(-1), grad
 
 

@@ -28,7 +28,7 @@ def by_autograd(objective: Callable[..., Terms], optimizer: GuardedAdam, precisi
     It takes the weights as they are; autocast rounds them for `precision`. Raises ValueError if they have a copy in
     half precision: the gradient would be of its type.
     """
-    if optimizer.weights.working is not optimizer.weights.vector:
+    if optimizer.weights.half is not None:
         raise ValueError("autograd's gradient is of the type of the weights: they can have no copy in half precision")
 
     def gradients(batch: Batch, eps: Tensor, factor: float | Tensor) -> Terms:

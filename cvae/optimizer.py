@@ -44,13 +44,12 @@ class GuardedAdam:
         self.learning_rate = torch.tensor(learning_rate, device=self.device)
         self.gradient = torch.zeros_like(weights.working)  # of a step to come, times the loss scale
         self.moments, self.squares = torch.zeros_like(weights.vector), torch.zeros_like(weights.vector)
-        self._half = self.gradient.dtype != weights.vector.dtype
-        size = WEIGHTS_AT_ONCE if self._half and self.device.type == "cpu" else len(self.gradient)
+        half = weights.half is not None
+        size = WEIGHTS_AT_ONCE if half and self.device.type == "cpu" else len(self.gradient)
         vectors = (weights.vector, weights.working, self.gradient, self.moments, self.squares)
         self._parts = list(zip(*(vector.split(size) for vector in vectors), strict=True))
-        if self._half:
-            self._widened = torch.zeros_like(self._parts[0][0])
-        else:
+        self._widened = torch.zeros_like(self._parts[0][0]) if half else None
+        if not half:  # a parameter takes no gradient of another type
             for parameter in weights:
                 parameter.grad = weights.view(parameter, self.gradient)
         self.updates = self._zero()  # steps taken
@@ -93,14 +92,14 @@ class GuardedAdam:
         """Adam's step itself, which leaves everything but the count as it is where `skip` is 1."""
         self.updates += 1
         for weights, working, gradient, moments, squares in self._parts:
-            if self._half:
+            if self._widened is not None:
                 gradient = self._widened[: len(gradient)].copy_(gradient)
             torch._fused_adam_(  # what torch.optim.Adam(fused=True) calls, without the way there
                 [weights], [gradient], [moments], [squares], [], [self.updates],
                 lr=self.learning_rate, beta1=BETA1, beta2=BETA2, eps=EPSILON, weight_decay=0.0,
                 amsgrad=False, maximize=False, grad_scale=self.scale, found_inf=skip,
             )  # fmt: skip
-            if self._half:
+            if self._widened is not None:
                 working.copy_(weights)
 
     def _adjust_scale(self, skip: Tensor, overflow: Tensor) -> None:

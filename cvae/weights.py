@@ -32,11 +32,12 @@ class Weights:
         self.vector = torch.zeros(length, dtype=first.dtype, device=first.device)
         for trained in self:
             trained.data = self.view(trained, self.vector).copy_(trained.detach())
+        self.half = half
         self.working = self.vector if half is None else self.vector.to(half)
 
     def refresh(self) -> None:
         """Bring `working` up to date: needed when anything but the optimizer has changed the weights."""
-        if self.working is not self.vector:
+        if self.half is not None:
             self.working.copy_(self.vector)
 
     def __iter__(self) -> Iterator[Tensor]:
