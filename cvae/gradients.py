@@ -62,11 +62,11 @@ class _Passes:
                 raise TypeError("only linear layers and ReLUs are written out; train other networks by autograd")
         linears = [[layer for layer in network.layers if isinstance(layer, nn.Linear)] for network in networks]
         stacked, working = optimizer.weights.stacked, optimizer.weights.working
-        self._layers = []  # of each layer the weights `[n, outputs, inputs]`, the biases `[n, outputs]`, …
+        self._layers = []  # of each layer the weights `[n, inputs, outputs]`, the biases `[n, 1, outputs]`, …
         self._grads = []  # … and where their gradients go
         for same in zip(*linears, strict=True):
             weights, biases = [layer.weight for layer in same], [layer.bias for layer in same]
-            self._layers.append((stacked(weights, working), stacked(biases, working)))
+            self._layers.append((stacked(weights, working).mT, stacked(biases, working)[:, None]))
             self._grads.append((stacked(weights, optimizer.gradient), stacked(biases, optimizer.gradient)))
         self.dtype = working.dtype
         self._inputs: list[Tensor] = []  # of each layer, in the last forward pass
@@ -75,9 +75,9 @@ class _Passes:
         """`[n, B, inputs]` → `[n, B, outputs]`, in float32 or wider."""
         self._inputs = [x.to(self.dtype)]
         for weight, bias in self._layers[:-1]:
-            self._inputs.append(torch.baddbmm(bias[:, None], self._inputs[-1], weight.mT).relu_())
+            self._inputs.append(torch.baddbmm(bias, self._inputs[-1], weight).relu_())
         weight, bias = self._layers[-1]
-        return widen(torch.baddbmm(bias[:, None], self._inputs[-1], weight.mT))
+        return widen(torch.baddbmm(bias, self._inputs[-1], weight))
 
     def backward(self, grad: Tensor) -> Tensor:
         """Find the gradient, from that of the loss with respect to the outputs of the last forward pass.
@@ -90,12 +90,12 @@ class _Passes:
             torch.sum(grad, 1, out=bias_grad)
             torch.bmm(grad.mT, x, out=weight_grad)
             if i > 0:
-                grad = torch.ops.aten.threshold_backward(torch.bmm(grad, weight), x, 0)  # a ReLU's
+                grad = torch.ops.aten.threshold_backward(torch.bmm(grad, weight.mT), x, 0)  # a ReLU's
         return grad
 
     def to_input(self, grad: Tensor) -> Tensor:
         """What `backward` returned → the gradient of the loss with respect to the inputs."""
-        return widen(torch.bmm(grad, self._layers[0][0]))
+        return widen(torch.bmm(grad, self._layers[0][0].mT))
 
 
 def _of_baseline(net: _Passes) -> Gradients:

@@ -77,7 +77,6 @@ class WeightAverage(Generic[Model]):
         self._average = Weights(self.model.parameters()).vector if window else self._vector
         self._since = 0  # steps since the weights were last taken in
 
-    @torch.no_grad()
     def update(self, step: int, last: bool = False) -> None:
         """Take the weights in, after the step of this number, counted from 0 over the whole training.
 
