@@ -8,7 +8,7 @@
 
 Then `tensorboard --logdir runs` shows the learning, and `python eval.py` prints the table.
 
-The baseline is trained first and frozen; the CVAE is trained on top of it. Both go through the same loop, `fit`: Adam
+The baseline is trained first and frozen; the CVAE is trained on top of it. Both go through the same loop, `fit`: AdamW
 on −ELBO per image, early stopping on the validation images, the best weights kept. Exit codes: 0 done, 2 usage, 3 data
 or checkpoint, 4 loss or gradient not finite, 5 disk, 130 / 143 interrupted by Ctrl-C / SIGTERM.
 """
@@ -73,7 +73,7 @@ def fit(
 
     weights = Weights(model.parameters(), None if s.compile else runtime.HALF.get(run.precision))
     average = WeightAverage(model, weights, s.average)  # what is validated and kept
-    optimizer = GuardedAdam(weights, s.learning_rate, loss_scaling=run.precision == "fp16")
+    optimizer = GuardedAdam(weights, s.learning_rate, s.weight_decay, loss_scaling=run.precision == "fp16")
     progress = Progress()
     if last.get("phase") == phase:
         progress = run.restore(last, model, average.model, optimizer)
@@ -245,6 +245,7 @@ FLAGS = {  # the settings, as flags of the same names
     "learning_rate": (float, "the highest learning rate of Adam"),
     "schedule": (str, "of the learning rate after the warm-up, cosine or constant"),
     "warmup_epochs": (float, "epochs in which the learning rate grows to its highest"),
+    "weight_decay": (float, "of AdamW: a step takes this share of the weights, times the learning rate, off them"),
     "average": (int, "keep an average of the weights over about so many steps; 0: the last ones"),
     "hidden": (int, "sizes of the hidden layers"),
     "latent_dim": (int, "dimensions of z"),

@@ -103,7 +103,7 @@ class Ours:
         self.settings = Settings(quadrants=NUM_QUADRANTS, batch_size=batch_size)
         self.weights = Weights(model.parameters(), runtime.HALF.get(precision))
         self.average = WeightAverage(model, self.weights, self.settings.average)
-        self.optimizer = optimizer(self.weights, self.settings.learning_rate)
+        self.optimizer = optimizer(self.weights, self.settings.learning_rate, self.settings.weight_decay)
         self.gradients = by_hand(model, self.optimizer)
         self.totals = torch.zeros(3, dtype=torch.float64)
         self.epoch = 0

@@ -1,4 +1,4 @@
-"""One step of Adam that no NaN and no infinity gets past, with loss scaling for float16, and without a host sync."""
+"""One step of AdamW that no NaN and no infinity gets past, with loss scaling for float16, and without a host sync."""
 
 from typing import Any
 
@@ -27,6 +27,9 @@ INITIAL_SCALE, MIN_SCALE, GROWTH_INTERVAL = 2.0**16, 2.0**-14, 2000
 class GuardedAdam:
     """Adam whose step is skipped, and counted, when the loss or a gradient is not finite, or its square is not.
 
+    Before each step it takes `learning_rate` · `weight_decay` of every weight off it, whatever the gradient: the
+    decoupled decay of AdamW. Source: Loshchilov and Hutter 2019.
+
     The gradient is of the type of the weights' `working` copy, which follows each step.
 
     All that decides is computed on the device: a step never waits for the host, and can be captured in a CUDA graph.
@@ -38,10 +41,13 @@ class GuardedAdam:
     et al. 2018.
     """
 
-    def __init__(self, weights: Weights, learning_rate: float, loss_scaling: bool = False):
+    def __init__(
+        self, weights: Weights, learning_rate: float, weight_decay: float = 0.0, *, loss_scaling: bool = False
+    ):  # fmt: skip
         self.weights = weights
         self.device = weights.vector.device
         self.learning_rate = torch.tensor(learning_rate, device=self.device)
+        self.weight_decay = weight_decay
         self.gradient = torch.zeros_like(weights.working)  # of a step to come, times the loss scale
         self.moments, self.squares = torch.zeros_like(weights.vector), torch.zeros_like(weights.vector)
         half = weights.half is not None
@@ -98,10 +104,10 @@ class GuardedAdam:
         for weights, working, gradient, moments, squares in self._parts:
             if self._widened is not None:
                 gradient = self._widened[: len(gradient)].copy_(gradient)
-            torch._fused_adam_(  # what torch.optim.Adam(fused=True) calls, without the way there
+            torch._fused_adamw_(  # what torch.optim.AdamW(fused=True) calls, without the way there
                 [weights], [gradient], [moments], [squares], [], [self.updates],
-                lr=self.learning_rate, beta1=BETA1, beta2=BETA2, eps=EPSILON, weight_decay=0.0,
-                amsgrad=False, maximize=False, grad_scale=self.scale, found_inf=skip,
+                lr=self.learning_rate, beta1=BETA1, beta2=BETA2, eps=EPSILON,
+                weight_decay=self.weight_decay, amsgrad=False, maximize=False, grad_scale=self.scale, found_inf=skip,
             )  # fmt: skip
             if self._widened is not None:
                 working.copy_(weights)

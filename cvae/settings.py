@@ -18,12 +18,13 @@ class Settings:
     device: str = "auto"
     precision: str = "auto"
     epochs: int = 30
-    baseline_epochs: int = 8
+    baseline_epochs: int = 10
     patience: int = 3
     batch_size: int = 128
     learning_rate: float = 2e-3
     schedule: str = "cosine"
     warmup_epochs: float = 1.0
+    weight_decay: float = 0.2
     average: int = 500
     hidden: tuple[int, ...] = (500, 500)
     latent_dim: int = 200
@@ -70,6 +71,8 @@ def _check(name: str, value: Any) -> None:
             good, wanted = type(value) is float and 0 < value < float("inf"), "a positive number"
         case "average":
             good, wanted = type(value) is int and 0 <= value <= 1 << 31, "a whole number of at least 0"
+        case "weight_decay":
+            good, wanted = type(value) is float and 0 <= value <= 1, "a number from 0 to 1"
         case "warmup_epochs":
             good, wanted = type(value) is float and 0 <= value < float("inf"), "a number of at least 0"
         case "hidden":

@@ -66,13 +66,18 @@ def assert_identical(ours, theirs):
 
 
 @pytest.mark.parametrize("loss_scaling", [False, True])
-def test_is_adam_bit_for_bit_on_finite_gradients(loss_scaling):
+@pytest.mark.parametrize("weight_decay", [0.0, 0.2])
+def test_is_adam_bit_for_bit_on_finite_gradients(loss_scaling, weight_decay):
     """On the vector of all weights; a scale, being a power of two, changes no bit either."""
     net = network()
     weights = Weights(net.parameters())
-    optimizer = GuardedAdam(weights, 1e-2, loss_scaling)
+    optimizer = GuardedAdam(weights, 1e-2, weight_decay, loss_scaling=loss_scaling)
     theirs = nn.Parameter(weights.vector.clone())
-    adam = torch.optim.Adam([theirs], lr=torch.tensor(1e-2), fused=True)
+    rate = torch.tensor(1e-2)
+    if weight_decay:
+        adam = torch.optim.AdamW([theirs], lr=rate, weight_decay=weight_decay, fused=True)
+    else:
+        adam = torch.optim.Adam([theirs], lr=rate, fused=True)
     for step in range(20):
         loss = batch_loss(net, step)
         backward(optimizer, loss)
@@ -83,10 +88,11 @@ def test_is_adam_bit_for_bit_on_finite_gradients(loss_scaling):
     assert optimizer.skipped()["skipped_steps"] == 0
 
 
-def test_is_adam_by_its_formula():
-    """Kingma and Ba 2015, algorithm 1, in float64."""
+@pytest.mark.parametrize("weight_decay", [0.0, 0.2])
+def test_is_adam_by_its_formula(weight_decay):
+    """Kingma and Ba 2015, algorithm 1, with the decay of Loshchilov and Hutter 2019, algorithm 2, in float64."""
     net = network().double()
-    optimizer = GuardedAdam(Weights(net.parameters()), 1e-2)
+    optimizer = GuardedAdam(Weights(net.parameters()), 1e-2, weight_decay)
     rate, beta_1, beta_2 = float(torch.tensor(1e-2)), 0.9, 0.999
     weights = {name: weight.detach().clone() for name, weight in net.named_parameters()}
     m = {name: torch.zeros_like(weight) for name, weight in weights.items()}
@@ -100,7 +106,8 @@ def test_is_adam_by_its_formula():
             m[name] = beta_1 * m[name] + (1 - beta_1) * g
             v[name] = beta_2 * v[name] + (1 - beta_2) * g**2
             m_hat, v_hat = m[name] / (1 - beta_1**t), v[name] / (1 - beta_2**t)
-            weights[name] = weights[name] - rate * m_hat / (v_hat.sqrt() + 1e-8)
+            decayed = weights[name] * (1 - rate * weight_decay)
+            weights[name] = decayed - rate * m_hat / (v_hat.sqrt() + 1e-8)
         optimizer.step(loss)
     for name, parameter in net.named_parameters():
         torch.testing.assert_close(parameter.detach(), weights[name], rtol=1e-12, atol=1e-14)
@@ -116,7 +123,7 @@ def test_half_gradient_is_widened_and_the_copy_follows(monkeypatch, half, loss_s
     monkeypatch.setattr(optimizer_module, "WEIGHTS_AT_ONCE", at_once)
     start = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     weights, plain = (Weights([nn.Parameter(start.clone())], kind) for kind in (half, None))
-    optimizer, reference = (GuardedAdam(one, 1e-2, loss_scaling) for one in (weights, plain))
+    optimizer, reference = (GuardedAdam(one, 1e-2, loss_scaling=loss_scaling) for one in (weights, plain))
     for step in range(20):
         torch.randn(len(optimizer.gradient), generator=torch.Generator().manual_seed(step), out=reference.gradient)
         optimizer.gradient.copy_(reference.gradient.mul_(reference.loss_scale / 100))
@@ -155,7 +162,9 @@ def test_bad_number_is_seen_wherever_it_is(half, poison):
 def test_bad_step_leaves_everything_as_it_was(loss_scaling, poison, place, good_steps):
     """Weights, moments and step counts keep every bit; the step after goes on as if nothing had been."""
     net, spared = network(), network()
-    optimizer, undisturbed = (GuardedAdam(Weights(n.parameters()), 1e-2, loss_scaling) for n in (net, spared))
+    optimizer, undisturbed = (
+        GuardedAdam(Weights(n.parameters()), 1e-2, 0.2, loss_scaling=loss_scaling) for n in (net, spared)
+    )
     advance(net, optimizer, range(good_steps))
     advance(spared, undisturbed, range(good_steps))
     before = snapshot(net, optimizer)
@@ -257,7 +266,7 @@ def test_collapsed_scale_ends_the_training():
 def test_restored_optimizer_goes_on_bit_for_bit(loss_scaling):
     """Through a file, into a fresh optimizer, in the middle of a streak and with a scale that has moved."""
     net, twin = network(), network(seed=1)
-    optimizer = GuardedAdam(Weights(net.parameters()), 1e-2, loss_scaling)
+    optimizer = GuardedAdam(Weights(net.parameters()), 1e-2, loss_scaling=loss_scaling)
     advance(net, optimizer, range(5))
     bad_step(net, optimizer, math.inf, "gradient")
     for _ in range(MAX_STREAK - 2):
@@ -267,7 +276,7 @@ def test_restored_optimizer_goes_on_bit_for_bit(loss_scaling):
     file.seek(0)
     state = torch.load(file, weights_only=True)
     twin.load_state_dict(state["model"])
-    restored = GuardedAdam(Weights(twin.parameters()), 0.5, loss_scaling)
+    restored = GuardedAdam(Weights(twin.parameters()), 0.5, loss_scaling=loss_scaling)
     restored.load_state_dict(state["optimizer"])
     optimizer.start_epoch()
     for n, o in ((net, optimizer), (twin, restored)):

@@ -69,7 +69,7 @@ def test_step_never_waits_for_the_device(make_toy, which, way, precision, cached
             optimizer.learning_rate.fill_(1e-3)
             training_step(gradients, images, optimizer, totals, 8, Processes(), rows, eps)
     products = {"baddbmm", "bmm"} if way is by_hand else {"addmm", "mm"}  # forward and backward
-    assert products | {"index_select", "_fused_adam_"} <= watch.seen
+    assert products | {"index_select", "_fused_adamw_"} <= watch.seen
     skipped = optimizer.skipped()
     assert totals[2] == 8 * (optimizer.steps - sum(skipped.values()))
     if precision != "fp16":  # there the first steps may go into finding the scale
