@@ -70,7 +70,7 @@ def _notes(columns: Sequence[Column]) -> list[str]:
         "Grey levels under a Bernoulli are no normalised density; their own entropy is a floor under every row "
         f"but the gap: {floors}.",
         "Monte Carlo samples z from the prior network: with so few samples it is far from tight (with one quadrant "
-        "and 100 samples, about 82 where importance sampling gives 65); importance sampling is the one to quote.",
+        "and 100 samples, about 82 where importance sampling gives 64); importance sampling is the one to quote.",
     ]
     if known := sorted({column.quadrants for column in columns if column.is_mnist}):
         tutorial = "; ".join(f"NN {TUTORIAL[k][0]}, CVAE {TUTORIAL[k][1]} for {_quadrants(k)}" for k in known)
