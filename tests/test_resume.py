@@ -238,8 +238,8 @@ def test_more_epochs(work: Path, forked: Forked) -> None:
 CONTRADICTIONS = [
     "--quadrants 2", "--quadrants 1 2", "--device cuda", "--precision bf16", "--baseline-epochs 3", "--patience 9",
     "--batch-size 31", "--learning-rate 0.5", "--schedule constant", "--warmup-epochs 7", "--weight-decay 0.1",
-    "--average 7", "--hidden 32 33", "--latent-dim 9", "--particles 2", "--seed 1", "--data .", "--train-limit 299", "--compile",
-    "--epochs 9 --seed 1",
+    "--average 7", "--hidden 32 33", "--latent-dim 9", "--particles 2", "--seed 1", "--data .", "--train-limit 299",
+    "--compile", "--epochs 9 --seed 1",
 ]  # fmt: skip
 
 
