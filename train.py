@@ -109,6 +109,7 @@ def fit(
                 if i % REPORT_EVERY == 0 or processes.count == 1:
                     run.leave_if_interrupted()
         optimizer.check(where)
+        processes.sum_(totals)
         seconds = time.perf_counter() - started
         achieved = means(validate(average.model, validation, fixed_noise, run))
         if achieved["neg_elbo"] < progress.best:
@@ -149,10 +150,11 @@ def training_step(
 
     Nothing in it waits for the device, and all its results are updated in place: it can be captured in a CUDA graph.
     """
-    sums = gradients(images.batch(rows), eps, optimizer.loss_scale / batch_size).sums()
-    processes.sum_(optimizer.gradient, sums)
-    accepted = optimizer.step(sums)
-    totals.add_(torch.where(accepted, sums, 0.0))
+    terms = gradients(images.batch(rows), eps, optimizer.loss_scale / batch_size)
+    loss = -terms.elbo.sum() / batch_size
+    processes.sum_(optimizer.gradient, loss)
+    accepted = optimizer.step(loss)
+    totals.add_(torch.where(accepted, terms.sums(), 0.0))
 
 
 def noise(particles: int, count: int, model: Baseline | CVAE, random: torch.Generator) -> Tensor:

@@ -23,8 +23,9 @@ class Terms(NamedTuple):
         return self.log_likelihood - self.kl
 
     def sums(self) -> Tensor:
-        """Both terms summed over the images, and the number of images: `[3]`, to be divided once (`means`)."""
-        return torch.stack([self.log_likelihood, self.kl, torch.ones_like(self.kl)]).sum(1)
+        """Both terms summed over the images, and the number of images: float64 `[3]`, to be divided once (`means`)."""
+        count = torch.ones_like(self.kl)
+        return torch.stack([self.log_likelihood, self.kl, count]).sum(1, dtype=torch.float64)
 
 
 def elbo_terms(y: Tensor, logits: Tensor, q: Gaussian, p: Gaussian) -> Terms:

@@ -76,11 +76,7 @@ class GuardedAdam:
 
     @torch.inference_mode()
     def step(self, loss: Tensor) -> Tensor:
-        """Update the weights by `gradient`, unless it or the loss is not finite; whether it was done, a bool scalar.
-
-        loss: the loss, or the parts that it is made of, of any shape.
-        """
-        loss = loss.sum()
+        """Update the weights by `gradient`, unless it or the loss is not finite; whether it was done, a bool scalar."""
         # No NaN and no infinity is lost on the way. v − v is 0 where v is finite, and NaN elsewhere.
         extremes = torch.stack(torch.aminmax(self.gradient)).float()
         if self.scale is not None:

@@ -126,13 +126,13 @@ def test_importance_sampling_tightens_with_samples(toy, log_weights):
 def test_sums_are_divided_once():
     """Uneven batches give the mean over all images, not the mean of batch means; signs as they are printed."""
     random = torch.Generator().manual_seed(0)
-    parts = torch.rand(2, 1000, dtype=torch.float64, generator=random)
-    log_likelihood, kl = -100 * parts[0], 20 * parts[1]
+    log_likelihood, kl = -100 * torch.rand(1000, generator=random), 20 * torch.rand(1000, generator=random)
     batches = zip(log_likelihood.split(384), kl.split(384), strict=True)
     total = sum(Terms(*batch).sums() for batch in batches)
+    assert total.dtype == torch.float64
     assert total[2] == 1000
     reported = means(total)
-    assert reported["reconstruction"] == pytest.approx(-log_likelihood.mean().item(), rel=1e-14)
-    assert reported["kl"] == pytest.approx(kl.mean().item(), rel=1e-14)
+    assert reported["reconstruction"] == pytest.approx(-log_likelihood.double().mean().item(), rel=1e-14)
+    assert reported["kl"] == pytest.approx(kl.double().mean().item(), rel=1e-14)
     assert reported["neg_elbo"] == pytest.approx(reported["reconstruction"] + reported["kl"], rel=1e-14)
     assert all(math.isnan(value) for value in means(torch.zeros(3)).values())
