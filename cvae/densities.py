@@ -75,8 +75,7 @@ class _BernoulliLogProb(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, logits: Tensor) -> Tensor:
         ctx.save_for_backward(y, logits)
-        log_normalizer = logits.abs().sigmoid_().log_().sub_(logits.clamp(min=0))
-        return log_normalizer.addcmul_(y, logits).sum(-1)
+        return _log_prob(y, logits, logits.abs().sigmoid_())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
@@ -88,9 +87,12 @@ def bernoulli_log_prob_and_grad(y: Tensor, logits: Tensor) -> tuple[Tensor, Tens
     """`bernoulli_log_prob` `[...]`, and its derivative by the logits, y − σ(l): `[..., D]`; σ(l) serves both."""
     probabilities = logits.sigmoid()
     grad = y - probabilities
-    larger = probabilities.sub_(0.5).abs_().add_(0.5)  # σ(|l|) = ½ + |σ(l) − ½|
-    log_normalizer = larger.log_().sub_(logits.clamp(min=0))
-    return log_normalizer.addcmul_(y, logits).sum(-1), grad
+    return _log_prob(y, logits, probabilities.sub_(0.5).abs_().add_(0.5)), grad  # σ(|l|) = ½ + |σ(l) − ½|
+
+
+def _log_prob(y: Tensor, logits: Tensor, larger: Tensor) -> Tensor:
+    """`bernoulli_log_prob`, given larger = σ(|l|), whose memory it takes."""
+    return larger.log_().sub_(logits.clamp(min=0)).addcmul_(y, logits).sum(-1)
 
 
 def bernoulli_entropy(y: Tensor) -> Tensor:
