@@ -22,15 +22,18 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from cvae import checkpoint, runtime, tables
-from cvae.data import ImageSet, load_test
+from cvae import runtime
+from cvae.data.images import ImageSet
+from cvae.data.masks import Quadrants
+from cvae.data.sources import load_test
 from cvae.distributed import Processes
 from cvae.errors import CvaeError, DataError, PeerLost
-from cvae.figures import completion_rows, draw_rows, encode_png
-from cvae.likelihood import Likelihoods, evaluate
-from cvae.model import CVAE, Baseline
-from cvae.quadrants import Quadrants
-from cvae.run_folder import BEST, finished_runs, read_settings
+from cvae.model.likelihood import Likelihoods, evaluate
+from cvae.model.networks import CVAE, Baseline
+from cvae.report import tables
+from cvae.report.figures import completion_rows, draw_rows, encode_png
+from cvae.run import checkpoint
+from cvae.run.folder import BEST, finished_runs, read_settings
 from cvae.settings import Settings
 
 NUM_DIGITS, NUM_SAMPLES = 10, 10  # of the figure

@@ -34,19 +34,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cvae import runtime
-from cvae.data import ImageSet, load_train
+from cvae.data.images import ImageSet
+from cvae.data.masks import Quadrants
+from cvae.data.sources import load_train
 from cvae.distributed import Processes
 from cvae.errors import CvaeError, PeerLost, UsageError
-from cvae.figures import completion_rows, draw_rows
-from cvae.gradients import Gradients, by_autograd, by_hand
-from cvae.model import CVAE, Baseline
-from cvae.objectives import means
-from cvae.optimizer import GuardedAdam
-from cvae.quadrants import Quadrants
-from cvae.run import Progress, Run
-from cvae.run_folder import read_precision, read_settings, refuse_existing
+from cvae.model.networks import CVAE, Baseline
+from cvae.model.objectives import means
+from cvae.report.figures import completion_rows, draw_rows
+from cvae.run.folder import read_precision, read_settings, refuse_existing
+from cvae.run.session import Progress, Run
 from cvae.settings import Settings
-from cvae.weights import WeightAverage, Weights
+from cvae.training.gradients import Gradients, by_autograd, by_hand
+from cvae.training.optimizer import GuardedAdam
+from cvae.training.weights import WeightAverage, Weights
 
 REPORT_EVERY = 50  # steps between two looks at the device: the bar's loss, the gradients' health, the other processes
 VALIDATION_BATCH = 1000

@@ -19,12 +19,14 @@ from common import arguments, count, machine, show, turns
 from speed import PRECISION, Ours
 from torch import Tensor
 
-from cvae import checkpoint, runtime
-from cvae.data import ImageSet, load_train
-from cvae.model import CVAE, Baseline
-from cvae.optimizer import GuardedAdam
-from cvae.quadrants import Quadrants
-from cvae.run_folder import BEST, LAST
+from cvae import runtime
+from cvae.data.images import ImageSet
+from cvae.data.masks import Quadrants
+from cvae.data.sources import load_train
+from cvae.model.networks import CVAE, Baseline
+from cvae.run import checkpoint
+from cvae.run.folder import BEST, LAST
+from cvae.training.optimizer import GuardedAdam
 
 BATCH_SIZE = 128
 

@@ -18,7 +18,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the code of this checkout, installed or not
 
-from cvae.run_folder import processor  # noqa: E402
+from cvae.run.folder import processor  # noqa: E402
 
 
 def arguments(manual: str | None) -> argparse.ArgumentParser:

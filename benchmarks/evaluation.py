@@ -32,12 +32,14 @@ from common import ROOT, OtherProcess, arguments, count, machine, show, spread, 
 from pyro.infer import RenyiELBO
 from torch import Tensor
 
-from cvae import likelihood, runtime
-from cvae.data import ImageSet, load_train
+from cvae import runtime
+from cvae.data.images import ImageSet
+from cvae.data.masks import Quadrants
+from cvae.data.sources import load_train
 from cvae.errors import CvaeError
-from cvae.model import CVAE
-from cvae.quadrants import Quadrants
-from cvae.run_folder import read_settings
+from cvae.model import likelihood
+from cvae.model.networks import CVAE
+from cvae.run.folder import read_settings
 from eval import load_model
 
 TUTORIAL_BATCH = 128

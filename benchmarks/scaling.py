@@ -21,11 +21,11 @@ from common import ROOT, arguments, count, machine, run, show
 from speed import PRECISION, Ours
 
 from cvae import runtime
-from cvae.data import ImageSet
-from cvae.likelihood import evaluate
-from cvae.model import CVAE, Baseline
-from cvae.quadrants import Quadrants
-from cvae.run_folder import METRICS, read_metrics
+from cvae.data.images import ImageSet
+from cvae.data.masks import Quadrants
+from cvae.model.likelihood import evaluate
+from cvae.model.networks import CVAE, Baseline
+from cvae.run.folder import METRICS, read_metrics
 
 BATCHES = (32, 64, 128, 256, 512, 1024)
 HIDDEN = (125, 250, 500, 1000, 2000)

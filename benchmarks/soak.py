@@ -36,9 +36,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 import train
-from cvae import checkpoint
-from cvae.data import load_images
-from cvae.run_folder import BEST, LAST, METRICS, read_metrics
+from cvae.data.sources import load_images
+from cvae.run import checkpoint
+from cvae.run.folder import BEST, LAST, METRICS, read_metrics
 
 FLAGS = [
     "--hidden", "64", "64", "--latent-dim", "16", "--batch-size", "50", "--baseline-epochs", "2", "--epochs", "3",

@@ -54,15 +54,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train as script
 from cvae import runtime
-from cvae.data import ImageSet, load_train
+from cvae.data.images import ImageSet
+from cvae.data.masks import Quadrants
+from cvae.data.sources import load_train
 from cvae.distributed import Processes
-from cvae.gradients import by_hand
-from cvae.model import CVAE, Baseline
-from cvae.optimizer import GuardedAdam
-from cvae.quadrants import Quadrants
-from cvae.run_folder import METRICS, read_metrics
+from cvae.model.networks import CVAE, Baseline
+from cvae.run.folder import METRICS, read_metrics
 from cvae.settings import Settings
-from cvae.weights import WeightAverage, Weights
+from cvae.training.gradients import by_hand
+from cvae.training.optimizer import GuardedAdam
+from cvae.training.weights import WeightAverage, Weights
 
 NUM_QUADRANTS = 1
 DEVICE = torch.device("cpu")
@@ -81,7 +82,7 @@ FIRST_STEP = """
 import os, runpy, sys, time
 sys.path.insert(0, os.path.dirname(sys.argv[1]))
 sys.argv = sys.argv[1:]
-from cvae.optimizer import GuardedAdam
+from cvae.training.optimizer import GuardedAdam
 step = GuardedAdam.step
 def first_step(self, loss):
     step(self, loss)

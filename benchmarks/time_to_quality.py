@@ -29,8 +29,8 @@ import torch
 import tutorial
 from common import ROOT, arguments, count, machine, show, train_command
 
-from cvae.data import load_train
-from cvae.run_folder import METRICS, read_metrics
+from cvae.data.sources import load_train
+from cvae.run.folder import METRICS, read_metrics
 
 TUTORIAL_EPOCHS = {"baseline": 29, "cvae": 36}
 TRAIN_IMAGES, VALIDATION_IMAGES = 60_000, 10_000  # of an epoch of the tutorial's

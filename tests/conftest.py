@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from trainings import Forked, make_contrary_data, make_data
 
-from cvae.model import CVAE, Baseline
-from cvae.quadrants import Quadrants
+from cvae.data.masks import Quadrants
+from cvae.model.networks import CVAE, Baseline
 
 
 class Toy(NamedTuple):

@@ -11,8 +11,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from cvae.model import CVAE
-from cvae.quadrants import Quadrants
+from cvae.data.masks import Quadrants
+from cvae.model.networks import CVAE
 
 
 class FixedNoise(dist.Normal):

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Bernoulli, Normal
 
-from cvae.densities import Gaussian
-from cvae.model import CVAE
+from cvae.model.densities import Gaussian
+from cvae.model.networks import CVAE
 
 NUM_POINTS = 20_001
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cvae.data import load_images
+from cvae.data.sources import load_images
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = {part: (f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte") for part in ("train", "t10k")}

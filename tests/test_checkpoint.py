@@ -25,8 +25,8 @@ import torch
 from runs_fixture import ROOT
 from torch import Tensor
 
-from cvae import checkpoint
 from cvae.errors import DataError, DiskError
+from cvae.run import checkpoint
 
 CONTENT = {
     "phase": "cvae",
@@ -443,4 +443,4 @@ def test_no_source_unpickles_objects() -> None:
     assert {"train.py", "eval.py", "checkpoint.py"} <= {file.name for file in files}
     sources = {str(file.relative_to(ROOT)): file.read_text() for file in files}
     assert {name: found for name, source in sources.items() if (found := unsafe_loads(source))} == {}
-    assert "torch.load(" in sources["cvae/checkpoint.py"], "the search passed over the one load that there is"
+    assert "torch.load(" in sources["cvae/run/checkpoint.py"], "the search passed over the one load that there is"

@@ -24,14 +24,15 @@ from PIL import Image
 from runs_fixture import NAMES, PATIENCE, ROOT, run_script, small_mnist, write_data
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cvae import checkpoint, runtime
-from cvae.data import load_images
+from cvae import runtime
+from cvae.data.masks import Quadrants
+from cvae.data.sources import load_images
 from cvae.errors import DataError
-from cvae.likelihood import Likelihoods
-from cvae.quadrants import Quadrants
-from cvae.run_folder import finished_runs, read_metrics, read_settings
+from cvae.model.likelihood import Likelihoods
+from cvae.report.tables import Column, render
+from cvae.run import checkpoint
+from cvae.run.folder import finished_runs, read_metrics, read_settings
 from cvae.settings import Settings
-from cvae.tables import Column, render
 
 TINY = [
     *("--epochs", "2", "--baseline-epochs", "1", "--batch-size", "10", "--hidden", "32", "32", "--latent-dim", "8"),
@@ -519,7 +520,7 @@ def test_flipped_byte_in_the_embedded_files(tmp_path: Path) -> None:
         source = ROOT / part
         copy: Callable[..., Any] = shutil.copytree if source.is_dir() else shutil.copy
         copy(source, tmp_path / part)
-    path = tmp_path / "cvae" / "mnist" / f"{NAMES['train'][0]}.xz"
+    path = tmp_path / "cvae" / "data" / "mnist" / f"{NAMES['train'][0]}.xz"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)

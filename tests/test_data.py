@@ -13,13 +13,14 @@ import torch
 from runs_fixture import NAMES, PACKERS, idx_bytes, small_mnist, write_data
 from torch import Tensor
 
-from cvae import data
-from cvae.data import ImageSet, load_images, load_test, load_train
+from cvae.data import sources
+from cvae.data.idx import read_idx
+from cvae.data.images import ImageSet
+from cvae.data.masks import Quadrants
+from cvae.data.sources import load_images, load_test, load_train
 from cvae.errors import DataError
-from cvae.idx import read_idx
-from cvae.quadrants import Quadrants
 
-EMBEDDED = Path(data.__file__).parent / "mnist"
+EMBEDDED = Path(sources.__file__).parent / "mnist"
 TRAIN_IMAGES, TRAIN_LABELS = NAMES["train"]
 
 
@@ -28,7 +29,7 @@ def random_images(count: int, height: int, width: int, seed: int = 0) -> Tensor:
     return torch.randint(256, (count, height, width), generator=random, dtype=torch.uint8)
 
 
-def refusal(folder: Path, part: data.Part = "train") -> str:
+def refusal(folder: Path, part: sources.Part = "train") -> str:
     """The one line with which the folder is refused."""
     with pytest.raises(DataError) as caught:
         load_images(folder, part)
@@ -58,7 +59,7 @@ def test_embedded_mnist_is_the_published_one() -> None:
 
 
 def test_embedded_files_have_the_digests_of_the_originals() -> None:
-    for name, digest in data.SHA256.items():
+    for name, digest in sources.SHA256.items():
         content = lzma.decompress((EMBEDDED / f"{name}.xz").read_bytes())
         assert hashlib.sha256(content).hexdigest() == digest
 
@@ -78,7 +79,7 @@ def test_flipped_byte_that_xz_cannot_see_is_seen(tmp_path: Path) -> None:
     path.write_bytes(lzma.compress(content))
     assert len(read_idx(path, 1)) == 10_000
     with pytest.raises(DataError, match="is damaged") as caught:
-        read_idx(path, 1, data.SHA256[name])
+        read_idx(path, 1, sources.SHA256[name])
     assert str(path) in str(caught.value)
 
 
@@ -90,7 +91,7 @@ def test_flipped_byte_in_the_file_itself_is_seen(tmp_path: Path, position: int) 
     path = tmp_path / f"{name}.xz"
     path.write_bytes(content)
     with pytest.raises(DataError, match=name):
-        read_idx(path, 1, data.SHA256[name])
+        read_idx(path, 1, sources.SHA256[name])
 
 
 # The split
@@ -250,7 +251,7 @@ def test_wrong_magic(folder: Path, magic: bytes) -> None:
 
 
 @pytest.mark.parametrize("part", ["train", "t10k"])
-def test_counts_that_disagree(folder: Path, part: data.Part) -> None:
+def test_counts_that_disagree(folder: Path, part: sources.Part) -> None:
     images, labels = (folder / name for name in NAMES[part])
     count = len(read_idx(images, 3))
     labels.write_bytes(idx_bytes(torch.zeros(count - 1, dtype=torch.uint8)))

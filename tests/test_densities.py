@@ -10,7 +10,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.distributions import Independent, Normal, kl_divergence
 
-from cvae.densities import (
+from cvae.model.densities import (
     Gaussian,
     bernoulli_entropy,
     bernoulli_log_prob,

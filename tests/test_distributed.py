@@ -27,8 +27,8 @@ from trainings import (
     wait_until,
 )
 
-from cvae import checkpoint
-from cvae.run_folder import read_json, read_metrics
+from cvae.run import checkpoint
+from cvae.run.folder import read_json, read_metrics
 
 STOPS = [
     *SMALL, "--data", "contrary", "--batch-size", "60", "--baseline-epochs", "1", "--epochs", "9", "--patience", "1",

@@ -24,10 +24,10 @@ from hypothesis import strategies as st
 from runs_fixture import PACKERS, idx_bytes
 from test_checkpoint import repacked, saved_by_torch, sign
 
-from cvae import checkpoint
+from cvae.data.idx import MAX_COMPRESSION, read_idx
 from cvae.errors import DataError
-from cvae.idx import MAX_COMPRESSION, read_idx
-from cvae.run_folder import CONFIG, METRICS, read_json, read_metrics, read_settings
+from cvae.run import checkpoint
+from cvae.run.folder import CONFIG, METRICS, read_json, read_metrics, read_settings
 from cvae.settings import Settings
 
 EXAMPLES = {"idx": 4000, "checkpoint": 2500, "settings": 2000, "metrics": 1000, "json": 1000}

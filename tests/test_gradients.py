@@ -8,10 +8,10 @@ from pyro_reference import Reference, assert_gradients_agree
 from test_model import CASES, masked_log_likelihood, plain_cvae
 
 from cvae import runtime
-from cvae.data import Batch
-from cvae.gradients import by_autograd, by_hand
-from cvae.optimizer import GuardedAdam
-from cvae.weights import Weights
+from cvae.data.images import Batch
+from cvae.training.gradients import by_autograd, by_hand
+from cvae.training.optimizer import GuardedAdam
+from cvae.training.weights import Weights
 
 WAYS = pytest.mark.parametrize("way", [by_hand, by_autograd])
 MODELS = pytest.mark.parametrize("which", ["baseline", "cvae"])

@@ -28,10 +28,10 @@ from trainings import (
 )
 
 import eval as evaluation
-from cvae import checkpoint
+from cvae.data.masks import Quadrants
 from cvae.errors import DataError
-from cvae.quadrants import Quadrants
-from cvae.run_folder import finished_runs, read_json, read_metrics, read_settings
+from cvae.run import checkpoint
+from cvae.run.folder import finished_runs, read_json, read_metrics, read_settings
 
 
 def assert_goes_on_to_the_same_end(folder: Path, forked: Forked) -> None:
@@ -94,7 +94,7 @@ SLOW = """
 import sys, time
 sys.path.insert(0, sys.argv.pop(1))
 import train
-from cvae.run import Run
+from cvae.run.session import Run
 
 save_epoch = Run.save_epoch
 def slow(*arguments):

@@ -7,8 +7,8 @@ import pytest
 import torch
 from quadrature import integrate
 
-from cvae.data import ImageSet
-from cvae.likelihood import IMAGES_AT_ONCE, SAMPLES_AT_ONCE, Likelihoods, estimate, evaluate, log_mean_exp
+from cvae.data.images import ImageSet
+from cvae.model.likelihood import IMAGES_AT_ONCE, SAMPLES_AT_ONCE, Likelihoods, estimate, evaluate, log_mean_exp
 
 COUNT = 2 * IMAGES_AT_ONCE + 20
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from pyro_reference import Reference, assert_gradients_agree
 
-from cvae.data import ImageSet
-from cvae.densities import bernoulli_log_prob
+from cvae.data.images import ImageSet
+from cvae.model.densities import bernoulli_log_prob
 
 CASES = pytest.mark.parametrize("case", [(1, 6, 6), (2, 7, 5), (3, 5, 8)], ids="{0[0]} of {0[1]}x{0[2]}".format)
 

@@ -8,9 +8,9 @@ import torch
 from quadrature import integrate, log_density, log_likelihood
 from torch.distributions import Normal
 
-from cvae.densities import bernoulli_log_prob
-from cvae.likelihood import log_mean_exp
-from cvae.objectives import Terms, log_importance_weights, means
+from cvae.model.densities import bernoulli_log_prob
+from cvae.model.likelihood import log_mean_exp
+from cvae.model.objectives import Terms, log_importance_weights, means
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from cvae import optimizer as optimizer_module
 from cvae.errors import NonFiniteError
-from cvae.optimizer import GROWTH_INTERVAL, INITIAL_SCALE, MAX_STREAK, MAX_UNSEEN, MIN_SCALE, GuardedAdam
-from cvae.weights import Weights
+from cvae.training import optimizer as optimizer_module
+from cvae.training.optimizer import GROWTH_INTERVAL, INITIAL_SCALE, MAX_STREAK, MAX_UNSEEN, MIN_SCALE, GuardedAdam
+from cvae.training.weights import Weights
 
 
 def network(seed=0):

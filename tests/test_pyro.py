@@ -6,7 +6,7 @@ import torch
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from pyro_reference import Reference, assert_gradients_agree
 
-from cvae.objectives import log_importance_weights
+from cvae.model.objectives import log_importance_weights
 
 TOLERANCE = 1e-9
 CASES = [(1, 28, 28), (2, 28, 28), (3, 28, 28), (1, 7, 5), (2, 7, 5), (3, 5, 8)]

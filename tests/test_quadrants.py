@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cvae.data import ImageSet
-from cvae.quadrants import Quadrants, observed_quadrants
+from cvae.data.images import ImageSet
+from cvae.data.masks import Quadrants, observed_quadrants
 
 PICTURES = {  # x: given, by hand
     (1, 4, 4): "....|....|xx..|xx..",

@@ -19,8 +19,9 @@ from trainings import (
     train_command,
 )
 
-from cvae import checkpoint, runtime
-from cvae.run_folder import read_json, read_precision, read_settings
+from cvae import runtime
+from cvae.run import checkpoint
+from cvae.run.folder import read_json, read_precision, read_settings
 from cvae.settings import Settings
 
 BASELINE = [("baseline", 1), ("baseline", 2)]

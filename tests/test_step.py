@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cvae import runtime
-from cvae.data import Batch, ImageSet
+from cvae.data.images import Batch, ImageSet
 from cvae.distributed import Processes
-from cvae.gradients import by_autograd, by_hand
+from cvae.training.gradients import by_autograd, by_hand
 from train import training_step
 
 CPU = torch.device("cpu")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from cvae.weights import WeightAverage, Weights
+from cvae.training.weights import WeightAverage, Weights
 
 
 def network():

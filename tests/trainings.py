@@ -16,9 +16,9 @@ from runs_fixture import ROOT, small_mnist, write_data
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from cvae import checkpoint
-from cvae.data import load_images
-from cvae.run_folder import read_json, read_metrics
+from cvae.data.sources import load_images
+from cvae.run import checkpoint
+from cvae.run.folder import read_json, read_metrics
 
 SMALL = [
     "--hidden", "32", "32", "--latent-dim", "8", "--train-limit", "300", "--batch-size", "32",

@@ -1,21 +1,18 @@
-"""The images: find, verify and split them, and hold them on the device.
+"""The sources of images: find, verify and split them.
 
 All of MNIST comes with the package (Y. LeCun, C. Cortes, C. J. C. Burges; CC BY-SA 3.0); `--data` names a folder with
 other images in the same format.
 """
 
 import os
-from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
-import torch
 from torch import Tensor
 
+from cvae.data.idx import SUFFIXES, read_idx
 from cvae.errors import DataError
-from cvae.idx import SUFFIXES, read_idx
-from cvae.quadrants import Quadrants
 
 Part = Literal["train", "t10k"]
 
@@ -53,7 +50,7 @@ def load_images(folder: Path | None, part: Part) -> Tensor:
     """
     names = (f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte")
     if folder is None:
-        embedded = resources.files("cvae") / "mnist"
+        embedded = resources.files("cvae.data") / "mnist"
         with resources.as_file(embedded) as directory:
             images, labels = (
                 read_idx(directory / f"{name}.xz", num_dims, SHA256[name])
@@ -80,54 +77,3 @@ def _find(folder: Path, name: str) -> Path:
             if os.path.isfile(path):
                 return path
     raise DataError(f"{folder}: has no {name} (plain, .gz or .xz), nor has its MNIST/raw/")
-
-
-class Batch(NamedTuple):
-    """Some images, split: x `[B, num_observed]` and y `[B, num_hidden]` in [0, 1], and the baseline's guess for y."""
-
-    x: Tensor
-    y: Tensor
-    y_hat: Tensor | None
-
-
-class ImageSet:
-    """Images on the device: uint8 vectors `[N, num_pixels]` with the observed pixels first, and batches of them.
-
-    `y_hat` `[N, num_hidden]`: the guesses of a frozen baseline, once `set_guesses` has computed them.
-    """
-
-    def __init__(self, images: Tensor, quadrants: Quadrants, device: torch.device | str = "cpu"):
-        self.vectors = quadrants.vectors(images.to(device))
-        self.num_observed = quadrants.num_observed
-        self.y_hat: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.vectors)
-
-    @torch.no_grad()
-    def set_guesses(
-        self, guess: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None, size: int = 1000
-    ) -> None:
-        """Compute ŷ once for all images, `size` at a time; `guess`: x `[B, num_observed]` → ŷ `[B, num_hidden]`.
-
-        dtype: to keep them in; a network whose products are in half precision sees no more of them than that.
-        """
-        shape = (len(self), self.vectors.shape[1] - self.num_observed)
-        self.y_hat = torch.empty(shape, dtype=dtype, device=self.vectors.device)
-        for rows, batch in zip(self.y_hat.split(size), self.batches(size), strict=True):
-            rows.copy_(guess(batch.x))
-
-    def batch(self, rows: Tensor | slice) -> Batch:
-        """The images at these rows: int64 `[B]` on the device, or a slice."""
-        pixels = _rows(self.vectors, rows) / 255
-        y_hat = None if self.y_hat is None else _rows(self.y_hat, rows)
-        return Batch(pixels[:, : self.num_observed], pixels[:, self.num_observed :], y_hat)
-
-    def batches(self, size: int) -> Iterator[Batch]:
-        """The images in order, `size` at a time and the rest at last."""
-        for first in range(0, len(self), size):
-            yield self.batch(slice(first, first + size))
-
-
-def _rows(table: Tensor, rows: Tensor | slice) -> Tensor:
-    return table[rows] if isinstance(rows, slice) else table.index_select(0, rows)

@@ -10,8 +10,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from cvae.densities import Gaussian, bernoulli_log_prob, widen
-from cvae.objectives import Terms, elbo_terms
+from cvae.model.densities import Gaussian, bernoulli_log_prob, widen
+from cvae.model.objectives import Terms, elbo_terms
 
 
 def mlp(sizes: Sequence[int]) -> list[nn.Module]:

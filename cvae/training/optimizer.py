@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cvae.errors import NonFiniteError
-from cvae.weights import Weights
+from cvae.training.weights import Weights
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # of Kingma and Ba 2015
 

@@ -12,7 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from cvae.errors import DiskError
-from cvae.run_folder import METRICS
+from cvae.run.folder import METRICS
 
 EVENTS = "events.out.tfevents."
 

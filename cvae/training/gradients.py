@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from cvae import runtime
-from cvae.data import Batch
-from cvae.densities import Gaussian, bernoulli_log_prob_and_grad, gaussian_kl_and_grads, widen
-from cvae.model import CVAE, Baseline, Decoder, Encoder
-from cvae.objectives import Terms
-from cvae.optimizer import GuardedAdam
+from cvae.data.images import Batch
+from cvae.model.densities import Gaussian, bernoulli_log_prob_and_grad, gaussian_kl_and_grads, widen
+from cvae.model.networks import CVAE, Baseline, Decoder, Encoder
+from cvae.model.objectives import Terms
+from cvae.training.optimizer import GuardedAdam
 
 Gradients = Callable[[Batch, Tensor, float | Tensor], Terms]
 """From a batch, its noise `[L, B, Z]` and a factor to the terms of the ELBO, `[B]` each. The gradient of

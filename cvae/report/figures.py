@@ -6,8 +6,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from cvae.model import CVAE, Baseline
-from cvae.quadrants import Quadrants
+from cvae.data.masks import Quadrants
+from cvae.model.networks import CVAE, Baseline
 
 NOT_GIVEN = (0.36, 0.44, 0.56)  # the colour of a hidden pixel in the row of inputs
 PAPER, INK = (255, 255, 255), (40, 40, 40)

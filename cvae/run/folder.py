@@ -18,8 +18,8 @@ from typing import Any, TextIO
 
 import torch
 
-from cvae.checkpoint import write_atomically
 from cvae.errors import CvaeError, DataError, DiskError, UsageError
+from cvae.run.checkpoint import write_atomically
 from cvae.settings import PRECISIONS, Settings
 
 CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"

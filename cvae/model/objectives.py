@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cvae.densities import Gaussian, bernoulli_log_prob, gaussian_kl, gaussian_log_prob
+from cvae.model.densities import Gaussian, bernoulli_log_prob, gaussian_kl, gaussian_log_prob
 
 
 class Terms(NamedTuple):

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from cvae.likelihood import ELBO_SAMPLES, Estimate, Likelihoods, estimate
+from cvae.model.likelihood import ELBO_SAMPLES, Estimate, Likelihoods, estimate
 
 FORMATS = ("text", "markdown", "json", "csv")
 

@@ -12,12 +12,10 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor, nn
 
-from cvae import checkpoint
 from cvae.distributed import Processes
 from cvae.errors import DataError, Interrupted, NonFiniteError, UsageError
-from cvae.log import RunLog
-from cvae.optimizer import GuardedAdam
-from cvae.run_folder import (
+from cvae.run import checkpoint
+from cvae.run.folder import (
     BEST,
     LAST,
     SUMMARY,
@@ -28,8 +26,10 @@ from cvae.run_folder import (
     write_config,
     write_json,
 )
+from cvae.run.log import RunLog
 from cvae.runtime import Interruption
 from cvae.settings import Settings
+from cvae.training.optimizer import GuardedAdam
 
 
 @dataclass

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from cvae import runtime
-from cvae.data import Batch, ImageSet
-from cvae.densities import Gaussian, bernoulli_entropy, bernoulli_log_prob
-from cvae.model import CVAE
-from cvae.objectives import elbo_terms, log_importance_weights
+from cvae.data.images import Batch, ImageSet
+from cvae.model.densities import Gaussian, bernoulli_entropy, bernoulli_log_prob
+from cvae.model.networks import CVAE
+from cvae.model.objectives import elbo_terms, log_importance_weights
 
 ELBO_SAMPLES = 10  # as many as the tutorial takes for its "Monte Carlo" row
 IMAGES_AT_ONCE, SAMPLES_AT_ONCE = 50, 20  # bound the memory, and keep a chunk's logits in the processor's cache

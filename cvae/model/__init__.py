@@ -1,0 +1,1 @@
+"""The model: densities, networks, objectives and likelihood estimates."""

@@ -1,0 +1,1 @@
+"""What shows a trained model to somebody: tables and figures."""

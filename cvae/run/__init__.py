@@ -1,0 +1,1 @@
+"""What a run is on the disk: its folder, checkpoints and log."""

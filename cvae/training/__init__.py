@@ -1,0 +1,1 @@
+"""How weights change: the optimizer, the weights as one vector, their average."""
