@@ -9,10 +9,10 @@ One column a run, in nats per image, lower is better, with the standard error ov
 only place that reads the test images. Exit codes: 0 done, 2 usage, 3 data, checkpoint or no finished run, 5 disk.
 """
 
-if __name__ == "__main__":  # Ctrl-C simply ends: there is nothing to lose
-    import signal
+if __name__ == "__main__":
+    from cvae.startup import before_torch
 
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    before_torch()
 
 import argparse
 import sys
@@ -24,35 +24,18 @@ from tqdm import tqdm
 
 from cvae import runtime
 from cvae.data.images import ImageSet
-from cvae.data.masks import Quadrants
 from cvae.data.sources import load_test
 from cvae.distributed import Processes
 from cvae.errors import CvaeError, DataError, PeerLost
-from cvae.model.likelihood import Likelihoods, evaluate
-from cvae.model.networks import CVAE, Baseline
+from cvae.model.likelihood import Likelihoods, evaluate, noise
 from cvae.report import tables
-from cvae.report.figures import completion_rows, draw_rows, encode_png
+from cvae.report.figures import completions, encode_png
 from cvae.run import checkpoint
-from cvae.run.folder import BEST, finished_runs, read_settings
-from cvae.settings import Settings
+from cvae.run.folder import finished_runs, read_settings
+from cvae.run.load import load
 
 NUM_DIGITS, NUM_SAMPLES = 10, 10  # of the figure
 MOST_SAMPLES = 1_000_000
-
-
-def load_model(folder: Path, settings: Settings, quadrants: Quadrants, device: torch.device) -> CVAE:
-    """The CVAE of a finished run. Raises DataError if its weights cannot be read or are not of these settings."""
-    state = checkpoint.load(folder / BEST, device)
-    with torch.device("meta"):  # no memory is taken before the shapes are known to fit
-        sizes = (quadrants.num_observed, quadrants.num_pixels, settings.hidden)
-        cvae = CVAE(Baseline(*sizes), *sizes, settings.latent_dim)
-    try:
-        cvae.load_state_dict(state["model"], assign=True)
-        if any(weight.dtype != torch.float32 for weight in cvae.parameters()):
-            raise TypeError
-    except (KeyError, TypeError, AttributeError, RuntimeError):
-        raise DataError(f"{folder / BEST}: does not hold the weights of a CVAE of the run's settings") from None
-    return cvae.requires_grad_(False)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -63,12 +46,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         type=Path,
         default=Path("runs"),
         metavar="DIR",
-        help="the folder of runs, or one run (default: %(default)s)",
+        help="folder of runs, or one run (default: %(default)s)",
     )
     parser.add_argument(
-        "--samples", type=positive, default=100, metavar="S", help="of z per image and estimate (default: %(default)s)"
+        "--samples",
+        type=positive,
+        default=100,
+        metavar="S",
+        help="samples of z per image and estimate (default: %(default)s)",
     )
-    parser.add_argument("--format", choices=tables.FORMATS, default="text", help="of the table (default: %(default)s)")
+    parser.add_argument(
+        "--format", choices=tables.FORMATS, default="text", help="format of the table (default: %(default)s)"
+    )
     parser.add_argument(
         "--figure",
         type=Path,
@@ -76,7 +65,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="write completions of ten test digits as PNG; of several runs, one file each",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:n (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="random seed of the noise (default: %(default)s)"
+    )
     return parser.parse_args(argv)
 
 
@@ -91,23 +82,24 @@ def evaluate_run(
     folder: Path, figure: Path | None, options: argparse.Namespace, device: torch.device, processes: Processes
 ) -> tables.Column:
     """The column of a run; draws its figure if one is asked for."""
-    settings = read_settings(folder)
-    test_images = load_test(Path(settings.data) if settings.data else None)
-    quadrants = Quadrants(settings.quadrants, *test_images.shape[1:])
-    cvae = load_model(folder, settings, quadrants, device)
-    images = ImageSet(test_images, quadrants, device)
+    settings, model = read_settings(folder), load(folder, device)
+    test_images = load_test(settings.data)
+    if test_images.shape[1:] != model.split.observed.shape:
+        sizes = ["×".join(map(str, shape)) for shape in (test_images.shape[1:], model.split.observed.shape)]
+        raise DataError(f"{folder}: was trained on images of {sizes[1]} pixels; the test images have {sizes[0]}")
+    images = ImageSet(test_images, model.split, device)
 
     if figure is not None and processes.is_main:
-        digits = test_images[:NUM_DIGITS].to(device)
         random = runtime.generator(device, options.seed, "figure")
-        eps = torch.randn(NUM_SAMPLES, len(digits), cvae.latent_dim, generator=random, device=device)
-        picture = draw_rows(completion_rows(digits, quadrants, cvae, eps))
+        x = images.batch(slice(NUM_DIGITS)).x
+        samples = model.complete(x, noise(NUM_SAMPLES, len(x), model, random))
+        picture = completions(test_images[:NUM_DIGITS], model.split, model.baseline_net(x).sigmoid(), samples)
         checkpoint.write_atomically(figure, encode_png(picture))
 
     portions = [torch.empty(len(Likelihoods._fields), 0, dtype=torch.float64, device=device)]
     hidden = not (processes.is_main and sys.stderr.isatty())
     with tqdm(desc=str(folder), total=len(images) // processes.count, unit="img", leave=False, disable=hidden) as bar:
-        for portion in evaluate(cvae, images, options.samples, options.seed, processes.share):
+        for portion in evaluate(model, images, options.samples, options.seed, processes.share):
             portions.append(torch.stack(portion))
             bar.update(portions[-1].shape[1])
     per_image = Likelihoods(*processes.gather(torch.cat(portions, dim=1)))
@@ -120,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     processes = Processes()
     try:
         device = runtime.resolve_device(options.device, processes.local_rank, processes.local_count)
-        runtime.prepare(device, tf32=False)
+        runtime.prepare(device)
         processes.connect(device)
         folders = finished_runs(options.runs)
         figures = {folder: figure_path(options.figure, folder, len(folders)) for folder in folders}

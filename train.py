@@ -3,50 +3,45 @@
     python train.py                                   # one quadrant observed, on MNIST, into runs/q1
     python train.py --quadrants 1 2 3                 # three runs, one after the other: runs/q1, runs/q2, runs/q3
     python train.py --quadrants 1 --device cuda       # each step one CUDA graph
+    python train.py --network paper --objective iwae --particles 5 --name iwae
     python train.py --resume q1                       # go on with runs/q1 where it was interrupted
     torchrun --nproc-per-node 2 train.py              # on two processes
 
 Then `tensorboard --logdir runs` shows the learning, and `python eval.py` prints the table.
 
 The baseline is trained first and frozen; the CVAE is trained on top of it. Both go through the same loop, `fit`: AdamW
-on −ELBO per image, early stopping on the validation images, the best weights kept. Exit codes: 0 done, 2 usage, 3 data
-or checkpoint, 4 loss or gradient not finite, 5 disk, 130 / 143 interrupted by Ctrl-C / SIGTERM.
+on minus the objective per image, early stopping on the validation images, the best weights kept. Exit codes: 0 done,
+2 usage, 3 data or checkpoint, 4 loss or gradient not finite, 5 disk, 130 / 143 interrupted by Ctrl-C / SIGTERM.
 """
 
-if __name__ == "__main__":  # until a run's own handlers are in place, Ctrl-C simply ends
-    import signal
+if __name__ == "__main__":
+    from cvae.startup import before_torch
 
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    before_torch()
 
-import argparse
-import math
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
+from torch import Tensor, nn
 
 from cvae import runtime
 from cvae.data.images import ImageSet
-from cvae.data.masks import Quadrants
+from cvae.data.masks import Split, quadrants
 from cvae.data.sources import load_train
 from cvae.distributed import Processes
-from cvae.errors import CvaeError, PeerLost, UsageError
-from cvae.model.networks import CVAE, Baseline
-from cvae.model.objectives import means
-from cvae.report.figures import completion_rows, draw_rows
-from cvae.run.folder import read_precision, read_settings, refuse_existing
+from cvae.errors import CvaeError, PeerLost
+from cvae.model.likelihood import noise
+from cvae.model.networks import build
+from cvae.model.objectives import Objective, Totals, log_likelihood, maximised, objective
+from cvae.report.figures import completions
+from cvae.run.folder import read_precision, refuse_existing
+from cvae.run.plan import parse, plan
 from cvae.run.session import Progress, Run
-from cvae.settings import Settings
-from cvae.training.gradients import Gradients, by_autograd, by_hand
-from cvae.training.optimizer import GuardedAdam
+from cvae.training.optimizer import GuardedAdam, scheduled_rate
 from cvae.training.weights import WeightAverage, Weights
 
 REPORT_EVERY = 50  # steps between two looks at the device: the bar's loss, the gradients' health, the other processes
@@ -54,276 +49,204 @@ VALIDATION_BATCH = 1000
 NUM_DIGITS, NUM_SAMPLES = 10, 5  # of each epoch's picture
 
 
-def fit(
-    phase: str, model: Baseline | CVAE, train: ImageSet, validation: ImageSet, draw: Callable[[Any], Tensor],
-    run: Run, last: dict[str, Any],
-) -> Progress:  # fmt: skip
-    """Train a model on −ELBO per image until it stops improving, and leave it with its best weights.
+class Phase(NamedTuple):
+    """One of the two trainings of a run: what is trained, by which objective, on what."""
 
-    phase: "baseline" or "cvae". draw: makes the picture of a model. last: a checkpoint to go on from, if of this phase.
+    name: str  # "baseline" or "cvae"
+    model: nn.Module
+    objective: Objective
+    epochs: int
+    train: ImageSet
+    validation: ImageSet
+    noise: Callable[[int, torch.Generator], tuple[Tensor, ...]]  # of so many images: what the objective takes of it
+    draw: Callable[[Any], Tensor]  # the picture of a model
 
-    An epoch is a fresh permutation of the images, cut into full batches; the few images left over sit this epoch out.
-    All randomness comes from (seed, phase, epoch) and is the same for any number of processes: each draws the noise of
-    the whole batch, and takes its share.
+
+class Step:
+    """One step of AdamW on the loss, minus the objective per image; `totals` are the sums of its terms in an epoch.
+
+    Nothing in it waits for the device, and all its results are updated in place: it can be captured in a CUDA graph.
     """
-    s, device, processes = run.settings, run.device, run.processes
-    epochs = s.baseline_epochs if phase == "baseline" else s.epochs
-    batch_size = min(s.batch_size, len(train))
-    share = processes.share_of_batch(batch_size)
-    steps = len(train) // batch_size
 
-    weights = Weights(model.parameters(), None if s.compile else runtime.HALF.get(run.precision))
-    average = WeightAverage(model, weights, s.average)  # what is validated and kept
+    def __init__(self, phase: Phase, weights: Weights[nn.Module], optimizer: GuardedAdam, run: Run):
+        self.weights, self.optimizer, self.images, self.run = weights, optimizer, phase.train, run
+        self.objective = torch.compile(phase.objective) if run.settings.compile else phase.objective
+        self.batch_size = min(run.settings.batch_size, len(phase.train))
+        self.count = len(phase.train) // self.batch_size  # of an epoch
+        self.totals = Totals(run.device)
+        self.precision = run.precision if weights.half is None else "fp32"  # weights in half precision need no autocast
+
+    def __call__(self, rows: Tensor, *eps: Tensor) -> None:
+        """rows: of the images, this process's share of the batch, int64 `[B]`; eps: the noise for them."""
+        batch = self.images.batch(rows)
+        with runtime.autocast(self.precision, self.run.device):
+            terms = self.objective(self.weights.model, batch, *eps)  # draws z; nats per image, by name
+        loss = -maximised(terms).sum() / self.batch_size
+        with self.weights.collecting_gradients():
+            self.optimizer.scaled(loss).backward()
+        loss = loss.detach()
+        self.run.processes.sum_(self.weights.gradient, loss)
+        accepted = self.optimizer.step(loss)
+        self.totals.add(terms, accepted)
+
+
+def fit(phase: Phase, run: Run, last: dict[str, Any]) -> Progress:
+    """Train a model until its objective stops improving, and leave it with its best weights.
+
+    last: a checkpoint to go on from, if it is of this phase.
+    """
+    s = run.settings
+    weights = Weights(phase.model, None if s.compile else runtime.HALF.get(run.precision))
+    average = WeightAverage(phase.model, weights, s.average)  # what is validated and kept
     optimizer = GuardedAdam(weights, s.learning_rate, s.weight_decay, loss_scaling=run.precision == "fp16")
     progress = Progress()
-    if last.get("phase") == phase:
-        progress = run.restore(last, model, average.model, optimizer)
+    if last.get("phase") == phase.name:
+        progress = run.restore(last, phase.model, average.model, optimizer)
+    if not s.compile:
+        weights.use_slots()
+    step = Step(phase, weights, optimizer, run)
+    graphed = run.device.type == "cuda" and run.processes.count == 1 and not s.compile
+    take_step = runtime.GraphedStep(step, run.warn) if graphed else step
 
-    gradients = by_autograd(torch.compile(model), optimizer, run.precision) if s.compile else by_hand(model, optimizer)
-    totals = torch.zeros(3, dtype=torch.float64, device=device)  # of the epoch's log-likelihoods, KLs and images
-    fixed_noise = noise(s.particles, len(validation), model, runtime.generator(device, s.seed, "validation"))
-
-    step = partial(training_step, gradients, train, optimizer, totals, batch_size, processes)
-    take_step = runtime.GraphedStep(step) if device.type == "cuda" and processes.count == 1 else step
-
-    while not progress.is_over(epochs, s.patience):
+    while not progress.is_over(phase.epochs, s.patience):
         started = time.perf_counter()
         progress.epoch += 1
-        where = f"{phase}, epoch {progress.epoch}/{epochs}"
-        random = runtime.generator(device, s.seed, phase, progress.epoch)
-        permutation = torch.randperm(len(train), generator=random, device=device)
-        optimizer.start_epoch()
-        totals.zero_()
-
-        with progress_bar(where, steps * batch_size, run) as bar:
-            for i in range(steps):
-                rows = permutation[i * batch_size : (i + 1) * batch_size]
-                eps = noise(s.particles, batch_size, model, random)
-                optimizer.learning_rate.fill_(scheduled_rate(s, progress.epoch - 1 + i / steps, epochs))
-                take_step(rows[share], eps[:, share])
-                average.update((progress.epoch - 1) * steps + i, last=i == steps - 1)
-
-                bar.update(batch_size)
-                if i % REPORT_EVERY == 0:
-                    bar.set_postfix_str(f"{means(totals)['neg_elbo']:.2f} nats", refresh=False)
-                    optimizer.check(where)
-                if i % REPORT_EVERY == 0 or processes.count == 1:
-                    run.leave_if_interrupted()
-        optimizer.check(where)
-        processes.sum_(totals)
+        where = f"{phase.name}, epoch {progress.epoch}/{phase.epochs}"
+        train_epoch(phase, step, take_step, average, progress.epoch)
+        run.processes.sum_on_host_(step.totals.sums)
         seconds = time.perf_counter() - started
-        achieved = means(validate(average.model, validation, fixed_noise, run))
-        if achieved["neg_elbo"] < progress.best:
-            progress.best, progress.best_epoch = achieved["neg_elbo"], progress.epoch
+        train, validation = step.totals.means(), validate(phase, average.model, run).means()
+        train_loss, validation_loss = -maximised(train), -maximised(validation)
+        if validation_loss < progress.best_loss:
+            progress.best_loss, progress.best_epoch = validation_loss, progress.epoch
         progress.seconds += time.perf_counter() - started
 
         record = {
             "epoch": progress.epoch,
-            **named("train", means(totals), model),
-            **named("validation", achieved, model),
+            **{f"train_{name}": mean for name, mean in train.items()},
+            **{f"validation_{name}": mean for name, mean in validation.items()},
             "learning_rate": float(optimizer.learning_rate),
-            "images_per_second": steps * batch_size / seconds,
+            "images_per_second": step.count * step.batch_size / seconds,
             "seconds": time.perf_counter() - started,
             **optimizer.skipped(),
         }
         state = {
-            "model": model.state_dict(),
+            "model": phase.model.state_dict(),
             "average": average.model.state_dict(),
             "optimizer": optimizer.state_dict(),
         }
-        processes.on_main(partial(run.save_epoch, phase, progress, state, record, partial(draw, average.model)))
+        draw = partial(phase.draw, average.model)
+        run.processes.on_main(partial(run.save_epoch, phase.name, progress, state, record, draw))
         best = ", the best so far" if progress.epoch == progress.best_epoch else ""
         run.say(
-            f"{where}: train {means(totals)['neg_elbo']:.2f}, validation {achieved['neg_elbo']:.2f} nats per image, "
+            f"{where}: loss {train_loss:.2f}, on validation images {validation_loss:.2f} nats per image, "
             f"{record['images_per_second']:.0f} images/s, {record['seconds']:.1f} s{best}"
         )
 
-    run.load_best(phase, progress, model)
-    model.zero_grad()  # frees the memory of the gradients
+    run.load_best(phase.name, progress, phase.model)
     return progress
 
 
-def training_step(
-    gradients: Gradients, images: ImageSet, optimizer: GuardedAdam, totals: Tensor, batch_size: int,
-    processes: Processes, rows: Tensor, eps: Tensor,
+def train_epoch(
+    phase: Phase, step: Step, take_step: Callable[..., None], average: WeightAverage[nn.Module], epoch: int
 ) -> None:  # fmt: skip
-    """One step of Adam on −ELBO per image of a batch, of which `rows` are this process's share; adds to the totals.
+    """One epoch: a fresh permutation of the images, cut into full batches; the few images left over sit it out.
 
-    Nothing in it waits for the device, and all its results are updated in place: it can be captured in a CUDA graph.
+    All randomness comes from (seed, phase, epoch) and is the same for any number of processes: each draws the noise of
+    the whole batch, and takes its share.
     """
-    terms = gradients(images.batch(rows), eps, optimizer.loss_scale / batch_size)
-    loss = -terms.elbo.sum() / batch_size
-    processes.sum_(optimizer.gradient, loss)
-    accepted = optimizer.step(loss)
-    totals.add_(torch.where(accepted, terms.sums(), 0.0))
+    run, s, optimizer, size = step.run, step.run.settings, step.optimizer, step.batch_size
+    steps, share = step.count, run.processes.share_of_batch(size)
+    where = f"{phase.name}, epoch {epoch}/{phase.epochs}"
+    random = runtime.generator(run.device, s.seed, phase.name, epoch)
+    permutation = runtime.permutation(len(step.images), s.seed, phase.name, epoch).to(run.device)
+    runtime.seed_dropout(s.seed, phase.name, epoch, run.processes.rank)
+    step.weights.model.train()
+    optimizer.start_epoch()
+    step.totals.zero()
+    with run.progress_bar(where, steps * size) as bar:
+        for i in range(steps):
+            rows = permutation[i * size : (i + 1) * size]
+            eps = phase.noise(size, random)
+            optimizer.learning_rate.fill_(scheduled_rate(s, epoch - 1 + i / steps, phase.epochs))
+            take_step(rows[share], *(each[:, share] for each in eps))
+            average.update((epoch - 1) * steps + i, last=i == steps - 1)
 
-
-def noise(particles: int, count: int, model: Baseline | CVAE, random: torch.Generator) -> Tensor:
-    """eps ~ N(0, 1), `[L, B, Z]`, from and on the generator's device."""
-    return torch.randn(particles, count, model.latent_dim, generator=random, device=random.device)
-
-
-def scheduled_rate(s: Settings, epoch: float, epochs: int) -> float:
-    """The learning rate at a moment, in epochs: a linear warm-up, then constant, or half a cosine down to zero."""
-    if epoch < s.warmup_epochs:
-        return s.learning_rate * (epoch + 0.01) / (s.warmup_epochs + 0.01)
-    if s.schedule == "constant":
-        return s.learning_rate
-    return s.learning_rate * 0.5 * (1 + math.cos(math.pi * (epoch - s.warmup_epochs) / (epochs - s.warmup_epochs)))
+            bar.update(size)
+            if i % REPORT_EVERY == 0:
+                bar.set_postfix_str(f"loss {-maximised(step.totals.means()):.2f}", refresh=False)
+                optimizer.check(where)
+            if i % REPORT_EVERY == 0 or run.processes.count == 1:
+                run.leave_if_interrupted()
+    optimizer.check(where)
 
 
 @torch.no_grad()
-def validate(model: Baseline | CVAE, images: ImageSet, eps: Tensor, run: Run) -> Tensor:
-    """`Terms.sums` over the images, each process taking its share, in the training's precision.
+def validate(phase: Phase, model: nn.Module, run: Run) -> Totals:
+    """The objective on the validation images, in the training's precision; the noise is the same in every epoch.
 
-    eps `[L, N, Z]`: the noise, the same in every epoch.
+    Each process takes its share of portions of the images.
     """
-    mine = run.processes.share(len(images))
-    totals = torch.zeros(3, dtype=torch.float64, device=run.device)
-    for start in range(mine.start, mine.stop, VALIDATION_BATCH):
-        rows = slice(start, min(start + VALIDATION_BATCH, mine.stop))
+    model.eval()
+    images, totals = phase.validation, Totals(run.device)
+    starts = range(0, len(images), VALIDATION_BATCH)
+    for start in starts[run.processes.share(len(starts))] or [len(images)]:  # no share: an empty portion
+        batch = images.batch(slice(start, start + VALIDATION_BATCH))
+        eps = phase.noise(len(batch.x), runtime.generator(run.device, run.settings.seed, "validation", start))
         with runtime.autocast(run.precision, run.device):
-            totals += model(*images.batch(rows), eps[:, rows]).sums()
-    run.processes.sum_(totals)
+            totals.add(phase.objective(model, batch, *eps))
+    run.processes.sum_on_host_(totals.sums)
     return totals
-
-
-def progress_bar(where: str, total: int, run: Run) -> Any:
-    """A bar over the images of an epoch; on a terminal only."""
-    hidden = run.quiet or not run.processes.is_main or not sys.stderr.isatty()
-    return tqdm(desc=where, total=total, unit="img", unit_scale=True, leave=False, disable=hidden)
-
-
-def named(part: str, values: dict[str, float], model: Baseline | CVAE) -> dict[str, float]:
-    """The means under the names of the log; without a z, all there is to say is the negative log-likelihood."""
-    return {
-        f"{part}_{name}": value for name, value in (values if model.latent_dim else {"nll": values["neg_elbo"]}).items()
-    }
 
 
 def train_run(run: Run, resume: bool, overwrite: bool) -> None:
     """Train the baseline, then the CVAE on top of it, from wherever the run has come to."""
     s, device = run.settings, run.device
-    images, validation_images = load_train(Path(s.data) if s.data else None)
-    run.processes.share_of_batch(min(s.batch_size, len(images[: s.train_limit])))  # refused before a folder is made
-    last = run.claim(resume, overwrite)
+    images, held_out = load_train(s.data)
+    images = images[: s.train_limit]
+    run.processes.share_of_batch(min(s.batch_size, len(images)))  # refused before a folder is made
+    split = Split(quadrants(s.quadrants, *images.shape[1:]))
+    last = run.claim(split, resume, overwrite)
     if run.is_finished(last):
         run.say(f"{run.folder} is finished: nothing is left to do")
         return
     run.open_log(last)
-    quadrants = Quadrants(s.quadrants, *images.shape[1:])
-    train = ImageSet(images[: s.train_limit], quadrants, device)
-    validation = ImageSet(validation_images, quadrants, device)
-    digits = validation_images[:NUM_DIGITS].clone().to(device)
-    del images, validation_images  # the image sets hold all that is needed
+    train, validation = (ImageSet(part, split, device) for part in (images, held_out))
+    digits = held_out[:NUM_DIGITS].clone()
+    del images, held_out  # the image sets hold all that is needed
+    x = split.split(digits.to(device) / 255)[0]
 
-    def draw(eps: Tensor | None, model: Baseline | CVAE) -> Tensor:
-        return draw_rows(completion_rows(digits, quadrants, model, eps))
+    cvae = build(split, s).to(device)
+    baseline = cvae.baseline_net
 
-    torch.manual_seed(runtime.derive_seed(s.seed, "baseline weights"))
-    baseline = Baseline(quadrants.num_observed, quadrants.num_pixels, s.hidden).to(device)
     if last.get("phase") != "cvae":
-        fit("baseline", baseline, train, validation, partial(draw, None), run, last)
-
-    torch.manual_seed(runtime.derive_seed(s.seed, "cvae weights"))
-    cvae = CVAE(baseline, quadrants.num_observed, quadrants.num_pixels, s.hidden, s.latent_dim).to(device)
-    if last.get("phase") == "cvae":
+        phase = Phase(
+            "baseline", baseline.requires_grad_(True), log_likelihood, s.baseline_epochs, train, validation,
+            noise=lambda *_: (),
+            draw=lambda model: completions(digits, split, model(x).sigmoid()),
+        )  # fmt: skip
+        fit(phase, run, last)
+        baseline.requires_grad_(False)
+    else:
         run.load_last(last, cvae)  # the baseline among it
-    for image_set in (train, validation):  # ŷ is computed once: the baseline is frozen now
-        image_set.set_guesses(baseline.guess, runtime.HALF.get(run.precision))
+    baseline.eval()
+    for image_set in (train, validation):  # its guesses are computed once: it is frozen now
+        image_set.set_guesses(baseline, runtime.HALF.get(run.precision))
+
     eps = noise(NUM_SAMPLES, len(digits), cvae, runtime.generator(device, s.seed, "picture"))
-    progress = fit("cvae", cvae, train, validation, partial(draw, eps), run, last)
+    phase = Phase(
+        "cvae", cvae, objective(s), s.epochs, train, validation,
+        noise=lambda count, random: (noise(s.particles, count, cvae, random),),
+        draw=lambda model: completions(digits, split, baseline(x).sigmoid(), model.complete(x, eps)),
+    )  # fmt: skip
+    progress = fit(phase, run, last)
     run.processes.on_main(lambda: run.finish(progress))
     run.say(f"{run.folder}: trained. Next: python eval.py, or tensorboard --logdir {run.folder.parent}")
 
 
-FLAGS = {  # the settings, as flags of the same names
-    "quadrants": (int, "how many quadrants are observed, 1, 2 or 3; several numbers make several runs"),
-    "device": (str, "auto, cpu, cuda or cuda:n"),
-    "precision": (str, "fp32, bf16, fp16, or auto: bf16 where it is native, else fp16 on CUDA and fp32 on a CPU"),
-    "epochs": (int, "at most so many epochs of the CVAE"),
-    "baseline_epochs": (int, "at most so many epochs of the baseline"),
-    "patience": (int, "stop after so many epochs without improvement on the validation images"),
-    "batch_size": (int, "images per step, over all processes"),
-    "learning_rate": (float, "the highest learning rate of Adam"),
-    "schedule": (str, "of the learning rate after the warm-up, cosine or constant"),
-    "warmup_epochs": (float, "epochs in which the learning rate grows to its highest"),
-    "weight_decay": (float, "of AdamW: a step takes this share of the weights, times the learning rate, off them"),
-    "average": (int, "keep an average of the weights over about so many steps; 0: the last ones"),
-    "hidden": (int, "sizes of the hidden layers"),
-    "latent_dim": (int, "dimensions of z"),
-    "particles": (int, "samples of z per image and step"),
-    "seed": (int, "of everything random"),
-    "data": (str, "a folder with the four IDX files of another data set"),
-    "train_limit": (int, "use the first so many training images only"),
-}
-
-
-def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """The command line, and the settings given on it, by name; `quadrants` is a list still."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    settings = parser.add_argument_group("settings", argument_default=argparse.SUPPRESS)
-    for name, (kind, text) in FLAGS.items():
-        default = getattr(Settings(), name)
-        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-        settings.add_argument(
-            "--" + name.replace("_", "-"), type=kind, nargs="+" if name in ("quadrants", "hidden") else None,
-            metavar={int: "N", float: "X"}.get(kind, "NAME"), help=f"{text} (default: {shown})",
-        )  # fmt: skip
-    settings.add_argument("--compile", action="store_true", help="torch.compile the networks; on a CPU seldom worth it")
-    parser.add_argument(
-        "--runs", type=Path, default=Path("runs"), metavar="DIR", help="the folder of runs (default: runs)"
-    )
-    parser.add_argument("--name", help="of the run's folder (default: q1, q2 or q3; of several runs, -q1, … is added)")
-    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run, given by its name or folder")
-    parser.add_argument("--overwrite", action="store_true", help="replace the run's folder if it exists")
-    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
-    options = parser.parse_args(argv)
-    if options.resume is not None and (options.name is not None or options.overwrite):
-        parser.error("--resume goes on with a run as it is: leave --name and --overwrite out")
-
-    given = {name: value for name, value in vars(options).items() if name in Settings.__dataclass_fields__}
-    if "hidden" in given:
-        given["hidden"] = tuple(given["hidden"])
-    if "data" in given:
-        given["data"] = str(Path(given["data"]).resolve())
-    try:
-        for quadrants in given.get("quadrants", [1]):
-            Settings(**{**given, "quadrants": quadrants})
-    except ValueError as error:
-        parser.error(str(error))
-    return options, given
-
-
-def plan(options: argparse.Namespace, given: dict[str, Any]) -> list[tuple[Path, Settings]]:
-    """The runs to make or to go on with: their folders and settings. Raises UsageError or DataError."""
-    quadrants = given.pop("quadrants", None)
-    if options.resume is not None:
-        folder = options.resume if os.path.isdir(options.resume) else options.runs / options.resume
-        settings = read_settings(folder)
-        wanted = (
-            given if quadrants is None else given | {"quadrants": quadrants[0] if len(quadrants) == 1 else quadrants}
-        )
-        for name, value in wanted.items():
-            if name != "epochs" and value != getattr(settings, name):
-                flag, own = "--" + name.replace("_", "-"), getattr(settings, name)
-                raise UsageError(f"{folder} was begun with {flag} {own}, which cannot change now; leave the flag out")
-        return [(folder, replace(settings, epochs=given.get("epochs", settings.epochs)))]
-
-    quadrants = quadrants or [Settings.quadrants]
-    if len(set(quadrants)) < len(quadrants):
-        raise UsageError("--quadrants names a number twice")
-    name = options.name
-    if name is not None and (not name or name.startswith(".") or Path(name).name != name):
-        raise UsageError(f"--name {name!r} is not the plain name of a folder; --runs says where it is to be")
-    suffixes = [f"-q{k}" if len(quadrants) > 1 else "" for k in quadrants]
-    names = [f"q{k}" if name is None else name + suffix for k, suffix in zip(quadrants, suffixes, strict=True)]
-    return [(options.runs / name, Settings(quadrants=k, **given)) for name, k in zip(names, quadrants, strict=True)]
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    options, given = parse(argv)
+    options, given = parse(argv, __doc__)
     processes = Processes()
     with runtime.Interruption() as interruption:
         try:

@@ -34,10 +34,10 @@ class Processes:
         return self.rank == 0
 
     def connect(self, device: torch.device) -> None:
-        """Meet the others: by NCCL on CUDA, else by gloo."""
+        """Meet the others: by gloo, which notices when one of them ends; on CUDA by NCCL too, for the gradients."""
         if self.count > 1:
             with exchange():
-                dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+                dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
 
     def disconnect(self) -> None:
         """Part from the others."""
@@ -55,7 +55,10 @@ class Processes:
         return self.share(batch_size)
 
     def sum_(self, *tensors: Tensor) -> None:
-        """Replace each tensor by its sum over all processes, in one exchange, of the widest of their types."""
+        """Replace each tensor by its sum over all processes, in one exchange, of the widest of their types.
+
+        On CUDA it is NCCL's, which does not raise when another process ends: see docs/cuda.md.
+        """
         if self.count > 1:
             flat = torch.cat([tensor.flatten() for tensor in tensors])
             with exchange():
@@ -63,20 +66,28 @@ class Processes:
             for tensor, total in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
                 tensor.copy_(total.view_as(tensor))
 
+    def sum_on_host_(self, tensor: Tensor) -> None:
+        """The same for one tensor, by gloo: it waits for the device, and raises PeerLost when another process ends."""
+        if self.count > 1:
+            total = tensor.cpu()
+            with exchange():
+                dist.all_reduce(total)
+            tensor.copy_(total)
+
     def gather(self, part: Tensor) -> Tensor:
         """The parts `[..., n]` of all processes, joined in the order of their ranks."""
         if self.count == 1:
             return part
         parts: list[Tensor] = [part] * self.count
         with exchange():
-            dist.all_gather_object(parts, part.cpu())
+            dist.all_gather_object(parts, part.cpu())  # by gloo, which comes first for objects
         return torch.cat(parts, dim=-1)
 
-    def maximum(self, value: int, device: torch.device) -> int:
+    def maximum(self, value: int) -> int:
         """The largest of the processes' values."""
         if self.count == 1:
             return value
-        tensor = torch.tensor(value, device=device)
+        tensor = torch.tensor(value)
         with exchange():
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return int(tensor)
@@ -92,7 +103,7 @@ class Processes:
             except CvaeError as error:
                 outcome[0] = error
         with exchange():
-            dist.broadcast_object_list(outcome)
+            dist.broadcast_object_list(outcome, device=torch.device("cpu"))
         if isinstance(outcome[0], CvaeError):
             raise outcome[0]
         return outcome[0]  # type: ignore[return-value]

@@ -57,16 +57,17 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
     return torch.autocast(device.type, HALF[precision]) if precision in HALF else nullcontext()
 
 
-def prepare(device: torch.device, tf32: bool = True) -> None:
-    """Process-wide settings for speed, before the first tensor of any size.
+def prepare(device: torch.device) -> None:
+    """Process-wide settings, before the first tensor of any size.
 
-    tf32: let CUDA compute the float32 products that autocast leaves with ten bits of mantissa.
+    A float32 product is one: CUDA's TF32, with ten bits of mantissa, is off, for convolutions too.
     """
     torch.set_flush_denormal(True)  # numbers under 1e-38 count as zero: a trained net's run into thousands of cycles
     _keep_freed_memory()
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high" if tf32 else "highest")
 
 
 def _keep_freed_memory() -> None:
@@ -88,6 +89,16 @@ def derive_seed(*key: object) -> int:
 def generator(device: torch.device, *key: object) -> torch.Generator:
     """A generator of random numbers on the device, seeded by `derive_seed(*key)`."""
     return torch.Generator(device).manual_seed(derive_seed(*key))
+
+
+def permutation(length: int, *key: object) -> Tensor:
+    """A permutation of 0 to length − 1, on the CPU: a GPU's depends on the GPU. int64 `[length]`."""
+    return torch.randperm(length, generator=generator(torch.device("cpu"), *key, "permutation"))
+
+
+def seed_dropout(*key: object) -> None:
+    """Seed what draws random numbers without being given a generator, as dropout does."""
+    torch.manual_seed(derive_seed(*key, "dropout"))
 
 
 class Interruption:
@@ -124,15 +135,18 @@ class GraphedStep:
     `step(*inputs)` must be free of host synchronisation, keep its results in tensors that it updates in place, and be
     called with inputs of the same shapes each time. The first calls run as they are, on the side stream that capture
     asks for: they are steps like any other, and they let the libraries and the optimizer make what they allocate once.
+
+    Where the capture fails, `warn` is told in one line, and all steps run as they are, this one included: a capture
+    executes nothing. Each graph has a stream of its own, the one that it was warmed up on.
     """
 
     WARM_UP = 3
 
-    def __init__(self, step: Callable[..., None]):
-        self._step = step
+    def __init__(self, step: Callable[..., None], warn: Callable[[str], None]):
+        self._step, self._warn = step, warn
         self._calls = 0
         self._stream = torch.cuda.Stream()
-        self._graph = torch.cuda.CUDAGraph()
+        self._graph: torch.cuda.CUDAGraph | None = torch.cuda.CUDAGraph()
         self._inputs: tuple[Tensor, ...] = ()
 
     def __call__(self, *inputs: Tensor) -> None:
@@ -141,12 +155,30 @@ class GraphedStep:
             with torch.cuda.stream(self._stream):
                 self._step(*inputs)
             torch.cuda.current_stream().wait_stream(self._stream)
-        else:
-            if self._calls == self.WARM_UP:
-                self._inputs = tuple(tensor.clone() for tensor in inputs)
-                with torch.cuda.graph(self._graph):  # records, runs nothing
-                    self._step(*self._inputs)
-            for static, new in zip(self._inputs, inputs, strict=True):
-                static.copy_(new)
-            self._graph.replay()
+        elif self._calls == self.WARM_UP:
+            self._capture(inputs)
         self._calls += 1
+        if self._calls > self.WARM_UP:
+            self._replay(inputs)
+
+    def _capture(self, inputs: tuple[Tensor, ...]) -> None:
+        assert self._graph is not None
+        self._inputs = tuple(tensor.clone() for tensor in inputs)
+        current = torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(self._graph, stream=self._stream):
+                self._step(*self._inputs)
+        except RuntimeError as error:
+            self._graph = None
+            torch.cuda.set_stream(current)  # a failed capture leaves its own as the current one
+            torch.cuda.synchronize()
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            self._warn(f"the training step could not be captured in a CUDA graph and runs without one ({reason})")
+
+    def _replay(self, inputs: tuple[Tensor, ...]) -> None:
+        if self._graph is None:
+            self._step(*inputs)
+            return
+        for static, new in zip(self._inputs, inputs, strict=True):
+            static.copy_(new)
+        self._graph.replay()

@@ -1,95 +1,152 @@
-"""The settings of a run: every choice that its numbers depend on, each a flag of `train.py` of the same name."""
+"""The settings of a run: every choice that its numbers depend on, one line each, and the flags made of them."""
 
+import argparse
 import reprlib
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from collections.abc import Callable, Collection
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from typing import Any, NamedTuple, TypeVar
+
+Own = TypeVar("Own", bound="Settings")
 
 LARGEST_LAYER = 1 << 15
 MOST_LAYERS = 64
-SCHEDULES = ("cosine", "constant")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+
+class Kind(NamedTuple):
+    """What values a setting can have: how a word on the command line becomes one, which are good, and what is said."""
+
+    parse: Callable[[str], Any]
+    is_good: Callable[[Any], bool]
+    wanted: str
+
+
+def whole(least: int, most: int, wanted: str) -> Kind:
+    """Whole numbers in a range."""
+    return Kind(int, lambda value: type(value) is int and least <= value <= most, wanted)
+
+
+def number(is_good: Callable[[float], bool], wanted: str) -> Kind:
+    """Finite numbers of which something holds."""
+    return Kind(float, lambda value: type(value) is float and abs(value) < float("inf") and is_good(value), wanted)
+
+
+def one_of(*names: str) -> Kind:
+    """Some names."""
+    return Kind(str, lambda value: value in names, f"one of {', '.join(names)}")
+
+
+def optional(kind: Kind) -> Kind:
+    """The same, or None."""
+    return kind._replace(is_good=lambda value: value is None or kind.is_good(value))
+
+
+def several(kind: Kind, most: int, wanted: str) -> Kind:
+    """A tuple of such values."""
+    return kind._replace(
+        is_good=lambda value: type(value) is tuple and 1 <= len(value) <= most and all(map(kind.is_good, value)),
+        wanted=wanted,
+    )
+
+
+COUNT = whole(1, 1 << 31, "a positive whole number")
+SIZE = whole(1, LARGEST_LAYER, f"a whole number from 1 to {LARGEST_LAYER}")
+SIZES = several(SIZE, MOST_LAYERS, f"1 to {MOST_LAYERS} sizes from 1 to {LARGEST_LAYER}")
+SHARE = number(lambda value: 0 <= value <= 1, "a number from 0 to 1")
+NAME = Kind(str, lambda value: isinstance(value, str) and len(value) < 10_000, "a name")
+SWITCH = Kind(bool, lambda value: type(value) is bool, "true or false")
+
+
+def setting(default: Any, kind: Kind, text: str, before: Any = MISSING) -> Any:
+    """A setting's default, its kind, its help.
+
+    before: what the runs did that were begun before there was this setting, if that is not the default.
+    """
+    metadata = {"kind": kind, "text": text, "before": default if before is MISSING else before}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class Settings:
     """The settings of one run. Raises ValueError, in one line, for a value that makes no sense."""
 
-    quadrants: int = 1
-    device: str = "auto"
-    precision: str = "auto"
-    epochs: int = 30
-    baseline_epochs: int = 10
-    patience: int = 3
-    batch_size: int = 128
-    learning_rate: float = 2e-3
-    schedule: str = "cosine"
-    warmup_epochs: float = 1.0
-    weight_decay: float = 0.2
-    average: int = 500
-    hidden: tuple[int, ...] = (500, 500)
-    latent_dim: int = 200
-    particles: int = 1
-    seed: int = 0
-    data: str | None = None
-    train_limit: int | None = None
-    compile: bool = False
+    quadrants: int = setting(1, whole(1, 3, "1, 2 or 3"), "observed quadrants; several numbers make several runs")
+    network: str = setting("tutorial", NAME, "networks of the CVAE and of its baseline")
+    objective: str = setting("elbo", NAME, "objective of the CVAE")
+    alpha: float = setting(0.5, SHARE, "weight of the elbo in the hybrid objective; that of gsnn is the rest")
+    particles: int = setting(1, COUNT, "samples of z per image and step")
+    hidden: tuple[int, ...] = setting((500, 500), SIZES, "sizes of the hidden layers")
+    latent_dim: int = setting(200, SIZE, "dimensions of z")
+    epochs: int = setting(30, COUNT, "largest number of epochs of the CVAE")
+    baseline_epochs: int = setting(10, COUNT, "largest number of epochs of the baseline")
+    patience: int = setting(3, COUNT, "epochs without improvement on the validation images before training stops")
+    batch_size: int = setting(128, COUNT, "images per step, over all processes")
+    learning_rate: float = setting(2e-3, number(lambda v: v > 0, "a positive number"), "highest learning rate of AdamW")
+    schedule: str = setting("cosine", one_of("cosine", "constant"), "learning rate after the warm-up")
+    warmup_epochs: float = setting(
+        1.0,
+        number(lambda v: v >= 0, "a number of at least 0"),
+        "epochs in which the learning rate grows to its highest",
+    )
+    weight_decay: float = setting(
+        0.2, SHARE, "decoupled weight decay: this share of the weights, times the learning rate, is taken off each step"
+    )
+    average: int = setting(
+        500, whole(0, 1 << 31, "a whole number of at least 0"), "steps that the average of the weights spans; 0: none"
+    )
+    seed: int = setting(0, whole(-(1 << 63), 1 << 63, "a whole number"), "random seed")
+    data: str | None = setting(None, optional(NAME), "folder with the four IDX files of another data set")
+    train_limit: int | None = setting(None, optional(COUNT), "number of training images to use, the first ones")
+    device: str = setting("auto", NAME, "auto, cpu, cuda or cuda:n")
+    precision: str = setting(
+        "auto",
+        one_of(*PRECISIONS),
+        "fp32, bf16, fp16, or auto: bf16 where it is native, else fp16 on CUDA, fp32 on a CPU",
+    )
+    compile: bool = setting(False, SWITCH, "torch.compile the objective; seldom worth it on a CPU")
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            _check(field.name, getattr(self, field.name))
+        for each in fields(self):
+            kind, value = each.metadata["kind"], getattr(self, each.name)
+            if not kind.is_good(value):
+                raise ValueError(f"{flag(each.name)[2:]} has to be {kind.wanted}, not {reprlib.repr(value)}")
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON writes them."""
-        return {**asdict(self), "hidden": list(self.hidden)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     @classmethod
-    def from_dict(cls, values: object) -> "Settings":
-        """The inverse of `to_dict`. Raises ValueError for anything that `to_dict` cannot have made."""
-        names = {field.name for field in fields(cls)}
-        if not isinstance(values, dict) or set(values) != names:
-            raise ValueError("the settings are not those that this version writes")
-        hidden = values["hidden"]
-        return cls(**{**values, "hidden": tuple(hidden) if isinstance(hidden, list) else hidden})
+    def from_dict(cls: type[Own], values: object) -> Own:
+        """The inverse of `to_dict`; a setting that is missing takes the value that means what the run did.
+
+        Raises ValueError for settings that there are not, and for values that make no sense.
+        """
+        if not isinstance(values, dict):
+            raise ValueError("the settings are missing")
+        known = {each.name: each.metadata["before"] for each in fields(cls)}
+        if unknown := [name for name in values if name not in known]:
+            raise ValueError(f"this version knows no setting {reprlib.repr(unknown[0])}; was a later one here?")
+        given = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        return cls(**{**known, **given})
 
 
-def _is_count(value: object, largest: int = 1 << 31) -> bool:
-    return type(value) is int and 1 <= value <= largest
+def flag(name: str) -> str:
+    """The flag of a setting."""
+    return "--" + name.replace("_", "-")
 
 
-def _check(name: str, value: Any) -> None:
-    """Raise ValueError unless this value can be had for this setting."""
-    match name:
-        case "quadrants":
-            good, wanted = type(value) is int and value in (1, 2, 3), "1, 2 or 3"
-        case "device":
-            good, wanted = isinstance(value, str), "a name"
-        case "precision":
-            good, wanted = value in PRECISIONS, f"one of {', '.join(PRECISIONS)}"
-        case "schedule":
-            good, wanted = value in SCHEDULES, f"one of {', '.join(SCHEDULES)}"
-        case "learning_rate":
-            good, wanted = type(value) is float and 0 < value < float("inf"), "a positive number"
-        case "average":
-            good, wanted = type(value) is int and 0 <= value <= 1 << 31, "a whole number of at least 0"
-        case "weight_decay":
-            good, wanted = type(value) is float and 0 <= value <= 1, "a number from 0 to 1"
-        case "warmup_epochs":
-            good, wanted = type(value) is float and 0 <= value < float("inf"), "a number of at least 0"
-        case "hidden":
-            good = type(value) is tuple and 1 <= len(value) <= MOST_LAYERS
-            good = good and all(_is_count(n, LARGEST_LAYER) for n in value)
-            wanted = f"1 to {MOST_LAYERS} sizes from 1 to {LARGEST_LAYER}"
-        case "latent_dim":
-            good, wanted = _is_count(value, LARGEST_LAYER), f"a whole number from 1 to {LARGEST_LAYER}"
-        case "seed":
-            good, wanted = type(value) is int, "a whole number"
-        case "data":
-            good, wanted = value is None or isinstance(value, str), "a folder"
-        case "train_limit":
-            good, wanted = value is None or _is_count(value), "a positive whole number"
-        case "compile":
-            good, wanted = type(value) is bool, "true or false"
-        case _:
-            good, wanted = _is_count(value), "a positive whole number"
-    if not good:
-        raise ValueError(f"{name.replace('_', '-')} has to be {wanted}, not {reprlib.repr(value)}")
+def add_flags(parser: argparse.ArgumentParser, choices: dict[str, Collection[str]]) -> None:
+    """Add each setting's flag, with no default: what is not given is not there. choices: of some settings, names."""
+    group = parser.add_argument_group("settings")
+    for each in fields(Settings):
+        kind, default = each.metadata["kind"], each.default
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+        words = f"{each.metadata['text']} (default: {shown})"
+        if each.name in choices:
+            words = f"{', '.join(choices[each.name])}: {words}"
+        more: dict[str, Any] = {"action": "store_true"}
+        if kind is not SWITCH:
+            many = "+" if each.name == "quadrants" or isinstance(default, tuple) else None
+            metavar = {int: "N", float: "X"}.get(kind.parse, "NAME")
+            more = {"type": kind.parse, "nargs": many, "metavar": metavar, "choices": choices.get(each.name)}
+        group.add_argument(flag(each.name), default=argparse.SUPPRESS, help=words.replace("%", "%%"), **more)

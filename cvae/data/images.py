@@ -6,49 +6,53 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cvae.data.masks import Quadrants
+from cvae.data.masks import Split
 
 
 class Batch(NamedTuple):
-    """Some images, split: x `[B, num_observed]` and y `[B, num_hidden]` in [0, 1], and the baseline's guess for y."""
+    """Some images, split: x `[B, num_observed]` and y `[B, num_hidden]`, in [0, 1].
+
+    guess: the logits of the baseline's guess ŷ for y, `[B, num_hidden]`, where they are known already.
+    """
 
     x: Tensor
     y: Tensor
-    y_hat: Tensor | None
+    guess: Tensor | None = None
 
 
 class ImageSet:
     """Images on the device: uint8 vectors `[N, num_pixels]` with the observed pixels first, and batches of them.
 
-    `y_hat` `[N, num_hidden]`: the guesses of a frozen baseline, once `set_guesses` has computed them.
+    `guesses` `[N, num_hidden]`: the logits of a frozen baseline, once `set_guesses` has computed them.
     """
 
-    def __init__(self, images: Tensor, quadrants: Quadrants, device: torch.device | str = "cpu"):
-        self.vectors = quadrants.vectors(images.to(device))
-        self.num_observed = quadrants.num_observed
-        self.y_hat: Tensor | None = None
+    def __init__(self, images: Tensor, split: Split, device: torch.device | str = "cpu"):
+        self.vectors = split.vectors(images.to(device))
+        self.num_observed = split.num_observed
+        self.guesses: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.vectors)
 
     @torch.no_grad()
     def set_guesses(
-        self, guess: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None, size: int = 1000
+        self, baseline: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None, size: int = 1000
     ) -> None:
-        """Compute ŷ once for all images, `size` at a time; `guess`: x `[B, num_observed]` → ŷ `[B, num_hidden]`.
+        """Compute a baseline's logits once for all images, `size` at a time.
 
-        dtype: to keep them in; a network whose products are in half precision sees no more of them than that.
+        baseline: x `[B, num_observed]` → logits `[B, num_hidden]`. dtype: to keep them in; a product in half precision
+        gives no more of them than that.
         """
         shape = (len(self), self.vectors.shape[1] - self.num_observed)
-        self.y_hat = torch.empty(shape, dtype=dtype, device=self.vectors.device)
-        for rows, batch in zip(self.y_hat.split(size), self.batches(size), strict=True):
-            rows.copy_(guess(batch.x))
+        self.guesses = torch.empty(shape, dtype=dtype, device=self.vectors.device)
+        for rows, batch in zip(self.guesses.split(size), self.batches(size), strict=True):
+            rows.copy_(baseline(batch.x))
 
     def batch(self, rows: Tensor | slice) -> Batch:
         """The images at these rows: int64 `[B]` on the device, or a slice."""
         pixels = _rows(self.vectors, rows) / 255
-        y_hat = None if self.y_hat is None else _rows(self.y_hat, rows)
-        return Batch(pixels[:, : self.num_observed], pixels[:, self.num_observed :], y_hat)
+        guess = None if self.guesses is None else _rows(self.guesses, rows)
+        return Batch(pixels[:, : self.num_observed], pixels[:, self.num_observed :], guess)
 
     def batches(self, size: int) -> Iterator[Batch]:
         """The images in order, `size` at a time and the rest at last."""

@@ -1,46 +1,54 @@
-"""Which pixels are observed: the quadrants of an image, and the order of pixels in which the networks see it."""
+"""Masks, which say what is observed of an image, and the split of images into x and y that follows from one."""
 
 import torch
 from torch import Tensor
 
 
-def observed_quadrants(num_quadrants: int, height: int = 28, width: int = 28) -> Tensor:
-    """The mask of the pixels that are given, bool `[height, width]`, True = given.
+def quadrants(count: int, height: int = 28, width: int = 28) -> Tensor:
+    """The mask in which `count` quadrants are observed, bool `[height, width]`, True = given.
 
     1 quadrant: the bottom left one; 2: the left half; 3: all but the bottom right one. The halves of an odd
     size are cut by floor division, so that the left and the upper half are the smaller ones.
 
-    Raises ValueError unless `num_quadrants` is 1, 2 or 3 and both sides have at least 2 pixels.
+    Raises ValueError unless `count` is 1, 2 or 3 and both sides have at least 2 pixels.
     Source: the MNIST experiment of Sohn et al. 2015, with the choice of quadrants of the Pyro tutorial.
     """
-    if num_quadrants not in (1, 2, 3):
-        raise ValueError(f"1, 2 or 3 quadrants can be observed, not {num_quadrants}")
+    if count not in (1, 2, 3):
+        raise ValueError(f"1, 2 or 3 quadrants can be observed, not {count}")
     if height < 2 or width < 2:
         raise ValueError(f"an image of {height}×{width} pixels has no four quadrants")
     lower = torch.arange(height)[:, None] >= height // 2
     left = torch.arange(width)[None, :] < width // 2
-    return (lower & left, left.expand(height, width).clone(), ~lower | left)[num_quadrants - 1]
+    return (lower & left, left.expand(height, width).clone(), ~lower | left)[count - 1]
 
 
-class Quadrants:
+class Split:
     """The split of an image into the observed pixels x and the hidden pixels y.
 
     The networks see an image as a vector with its observed pixels first and its hidden pixels after them, each part
     in raster order: x and y are then slices, and no mask is needed where the computing is done. `order[i]` is the
-    raster position of the i-th pixel of that vector; the rows and columns of the networks' weights that stand
-    for pixels follow it too.
+    raster position of the i-th pixel of that vector, and `raster` the inverse: the place in that vector of the pixel
+    at each raster position. The rows and columns of the networks' weights that stand for pixels follow `order` too.
 
-    Attributes: `observed` bool `[height, width]`, True = given; `order` int64 `[height * width]`;
-    `num_observed`, `num_hidden`, `num_pixels`: counts of pixels.
+    observed: the mask, bool `[height, width]`, True = given. Raises ValueError unless it gives some pixels and not all.
+    Attributes: `observed`, `order` and `raster` int64 `[height * width]`; `height`, `width`; `num_observed`,
+    `num_hidden`, `num_pixels`: counts of pixels.
     """
 
-    def __init__(self, num_quadrants: int, height: int = 28, width: int = 28):
-        self.observed = observed_quadrants(num_quadrants, height, width)
-        self.height, self.width = height, width
-        self.order = torch.argsort(~self.observed.flatten(), stable=True)
-        self.num_pixels = height * width
-        self.num_observed = int(self.observed.sum())
+    def __init__(self, observed: Tensor):
+        if observed.dtype != torch.bool or observed.dim() != 2:
+            raise ValueError(
+                f"a mask is bool [height, width], True = given, not {observed.dtype} {list(observed.shape)}"
+            )
+        self.observed = observed
+        self.height, self.width = observed.shape
+        self.num_pixels = observed.numel()
+        self.num_observed = int(observed.sum())
         self.num_hidden = self.num_pixels - self.num_observed
+        if self.num_observed == 0 or self.num_hidden == 0:
+            raise ValueError(f"{self.num_observed} of {self.num_pixels} pixels are observed; some have to be, not all")
+        self.order = torch.argsort(~observed.flatten(), stable=True)
+        self.raster = torch.argsort(self.order)
 
     def vectors(self, images: Tensor) -> Tensor:
         """Images `[..., height, width]` as vectors `[..., num_pixels]`, observed pixels first; any dtype."""
@@ -58,5 +66,4 @@ class Quadrants:
         """
         leading = torch.broadcast_shapes(x.shape[:-1], y.shape[:-1])
         vectors = torch.cat([x.expand(*leading, -1), y.expand(*leading, -1)], dim=-1)
-        raster = torch.argsort(self.order).to(vectors.device)
-        return vectors.index_select(-1, raster).view(*leading, self.height, self.width)
+        return vectors.index_select(-1, self.raster.to(vectors.device)).view(*leading, self.height, self.width)

@@ -24,7 +24,7 @@ SHA256 = {  # of the four files, uncompressed
 }
 
 
-def load_train(folder: Path | None = None) -> tuple[Tensor, Tensor]:
+def load_train(folder: str | Path | None = None) -> tuple[Tensor, Tensor]:
     """The training images and the validation images, each uint8 `[N, height, width]`, 0 to 255.
 
     The last 10,000 of the 60,000 images of MNIST are for validation; of fewer images, the last sixth.
@@ -37,12 +37,12 @@ def load_train(folder: Path | None = None) -> tuple[Tensor, Tensor]:
     return images[:-num_validation], images[-num_validation:]
 
 
-def load_test(folder: Path | None = None) -> Tensor:
+def load_test(folder: str | Path | None = None) -> Tensor:
     """The test images, uint8 `[N, height, width]`, 0 to 255: for `eval.py` alone. Raises DataError."""
     return load_images(folder, "t10k")
 
 
-def load_images(folder: Path | None, part: Part) -> Tensor:
+def load_images(folder: str | Path | None, part: Part) -> Tensor:
     """The images of one part of a data set, uint8 `[N, height, width]`; its labels are read to be checked only.
 
     `folder`: where the IDX files lie (plain, .gz or .xz), flat or in torchvision's layout, `MNIST/raw` below it;
@@ -57,7 +57,7 @@ def load_images(folder: Path | None, part: Part) -> Tensor:
                 for name, num_dims in zip(names, (3, 1), strict=True)
             )
         return images
-    paths = [_find(folder, name) for name in names]
+    paths = [_find(Path(folder), name) for name in names]
     images, labels = read_idx(paths[0], 3), read_idx(paths[1], 1)
     if len(images) != len(labels):
         raise DataError(f"{paths[1]}: has {len(labels)} labels for the {len(images)} images of {paths[0].name}")

@@ -1,12 +1,15 @@
 """The two densities of the model, written out: the diagonal Gaussian and the Bernoulli from its logits.
 
-All of it is computed in float32 or wider: what autocast leaves in half precision goes through `widen` first.
+All of it is computed in float32 or wider: what autocast leaves in half precision goes through `widen` first. The
+derivatives of the Bernoulli and of the KL divergence are written out beside them, since they share most of the work;
+they can be taken once, not twice.
 """
 
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 LOG_2PI = 1.8378770664093453
 
@@ -19,7 +22,11 @@ class Gaussian(NamedTuple):
 
     def sample(self, eps: Tensor) -> Tensor:
         """z = loc + scale · eps, reparameterized; eps ~ N(0, 1) broadcasts against `[..., Z]`."""
-        return self.loc + self.log_scale.exp() * eps
+        return torch.addcmul(self.loc, self.log_scale.exp(), eps)
+
+    def detach(self) -> "Gaussian":
+        """The same Gaussian as a constant."""
+        return Gaussian(self.loc.detach(), self.log_scale.detach())
 
 
 def widen(tensor: Tensor) -> Tensor:
@@ -33,28 +40,39 @@ def gaussian_log_prob(z: Tensor, gaussian: Gaussian) -> Tensor:
     return (-0.5 * standard.square() - gaussian.log_scale - 0.5 * LOG_2PI).sum(-1)
 
 
+def gaussian_score(z: Tensor, gaussian: Gaussian) -> Tensor:
+    """The derivative of `gaussian_log_prob` with respect to z, −(z − loc) / scale²: `[..., Z]`."""
+    return (gaussian.loc - z) * (-2.0 * gaussian.log_scale).exp()
+
+
 def gaussian_kl(q: Gaussian, p: Gaussian) -> Tensor:
     """KL(q‖p) = Σ log(σ_p/σ_q) + (σ_q² + (μ_q − μ_p)²) / 2σ_p² − ½, in closed form: `[..., Z]` → nats `[...]`, ≥ 0.
 
-    Source: Kingma and Welling 2014, appendix B, for two general diagonal Gaussians.
+    q and p are of one shape. Source: Kingma and Welling 2014, appendix B, for two general diagonal Gaussians.
     """
-    log_ratio = q.log_scale - p.log_scale
-    shift = (q.loc - p.loc) * (-p.log_scale).exp()
-    return (0.5 * ((2.0 * log_ratio).exp() + shift.square() - 1.0) - log_ratio).sum(-1)
+    kl: Tensor = _GaussianKL.apply(*q, *p)
+    return kl
 
 
-def gaussian_kl_and_grads(q: Gaussian, p: Gaussian) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`gaussian_kl` `[...]`, and its derivatives by q.loc, by q.log_scale and by p.log_scale, `[..., Z]` each.
+class _GaussianKL(torch.autograd.Function):
+    """The derivatives are (μ_q − μ_p) / σ_p² by μ_q and minus that by μ_p, σ_q²/σ_p² − 1 by log σ_q, and
+    1 − (σ_q² + (μ_q − μ_p)²) / σ_p² by log σ_p."""
 
-    They are (μ_q − μ_p) / σ_p², σ_q²/σ_p² − 1 and 1 − (σ_q² + (μ_q − μ_p)²) / σ_p². That by p.loc is minus the first.
-    """
-    log_ratio = q.log_scale - p.log_scale
-    precision = (-2.0 * p.log_scale).exp_()
-    shift = q.loc - p.loc
-    by_loc = shift * precision
-    by_q = (2.0 * log_ratio).exp_().sub_(1.0)
-    by_p = shift.mul_(by_loc).add_(by_q).neg_()
-    return by_p.mul(-0.5).sub_(log_ratio).sum(-1), by_loc, by_q, by_p
+    @staticmethod
+    def forward(ctx: Any, q_loc: Tensor, q_log_scale: Tensor, p_loc: Tensor, p_log_scale: Tensor) -> Tensor:
+        log_ratio = q_log_scale - p_log_scale
+        shift = q_loc - p_loc
+        by_loc = shift * (-2.0 * p_log_scale).exp_()
+        by_q = (2.0 * log_ratio).exp_().sub_(1.0)
+        by_p = shift.mul_(by_loc).add_(by_q).neg_()
+        ctx.save_for_backward(by_loc, by_q, by_p)
+        return by_p.mul(-0.5).sub_(log_ratio).sum(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        by_loc, by_q, by_p = (grad.unsqueeze(-1) * derivative for derivative in ctx.saved_tensors)
+        return by_loc, by_q, -by_loc, by_p
 
 
 def bernoulli_log_prob(y: Tensor, logits: Tensor) -> Tensor:
@@ -70,29 +88,23 @@ def bernoulli_log_prob(y: Tensor, logits: Tensor) -> Tensor:
 
 class _BernoulliLogProb(torch.autograd.Function):
     """log(1 + eˡ) as max(l, 0) − log σ(|l|): three times as fast on a CPU as the library's softplus, whose log1p is
-    not vectorized. In float32 the logarithm is off by less than 1e-7 nats; the gradient, y − σ(l), is exact."""
+    not vectorized. In float32 the logarithm is off by less than 1e-7 nats; the derivative, y − σ(l), is exact."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, logits: Tensor) -> Tensor:
-        ctx.save_for_backward(y, logits)
-        return _log_prob(y, logits, logits.abs().sigmoid_())
+        if ctx.needs_input_grad[1]:
+            larger = logits.sigmoid()
+            ctx.save_for_backward(y - larger)
+            larger.sub_(0.5).abs_().add_(0.5)  # σ(|l|) = ½ + |σ(l) − ½|
+        else:
+            larger = logits.abs().sigmoid_()
+        return larger.log_().sub_(logits.clamp(min=0)).addcmul_(y, logits).sum(-1)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
-        y, logits = ctx.saved_tensors
-        return None, (y - logits.sigmoid()).mul_(grads[0].unsqueeze(-1))
-
-
-def bernoulli_log_prob_and_grad(y: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """`bernoulli_log_prob` `[...]`, and its derivative by the logits, y − σ(l): `[..., D]`; σ(l) serves both."""
-    probabilities = logits.sigmoid()
-    grad = y - probabilities
-    return _log_prob(y, logits, probabilities.sub_(0.5).abs_().add_(0.5)), grad  # σ(|l|) = ½ + |σ(l) − ½|
-
-
-def _log_prob(y: Tensor, logits: Tensor, larger: Tensor) -> Tensor:
-    """`bernoulli_log_prob`, given larger = σ(|l|), whose memory it takes."""
-    return larger.log_().sub_(logits.clamp(min=0)).addcmul_(y, logits).sum(-1)
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        (derivative,) = ctx.saved_tensors
+        return None, derivative * grad.unsqueeze(-1)
 
 
 def bernoulli_entropy(y: Tensor) -> Tensor:

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from cvae import runtime
 from cvae.data.images import Batch, ImageSet
-from cvae.model.densities import Gaussian, bernoulli_entropy, bernoulli_log_prob
-from cvae.model.networks import CVAE
-from cvae.model.objectives import elbo_terms, log_importance_weights
+from cvae.model.cvae import CVAE
+from cvae.model.densities import bernoulli_entropy
+from cvae.model.objectives import elbo, log_likelihood, log_mean_exp
 
 ELBO_SAMPLES = 10  # as many as the tutorial takes for its "Monte Carlo" row
-IMAGES_AT_ONCE, SAMPLES_AT_ONCE = 50, 20  # bound the memory, and keep a chunk's logits in the processor's cache
+IMAGES_AT_ONCE, SAMPLES_AT_ONCE = 20, 50  # bound the memory, and keep a draw's logits in the processor's cache
 
 
 class Estimate(NamedTuple):
@@ -56,7 +56,7 @@ def estimate(values: Tensor) -> Estimate:
 
 @torch.inference_mode()
 def evaluate(
-    cvae: CVAE, images: ImageSet, samples: int, seed: int, share: Callable[[int], slice] = slice
+    model: CVAE, images: ImageSet, samples: int, seed: int, share: Callable[[int], slice] = slice
 ) -> Iterator[Likelihoods]:
     """The likelihoods of the images, `IMAGES_AT_ONCE` at a time and in order.
 
@@ -67,44 +67,37 @@ def evaluate(
     for start in starts[share(len(starts))]:
         batch = images.batch(slice(start, start + IMAGES_AT_ONCE))
         random = runtime.generator(images.vectors.device, seed, "evaluation", start)
-        yield _evaluate(cvae, batch, samples, random)
+        yield _evaluate(model, batch._replace(guess=model.baseline_net(batch.x)), samples, random)
 
 
-def _evaluate(cvae: CVAE, batch: Batch, samples: int, random: torch.Generator) -> Likelihoods:
-    x, y, _ = batch
-    guess = cvae.baseline_net.logits(x)
-    p, q = cvae.prior(x, guess.sigmoid()), cvae.recognition(x, y)
-    _, logits = next(draw(cvae, q, ELBO_SAMPLES, random))  # they fit into one draw
+def _evaluate(model: CVAE, batch: Batch, samples: int, random: torch.Generator) -> Likelihoods:
     return Likelihoods(
-        nn_nll=-bernoulli_log_prob(y, guess).double(),
-        cvae_neg_elbo=-elbo_terms(y, logits, q, p).elbo.double(),
-        cvae_mc_nll=monte_carlo_nll(cvae, y, p, samples, random),
-        cvae_is_nll=importance_sampling_nll(cvae, y, q, p, samples, random),
-        floor=bernoulli_entropy(y).double(),
+        nn_nll=-log_likelihood(model.baseline_net, batch)["log_likelihood"].double(),
+        cvae_neg_elbo=-elbo(model, batch, noise(ELBO_SAMPLES, len(batch.x), model, random))["elbo"].double(),
+        cvae_mc_nll=monte_carlo_nll(model, batch, samples, random),
+        cvae_is_nll=importance_sampling_nll(model, batch, samples, random),
+        floor=bernoulli_entropy(batch.y).double(),
     )
 
 
-def monte_carlo_nll(cvae: CVAE, y: Tensor, p: Gaussian, samples: int, random: torch.Generator) -> Tensor:
-    """−log of the mean of p(y|x,z) over z ~ p(z|x): y `[B, D]`, p `[B, Z]` → nats `[B]`, float64."""
-    return -log_mean_exp(torch.cat([bernoulli_log_prob(y, logits) for _, logits in draw(cvae, p, samples, random)]))
+def monte_carlo_nll(model: CVAE, batch: Batch, samples: int, random: torch.Generator) -> Tensor:
+    """−log of the mean of p(y|x,z) over so many z ~ p(z|x): nats `[B]`, float64."""
+    draws = (model.from_prior(batch.x, batch.guess, eps) for eps in portions(samples, batch, model, random))
+    return -log_mean_exp(torch.cat([draw.log_likelihood(batch.y) for draw in draws]).double())
 
 
-def importance_sampling_nll(
-    cvae: CVAE, y: Tensor, q: Gaussian, p: Gaussian, samples: int, random: torch.Generator
-) -> Tensor:
-    """−log of the mean importance weight over z ~ q(z|x,y): y `[B, D]`, q and p `[B, Z]` → nats `[B]`, float64."""
-    draws = draw(cvae, q, samples, random)
-    return -log_mean_exp(torch.cat([log_importance_weights(y, logits, z, q, p) for z, logits in draws]))
+def importance_sampling_nll(model: CVAE, batch: Batch, samples: int, random: torch.Generator) -> Tensor:
+    """−log of the mean of p(y|x,z) p(z|x) / q(z|x,y) over so many z ~ q(z|x,y): nats `[B]`, float64."""
+    draws = (model.from_posterior(*batch, eps) for eps in portions(samples, batch, model, random))
+    return -log_mean_exp(torch.cat([draw.log_likelihood(batch.y) + draw.log_ratio for draw in draws]).double())
 
 
-def draw(cvae: CVAE, gaussian: Gaussian, count: int, random: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-    """So many samples of z `[S, B, Z]` and the logits of y given them `[S, B, D]`, SAMPLES_AT_ONCE at a time."""
-    for first in range(0, count, SAMPLES_AT_ONCE):
-        size = (min(SAMPLES_AT_ONCE, count - first), *gaussian.loc.shape)
-        z = gaussian.sample(torch.randn(size, generator=random, device=gaussian.loc.device))
-        yield z, cvae.generation(z)
+def portions(samples: int, batch: Batch, model: CVAE, random: torch.Generator) -> Iterator[Tensor]:
+    """The noise of so many samples, SAMPLES_AT_ONCE at a time."""
+    for first in range(0, samples, SAMPLES_AT_ONCE):
+        yield noise(min(SAMPLES_AT_ONCE, samples - first), len(batch.x), model, random)
 
 
-def log_mean_exp(log_weights: Tensor) -> Tensor:
-    """log of the mean over the first dimension of exp(log_weights): `[S, B]` → `[B]`, float64."""
-    return log_weights.double().logsumexp(0) - math.log(len(log_weights))
+def noise(samples: int, count: int, model: CVAE, random: torch.Generator) -> Tensor:
+    """eps ~ N(0, 1), `[samples, count, latent_dim]`, from and on the generator's device."""
+    return torch.randn(samples, count, model.latent_dim, generator=random, device=random.device)

@@ -1,59 +1,162 @@
-"""The objectives, per image and in nats, and what is reported of them."""
+"""The objectives, by name: what is maximised per image, in nats, and what is reported of it.
 
-from typing import NamedTuple
+An objective is a function of a model, a batch and noise to its terms, `[B]` each, by name: the first is what is
+maximised. Its keyword-only parameters are settings of the same name. A new objective is a function here and a name in
+`OBJECTIVES`; autograd finds its gradient.
+"""
+
+import inspect
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from cvae.model.densities import Gaussian, bernoulli_log_prob, gaussian_kl, gaussian_log_prob
+from cvae.data.images import Batch
+from cvae.model.cvae import CVAE, Draw
+from cvae.model.densities import bernoulli_log_prob, gaussian_score
+from cvae.settings import Settings
+
+Value = TypeVar("Value", Tensor, float)
+
+Terms = dict[str, Tensor]
+"""Per image, nats `[B]`, higher is better but for those called `kl`; the first is what is maximised."""
+
+Objective = Callable[..., Terms]
+"""Of a model, a batch, and noise if it takes any."""
 
 
-class Terms(NamedTuple):
-    """The two terms of the lower bound on log p(y|x), each `[B]`, in nats.
+def log_likelihood(baseline: nn.Module, batch: Batch) -> Terms:
+    """The baseline's objective: log p(y|ŷ), a Bernoulli's."""
+    return {"log_likelihood": bernoulli_log_prob(batch.y, baseline(batch.x))}
 
-    For the baseline, which has no z, `kl` is zero and `elbo` is log p(y|x) itself.
+
+def elbo(model: CVAE, batch: Batch, eps: Tensor) -> Terms:
+    """E_q[log p(y|x,z)] − KL(q(z|x,y) ‖ p(z|x)), the expectation with L samples of z and the KL in closed form.
+
+    eps: the noise, `[L, B, latent_dim]`. Source: Sohn et al. 2015, equation 4 (the empirical lower bound). The
+    tutorial samples its KL too, at the same z; the closed form has the same expectation and less variance.
     """
-
-    log_likelihood: Tensor
-    kl: Tensor
-
-    @property
-    def elbo(self) -> Tensor:
-        """E_q[log p(y|x,z)] − KL(q(z|x,y) ‖ p(z|x)), nats `[B]`; higher is better."""
-        return self.log_likelihood - self.kl
-
-    def sums(self) -> Tensor:
-        """Both terms summed over the images, and the number of images: float64 `[3]`, to be divided once (`means`)."""
-        count = torch.ones_like(self.kl)
-        return torch.stack([self.log_likelihood, self.kl, count]).sum(1, dtype=torch.float64)
+    draw = model.from_posterior(*batch, eps)
+    log_likelihood, kl = draw.log_likelihood(batch.y).mean(0), mean_of_samples(draw.kl)
+    return {"elbo": log_likelihood - kl, "log_likelihood": log_likelihood, "kl": kl}
 
 
-def elbo_terms(y: Tensor, logits: Tensor, q: Gaussian, p: Gaussian) -> Terms:
-    """The empirical lower bound with L samples of z and the KL in closed form.
+def gsnn(model: CVAE, batch: Batch, eps: Tensor) -> Terms:
+    """E_p[log p(y|x,z)] with L samples of z from the prior network: the Gaussian stochastic neural network.
 
-    y: hidden pixels in [0, 1], `[B, D]`. logits: of p(y|x,z) at z ~ q, `[L, B, D]`. q, p: `[B, Z]`.
-    Source: Sohn et al. 2015, equation 4 (the empirical lower bound). The tutorial samples its KL too, at the same z;
-    the closed form has the same expectation and less variance.
+    The lower bound with the recognition network set equal to the prior network, so that there is no KL. The objective
+    does not train the recognition network. eps: as in `elbo`. Source: Sohn et al. 2015, section 4.2.
     """
-    return Terms(log_likelihood=bernoulli_log_prob(y, logits).mean(0), kl=gaussian_kl(q, p))
+    return {"gsnn": model.from_prior(batch.x, batch.guess, eps).log_likelihood(batch.y).mean(0)}
 
 
-def log_importance_weights(y: Tensor, logits: Tensor, z: Tensor, q: Gaussian, p: Gaussian) -> Tensor:
-    """log w = log p(y|x,z) + log p(z|x) − log q(z|x,y) at z ~ q(z|x,y), nats `[S, B]`.
+def hybrid(model: CVAE, batch: Batch, eps: Tensor, *, alpha: float) -> Terms:
+    """α · elbo + (1 − α) · gsnn, both from the same noise: Sohn et al. 2015, equation 7."""
+    of_elbo, of_gsnn = elbo(model, batch, eps), gsnn(model, batch, eps)
+    return {"hybrid": alpha * of_elbo["elbo"] + (1 - alpha) * of_gsnn["gsnn"], **of_elbo, **of_gsnn}
 
-    E_q[w] = p(y|x), so that the log of a mean of weights estimates log p(y|x), from below in expectation and ever
-    more tightly as S grows. z: `[S, B, Z]`; the rest as in `elbo_terms`, with S for L.
-    Source: Burda et al. 2016, with the conditional prior in the place of theirs; Sohn et al. 2015.
+
+def iwae(model: CVAE, batch: Batch, eps: Tensor) -> Terms:
+    """log of the mean of K importance weights, w = p(y|x,z) p(z|x) / q(z|x,y) with z ~ q: a bound above the elbo.
+
+    eps: the noise, `[K, B, latent_dim]`; with K = 1 it is the elbo with a sampled KL. Its gradient is the doubly
+    reparameterized one, for the prior network too (`doubly_reparameterized`).
+    Source: Burda et al. 2016, with the conditional prior in the place of theirs.
     """
-    return bernoulli_log_prob(y, logits) + gaussian_log_prob(z, p) - gaussian_log_prob(z, q)
+    draw = model.from_posterior(*batch, eps, detach_z=True)
+    log_likelihood = draw.log_likelihood(batch.y)
+    log_weights = log_likelihood + draw.log_ratio
+    bound = log_mean_exp(log_weights)
+    if log_weights.requires_grad:
+        differentiable = doubly_reparameterized(draw, log_likelihood, log_weights)
+        bound = bound.detach() + (differentiable - differentiable.detach())
+    return {
+        "iwae": bound,
+        "elbo": (log_likelihood - draw.kl).mean(0).detach(),
+        "log_likelihood": log_likelihood.mean(0).detach(),
+        "kl": mean_of_samples(draw.kl).detach(),
+    }
 
 
-def means(sums: Tensor) -> dict[str, float]:
-    """What is reported of `Terms.sums`, added up over batches and processes: means in nats per image.
+def doubly_reparameterized(draw: Draw, log_likelihood: Tensor, log_weights: Tensor) -> Tensor:
+    """A quantity `[B]` whose gradient estimates that of the iwae bound without bias, and with less variance than its own.
 
-    `neg_elbo` = `reconstruction` + `kl`, lower is better. NaN where there were no images.
+    The gradient of log w by the parameters of q and p, at fixed z, is replaced by one by z. With w̃ the normalised
+    weights and G = d log w / dz, what follows from z on the levels below included, q's parameters get
+    w̃² G · dz/dq, z = loc + scale · eps, and p's get w̃ (∂ log q/∂z − ∂ log p/∂z + (1 − w̃) G) · dz/dp, in which
+    the same z is expressed by p's own noise. The generation network gets w̃ ∂ log p(y|x,z), as always.
+    Source: Tucker et al. 2019 for q; Bauer and Mnih 2021 for p, here with levels one below another.
+
+    draw: with `detach_z`. log_likelihood, log_weights: nats `[K, B]`, of this draw.
     """
-    log_likelihood, kl, count = sums.tolist()
-    if count == 0:
-        return dict.fromkeys(("neg_elbo", "reconstruction", "kl"), float("nan"))
-    return {"neg_elbo": (kl - log_likelihood) / count, "reconstruction": -log_likelihood / count, "kl": kl / count}
+    normalised = log_weights.detach().softmax(0)
+    weights = normalised.unsqueeze(-1)
+    found = (normalised * log_likelihood).sum(0)
+    total = log_weights.sum()
+    for z, eps, q, p in reversed(draw.latents):
+        (by_z,) = torch.autograd.grad(total, z, retain_graph=True)
+        total = total + (by_z * q.sample(eps)).sum()  # how z itself depends on what was drawn above it
+        fixed_q, fixed_p = q.detach(), p.detach()
+        with torch.no_grad():
+            for_q = weights.square() * by_z
+            for_p = weights * (gaussian_score(z, fixed_q) - gaussian_score(z, fixed_p) + (1 - weights) * by_z)
+            eps_of_p = (z - fixed_p.loc) * (-fixed_p.log_scale).exp()
+        found = found + (for_q * q.sample(eps) + for_p * p.sample(eps_of_p)).sum(-1).sum(0)
+    return found
+
+
+def log_mean_exp(log_weights: Tensor) -> Tensor:
+    """log of the mean over the first dimension of exp(log_weights): `[S, B]` → `[B]`."""
+    return log_weights.logsumexp(0) - math.log(len(log_weights))
+
+
+def mean_of_samples(kl: Tensor) -> Tensor:
+    """A KL per image `[B]`, of which there is one for each sample, `[L, B]`, where there are levels below the first."""
+    return kl if kl.dim() == 1 else kl.mean(0)
+
+
+def maximised(terms: dict[str, Value]) -> Value:
+    """The first of the terms, or of their means."""
+    return next(iter(terms.values()))
+
+
+OBJECTIVES: dict[str, Objective] = {"elbo": elbo, "iwae": iwae, "gsnn": gsnn, "hybrid": hybrid}
+
+
+def objective(s: Settings) -> Objective:
+    """The objective of these settings, its own settings filled in. Raises ValueError for one that there is not."""
+    if s.objective not in OBJECTIVES:
+        raise ValueError(f"objective has to be one of {', '.join(OBJECTIVES)}, not {s.objective!r}")
+    function = OBJECTIVES[s.objective]
+    own = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    return partial(function, **{name: getattr(s, name) for name in own})
+
+
+class Totals:
+    """Sums of an objective's terms over images, in float64 on the device, to be divided once (`means`)."""
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        self.device = device
+        self.names: list[str] = []
+        self.sums = torch.zeros(0, dtype=torch.float64, device=device)  # of each term, and of the images
+
+    def add(self, terms: Terms, accepted: Tensor | None = None) -> None:
+        """Add the terms of a batch; accepted: a bool scalar, on the device, without which nothing is added."""
+        if not self.names:
+            self.names = list(terms)
+            self.sums = torch.zeros(len(terms) + 1, dtype=torch.float64, device=self.device)
+        values = [term.detach() for term in terms.values()]
+        added = torch.stack([*values, torch.ones_like(values[0])]).sum(1, dtype=torch.float64)
+        self.sums += added if accepted is None else torch.where(accepted, added, 0.0)
+
+    def zero(self) -> None:
+        """Begin anew."""
+        self.sums.zero_()
+
+    def means(self) -> dict[str, float]:
+        """The terms' means, nats per image, by name, the one that is maximised first; NaN where there were no images."""
+        *sums, count = self.sums.tolist() or [0.0]
+        return {name: total / count if count else math.nan for name, total in zip(self.names, sums, strict=True)}

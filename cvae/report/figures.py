@@ -6,33 +6,34 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from cvae.data.masks import Quadrants
-from cvae.model.networks import CVAE, Baseline
+from cvae.data.masks import Split
 
 NOT_GIVEN = (0.36, 0.44, 0.56)  # the colour of a hidden pixel in the row of inputs
 PAPER, INK = (255, 255, 255), (40, 40, 40)
 GAP = 2
 
 
-@torch.no_grad()
+def completions(images: Tensor, split: Split, guess: Tensor, samples: Tensor | None = None) -> Tensor:
+    """The picture of `completion_rows`, uint8 `[3, height, width]`, on the CPU."""
+    return draw_rows(completion_rows(images, split, guess, samples))
+
+
 def completion_rows(
-    images: Tensor, quadrants: Quadrants, model: Baseline | CVAE, eps: Tensor | None = None
-) -> list[tuple[str, Tensor]]:
+    images: Tensor, split: Split, guess: Tensor, samples: Tensor | None = None
+) -> list[tuple[str, Tensor]]:  # fmt: skip
     """Labelled rows of completions of these images: input, truth, the baseline's guess, and a CVAE's samples.
 
-    images: uint8 `[N, height, width]`. eps: the noise of a CVAE's samples, `[S, N, Z]`. Each row comes back as its
-    label and its pictures, `[N, 3, height, width]` in [0, 1].
+    images: uint8 `[N, height, width]`. guess: ŷ, in [0, 1], `[N, num_hidden]`. samples: `[S, N, num_hidden]`. Each row
+    comes back as its label and its pictures, `[N, 3, height, width]` in [0, 1], on the CPU.
     """
-    x, y = quadrants.split(images.float() / 255)
-    hidden = ~quadrants.observed.to(images.device)
-    given = _colour(quadrants.compose(x, torch.zeros_like(y)))
-    given = torch.where(hidden, torch.tensor(NOT_GIVEN, device=images.device)[:, None, None], given)
-    rows = [("input", given), ("truth", _colour(quadrants.compose(x, y)))]
-    baseline = model.baseline_net if isinstance(model, CVAE) else model
-    rows.append(("NN", _colour(quadrants.compose(x, baseline.guess(x)))))
-    if isinstance(model, CVAE) and eps is not None:
-        samples = _colour(quadrants.compose(x, model.complete(x, eps)))
-        rows += [(f"CVAE {i}", sample) for i, sample in enumerate(samples, start=1)]
+    x, y = split.split(images.cpu().float() / 255)
+    given = _colour(split.compose(x, torch.zeros_like(y)))
+    given = torch.where(split.observed, given, torch.tensor(NOT_GIVEN)[:, None, None])
+    rows = [("input", given), ("truth", _colour(split.compose(x, y)))]
+    rows.append(("NN", _colour(split.compose(x, guess.detach().cpu().float()))))
+    if samples is not None:
+        completed = _colour(split.compose(x, samples.detach().cpu().float()))
+        rows += [(f"CVAE {i}", sample) for i, sample in enumerate(completed, start=1)]
     return rows
 
 

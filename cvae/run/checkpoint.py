@@ -18,7 +18,7 @@ import torch
 
 from cvae.errors import DataError, DiskError
 
-FORMAT = 2
+FORMAT = 3
 TAG = b"SHA-256\0"
 TAIL = len(TAG) + hashlib.sha256().digest_size
 
@@ -37,7 +37,7 @@ def save(path: Path, content: Mapping[str, Any]) -> None:
     with atomic_file(path) as file:
         hashed = _Hashed(file)
         try:
-            torch.save({"format": FORMAT, **content}, hashed)  # type: ignore[arg-type]
+            torch.save(_on_cpu({"format": FORMAT, **content}), hashed)  # type: ignore[arg-type]
         except RuntimeError:
             raise hashed.error or RuntimeError from None  # what the writer makes of a full disk, say
         file.write(TAG + hashed.sha256.digest())
@@ -62,8 +62,8 @@ class _Hashed:
         self.file.flush()
 
 
-def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read what `save` wrote, its tensors onto the device.
+def load(path: Path) -> dict[str, Any]:
+    """Read what `save` wrote, its tensors into the CPU's memory, wherever they were.
 
     Raises DataError, naming the file, if it is missing, damaged, of another format, or holds anything but tensors and
     plain values; nothing in it is ever run.
@@ -77,11 +77,13 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         raise DataError(f"{path}: is damaged or no checkpoint of this program (its digest does not match)")
     try:
         _refuse_harm(body)
-        content = torch.load(io.BytesIO(body), map_location=device, weights_only=True)
+        content = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
     except Exception as error:  # a forged file may fail anywhere in the reader
         raise DataError(f"{path}: is no checkpoint of this program ({type(error).__name__})") from None
     if not isinstance(content, dict) or type(content.get("format")) is not int or content["format"] != FORMAT:
-        raise DataError(f"{path}: is not a checkpoint of format {FORMAT}, which this version reads")
+        raise DataError(
+            f"{path}: is not a checkpoint of format {FORMAT}, the only one that this version reads; train anew"
+        )
     return content
 
 
@@ -96,6 +98,15 @@ def _refuse_objects(value: object, where: str) -> None:
             _refuse_objects(item, where)
     elif not isinstance(value, ALLOWED):
         raise TypeError(f"{where} is of {type(value).__name__}; a checkpoint holds tensors and plain values")
+
+
+def _on_cpu(value: Any) -> Any:
+    """The same with all tensors in the CPU's memory, so that the file opens anywhere."""
+    if isinstance(value, Mapping):
+        return type(value)((key, _on_cpu(item)) for key, item in value.items())  # type: ignore[call-arg]
+    if isinstance(value, list | tuple):
+        return type(value)(_on_cpu(item) for item in value)
+    return value.cpu() if isinstance(value, torch.Tensor) else value
 
 
 def _refuse_harm(body: memoryview) -> None:

@@ -18,16 +18,18 @@ from typing import Any, TextIO
 
 import torch
 
+from cvae.data.masks import Split, quadrants
 from cvae.errors import CvaeError, DataError, DiskError, UsageError
 from cvae.run.checkpoint import write_atomically
 from cvae.settings import PRECISIONS, Settings
 
 CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
 BEST, LAST, LOCK = "best.pt", "last.pt", ".lock"
+LARGEST_SIDE = 1 << 14
 
 
-def create_run(path: Path, settings: Settings, machine: dict[str, Any], overwrite: bool) -> TextIO:
-    """Make a run folder with its `config.json`, and return the lock on it, which holds while it is kept open.
+def create_run(path: Path, settings: Settings, about: dict[str, Any], overwrite: bool) -> TextIO:
+    """Make a run folder with its `config.json` (`about`: see `write_config`), and return the lock on it, which holds while it is kept open.
 
     Raises UsageError if the folder stands already (with `overwrite`: if it is no run folder, or a training holds it)
     and DiskError if it cannot be made.
@@ -37,7 +39,7 @@ def create_run(path: Path, settings: Settings, machine: dict[str, Any], overwrit
         refuse_existing(path, overwrite)
         staging.mkdir(parents=True)
         try:
-            write_config(staging, settings, machine)
+            write_config(staging, settings, about)
             lock = lock_run(staging)
             if overwrite and path.exists():
                 _remove_run(path)  # now that its successor could be written
@@ -82,9 +84,9 @@ def lock_run(path: Path) -> TextIO:
     return lock
 
 
-def write_config(path: Path, settings: Settings, machine: dict[str, Any]) -> None:
-    """Write the `config.json` of a run; machine: as of `describe_machine`. Raises DiskError."""
-    write_json(path / CONFIG, {"settings": settings.to_dict(), **machine})
+def write_config(path: Path, settings: Settings, about: dict[str, Any]) -> None:
+    """Write the `config.json` of a run; about: what else it says, by name. Raises DiskError."""
+    write_json(path / CONFIG, {"settings": settings.to_dict(), **about})
 
 
 def read_settings(path: Path) -> Settings:
@@ -97,6 +99,16 @@ def read_settings(path: Path) -> Settings:
         return Settings.from_dict(config.get("settings") if isinstance(config, dict) else None)
     except ValueError as error:
         raise DataError(f"{file}: {error}") from None
+
+
+def read_split(path: Path) -> Split:
+    """The split of the images that a run was trained on. Raises DataError."""
+    config = read_json(path / CONFIG)
+    images = config.get("images") if isinstance(config, dict) else None
+    height, width = (images.get(side) for side in ("height", "width")) if isinstance(images, dict) else (None, None)
+    if not (type(height) is type(width) is int and 2 <= height <= LARGEST_SIDE and 2 <= width <= LARGEST_SIDE):
+        raise DataError(f"{path / CONFIG}: does not say the size of the images; train anew with this version")
+    return Split(quadrants(read_settings(path).quadrants, height, width))
 
 
 def read_precision(path: Path) -> str:

@@ -5,13 +5,15 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
+from cvae.data.masks import Split
 from cvae.distributed import Processes
 from cvae.errors import DataError, Interrupted, NonFiniteError, UsageError
 from cvae.run import checkpoint
@@ -34,11 +36,11 @@ from cvae.training.optimizer import GuardedAdam
 
 @dataclass
 class Progress:
-    """How far a phase has come; `best` is the lowest validation −ELBO so far, in nats per image."""
+    """How far a phase has come; `best_loss` is the lowest validation loss so far: minus the objective, nats per image."""
 
     epoch: int = 0
     best_epoch: int = 0
-    best: float = math.inf
+    best_loss: float = math.inf
     seconds: float = 0.0
 
     def is_over(self, epochs: int, patience: int) -> bool:
@@ -59,6 +61,7 @@ class Run:
     quiet: bool = False
     log: RunLog | None = None  # open in the main process
     lock: TextIO | None = None
+    _images: dict[str, int] = field(default_factory=dict)  # their size
 
     def __enter__(self) -> "Run":
         return self
@@ -80,14 +83,27 @@ class Run:
             except BrokenPipeError:  # nobody reads any more: go on without
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-    def claim(self, resume: bool, overwrite: bool) -> dict[str, Any]:
+    def warn(self, line: str) -> None:
+        """Print a warning, once for all processes."""
+        if self.processes.is_main:
+            print(f"train.py: {line}", file=sys.stderr, flush=True)
+
+    def progress_bar(self, where: str, total: int) -> "tqdm[NoReturn]":
+        """A bar over the images of an epoch; on a terminal only."""
+        hidden = self.quiet or not self.processes.is_main or not sys.stderr.isatty()
+        return tqdm(desc=where, total=total, unit="img", unit_scale=True, leave=False, disable=hidden)
+
+    def claim(self, split: Split, resume: bool, overwrite: bool) -> dict[str, Any]:
         """Hold the folder, made now unless it is resumed; returns the checkpoint to go on from, {} for a fresh start.
+
+        split: of the images.
 
         Raises UsageError if the folder is taken, DataError if it cannot be gone on from, DiskError.
         """
+        self._images = {"height": split.height, "width": split.width}
         self.processes.on_main(lambda: self._claim(resume, overwrite))
         path = self.folder / LAST
-        last = checkpoint.load(path, self.device) if path.exists() else {}
+        last = checkpoint.load(path) if path.exists() else {}
         if last and not _is_checkpoint(last):
             raise DataError(f"{path}: is no checkpoint of a training")
         if last.get("phase") == "cvae" and last["progress"]["epoch"] > self.settings.epochs:
@@ -99,14 +115,14 @@ class Run:
         if resume:
             self.lock = lock_run(self.folder)
         else:
-            self.lock = create_run(self.folder, self.settings, self._machine(), overwrite)
+            self.lock = create_run(self.folder, self.settings, self._about(), overwrite)
 
     def _record_epochs(self) -> None:
         if self.settings != read_settings(self.folder):  # it goes on with other --epochs
-            write_config(self.folder, self.settings, self._machine())
+            write_config(self.folder, self.settings, self._about())
 
-    def _machine(self) -> dict[str, Any]:
-        return describe_machine(self.device, self.precision, self.processes.count)
+    def _about(self) -> dict[str, Any]:
+        return {"images": self._images, **describe_machine(self.device, self.precision, self.processes.count)}
 
     def is_finished(self, last: dict[str, Any]) -> bool:
         """Whether the run whose last checkpoint this is has nothing left to do."""
@@ -150,7 +166,7 @@ class Run:
                 f"{phase}: the validation loss was NaN or infinite after each of {progress.epoch} epochs. "
                 "Try a lower --learning-rate, or look at the data"
             )
-        best = checkpoint.load(self.folder / BEST, self.device)
+        best = checkpoint.load(self.folder / BEST)
         with _fitting(self.folder / BEST):
             model.load_state_dict(best["model"])
 
@@ -176,12 +192,12 @@ class Run:
     def finish(self, progress: Progress) -> None:
         """Write `summary.json`, by which `eval.py` knows a finished run."""
         assert self.log is not None
-        self.log.finish(self.settings.to_dict(), {"validation_neg_elbo": progress.best, "seconds": progress.seconds})
+        self.log.finish(self.settings.to_dict(), {"validation_loss": progress.best_loss, "seconds": progress.seconds})
         write_json(self.folder / SUMMARY, asdict(progress))
 
     def leave_if_interrupted(self) -> None:
         """Raises Interrupted, in all processes at once, if a signal came to one of them."""
-        if number := self.processes.maximum(self.interruption.signal_number, self.device):
+        if number := self.processes.maximum(self.interruption.signal_number):
             raise Interrupted(f"interrupted; to go on: python train.py --resume {self.folder}", number)
 
 
@@ -199,7 +215,7 @@ def _is_checkpoint(last: dict[str, Any]) -> bool:
     if not {"model", "average", "optimizer"} <= last.keys() or last.get("phase") not in ("baseline", "cvae"):
         return False
     progress, log = last.get("progress"), last.get("log")
-    types = {field.name: type(field.default) for field in fields(Progress)}
+    types = {each.name: type(each.default) for each in fields(Progress)}
     return (
         isinstance(progress, dict)
         and {name: type(value) for name, value in progress.items()} == types

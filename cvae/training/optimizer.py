@@ -1,11 +1,14 @@
 """One step of AdamW that no NaN and no infinity gets past, with loss scaling for float16, and without a host sync."""
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from cvae.errors import NonFiniteError
+from cvae.settings import Settings
 from cvae.training.weights import Weights
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # of Kingma and Ba 2015
@@ -16,7 +19,7 @@ MAX_STREAK = 10
 MAX_UNSEEN = 1000
 """So many steps may pass between two looks at their outcomes."""
 
-WEIGHTS_AT_ONCE = 10 << 16
+WEIGHTS_AT_ONCE = 800_000
 """With a gradient in half precision, a CPU takes so many weights at a time: what it writes is still cached when it is
 read again. Measured with 32 MiB of cache; half as many or twice as many take about as long."""
 
@@ -24,13 +27,25 @@ BAD, OVERFLOW = 1, 2  # outcomes of a step; 0: it was taken
 INITIAL_SCALE, MIN_SCALE, GROWTH_INTERVAL = 2.0**16, 2.0**-14, 2000
 
 
+class Part(NamedTuple):
+    """Weights that one call of Adam updates: views of all vectors, and their decay."""
+
+    decay: float
+    updates: Tensor  # steps taken, a number
+    weights: Tensor
+    working: Tensor
+    gradient: Tensor
+    moments: Tensor
+    squares: Tensor
+
+
 class GuardedAdam:
     """Adam whose step is skipped, and counted, when the loss or a gradient is not finite, or its square is not.
 
-    Before each step it takes `learning_rate` · `weight_decay` of every weight off it, whatever the gradient: the
-    decoupled decay of AdamW. Source: Loshchilov and Hutter 2019.
+    Before each step it takes `learning_rate` · `weight_decay` of every weight but the biases off it, whatever the
+    gradient: the decoupled decay of AdamW. Source: Loshchilov and Hutter 2019.
 
-    The gradient is of the type of the weights' `working` copy, which follows each step.
+    The gradient is that of `weights`, times the loss scale; their `working` copy follows each step.
 
     All that decides is computed on the device: a step never waits for the host, and can be captured in a CUDA graph.
     `check` looks at the outcome, whenever the host has the time; the weights are safe until then.
@@ -42,23 +57,24 @@ class GuardedAdam:
     """
 
     def __init__(
-        self, weights: Weights, learning_rate: float, weight_decay: float = 0.0, *, loss_scaling: bool = False
+        self, weights: Weights[nn.Module], learning_rate: float, weight_decay: float = 0.0, *, loss_scaling: bool = False
     ):  # fmt: skip
         self.weights = weights
         self.device = weights.vector.device
         self.learning_rate = torch.tensor(learning_rate, device=self.device)
-        self.weight_decay = weight_decay
-        self.gradient = torch.zeros_like(weights.working)  # of a step to come, times the loss scale
         self.moments, self.squares = torch.zeros_like(weights.vector), torch.zeros_like(weights.vector)
         half = weights.half is not None
-        size = WEIGHTS_AT_ONCE if half and self.device.type == "cpu" else len(self.gradient)
-        vectors = (weights.vector, weights.working, self.gradient, self.moments, self.squares)
-        self._parts = list(zip(*(vector.split(size) for vector in vectors), strict=True))
-        self._widened = torch.zeros_like(self._parts[0][0]) if half else None
-        if not half:  # a parameter takes no gradient of another type
-            for parameter in weights:
-                parameter.grad = weights.view(parameter, self.gradient)
-        self.updates = self._zero()  # steps taken
+        size = WEIGHTS_AT_ONCE if half and self.device.type == "cpu" else len(weights.vector)
+        self._parts = [
+            Part(decay, self._zero(), *(vector[start : min(start + size, end)] for vector in self._vectors()))
+            for start_of_kind, end, decay in (
+                (0, weights.decayed, 0.0),
+                (weights.decayed, len(weights.vector), weight_decay),
+            )
+            for start in range(start_of_kind, end, size)
+        ]
+        longest = max(len(part.gradient) for part in self._parts)
+        self._widened = torch.zeros(longest, dtype=weights.vector.dtype, device=self.device) if half else None
         self.scale = torch.tensor(INITIAL_SCALE, device=self.device) if loss_scaling else None
         self.good_steps = self._zero()  # since the scale last changed
         self._outcomes = torch.zeros(MAX_UNSEEN, device=self.device)  # of the steps since the last look
@@ -66,25 +82,26 @@ class GuardedAdam:
         self.bad_streak = 0
         self.steps = self.bad = self.overflows = self.failed_at = 0  # of this epoch
 
-    @property
-    def loss_scale(self) -> Tensor | float:
-        """What the loss is to be multiplied by before its gradient is taken."""
-        return 1.0 if self.scale is None else self.scale
+    def _vectors(self) -> tuple[Tensor, ...]:
+        return self.weights.vector, self.weights.working, self.weights.gradient, self.moments, self.squares
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """What the gradient is to be taken of: the loss, times the scale if there is one."""
+        return loss if self.scale is None else loss * self.scale
 
     def _zero(self) -> Tensor:
         return torch.zeros((), device=self.device)
 
     @torch.inference_mode()
     def step(self, loss: Tensor) -> Tensor:
-        """Update the weights by `gradient`, unless it or the loss is not finite; whether it was done, a bool scalar."""
+        """Update the weights by their `gradient`, unless it or the loss is not finite; whether it was done, a bool scalar."""
         # No NaN and no infinity is lost on the way. v − v is 0 where v is finite, and NaN elsewhere.
-        extremes = torch.stack(torch.aminmax(self.gradient)).float()
+        extremes = torch.stack(torch.aminmax(self.weights.gradient)).float()
         if self.scale is not None:
             extremes /= self.scale
         checksum = extremes.square().sum() + loss
         skip = (checksum - checksum != 0).float()
         self._update(skip)
-        self.updates -= skip
         outcome = skip  # BAD or 0
         if self.scale is not None:
             overflow = skip * (loss - loss == 0)
@@ -94,19 +111,19 @@ class GuardedAdam:
         self._unseen += 1
         return skip == 0
 
-    def _update(self, skip: Tensor | None = None) -> None:
-        """Adam's step itself, which leaves everything but the count as it is where `skip` is 1."""
-        self.updates += 1
-        for weights, working, gradient, moments, squares in self._parts:
+    def _update(self, skip: Tensor) -> None:
+        """Adam's step itself, which leaves everything as it is where `skip` is 1."""
+        for part in self._parts:
+            gradient = part.gradient
             if self._widened is not None:
                 gradient = self._widened[: len(gradient)].copy_(gradient)
-            torch._fused_adamw_(  # what torch.optim.AdamW(fused=True) calls, without the way there
-                [weights], [gradient], [moments], [squares], [], [self.updates],
-                lr=self.learning_rate, beta1=BETA1, beta2=BETA2, eps=EPSILON,
-                weight_decay=self.weight_decay, amsgrad=False, maximize=False, grad_scale=self.scale, found_inf=skip,
+            adamw(
+                [part.weights], [gradient], [part.moments], [part.squares], [], [part.updates],
+                fused=True, capturable=self.device.type == "cuda", grad_scale=self.scale, found_inf=skip, lr=self.learning_rate, beta1=BETA1, beta2=BETA2,
+                eps=EPSILON, weight_decay=part.decay, amsgrad=False, maximize=False,
             )  # fmt: skip
             if self._widened is not None:
-                working.copy_(weights)
+                part.working.copy_(part.weights)
 
     def _adjust_scale(self, skip: Tensor, overflow: Tensor) -> None:
         assert self.scale is not None
@@ -158,9 +175,9 @@ class GuardedAdam:
         """Everything that the next steps depend on, as tensors and plain values."""
         self._look()
         return {
-            "moments": [self.weights.view(parameter, self.moments) for parameter in self.weights],
-            "squares": [self.weights.view(parameter, self.squares) for parameter in self.weights],
-            "updates": self.updates,
+            "moments": [self.weights.view(name, self.moments) for name in self.weights],
+            "squares": [self.weights.view(name, self.squares) for name in self.weights],
+            "updates": self._parts[0].updates,
             "bad_streak": self.bad_streak,
             "good_steps": self.good_steps,
             "scale": self.scale,
@@ -180,4 +197,15 @@ class GuardedAdam:
                     if source.shape != held.shape or source.dtype != held.dtype:
                         raise ValueError(f"{name} is not a tensor of the shape and type that is expected")
                     held.copy_(source)
+        for part in self._parts:
+            part.updates.copy_(state["updates"])
         self.bad_streak = state["bad_streak"]
+
+
+def scheduled_rate(s: Settings, epoch: float, epochs: int) -> float:
+    """The learning rate at a moment, in epochs: a linear warm-up, then constant, or half a cosine down to zero."""
+    if epoch < s.warmup_epochs:
+        return s.learning_rate * (epoch + 0.01) / (s.warmup_epochs + 0.01)
+    if s.schedule == "constant":
+        return s.learning_rate
+    return s.learning_rate * 0.5 * (1 + math.cos(math.pi * (epoch - s.warmup_epochs) / (epochs - s.warmup_epochs)))

@@ -1,80 +1,135 @@
-"""The trained weights of a model as one vector, and their average over the steps."""
+"""The trained weights of a model as one vector, their gradient as another, and their average over the steps."""
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from cvae.model.layers import Gradients, Linear, Slot
+
 Model = TypeVar("Model", bound=nn.Module)
 
+ALIGNMENT = 16
+"""A parameter begins at a multiple of so many elements: products are faster on aligned matrices."""
 
-class Weights:
-    """The parameters that are trained, side by side in one vector: one pass over it does for all of them.
 
-    They stay the parameters that they are, as views of `vector`; those of one shape are neighbours, so that `stacked`
-    finds them. `working` is what products are computed with: the vector itself, or, given the type `half`, a copy of it
-    in half precision.
+class Weights(Generic[Model]):
+    """The parameters of a model that are trained, side by side in one vector: one pass over it does for all of them.
+
+    They stay the parameters that they are, as views of `vector`: first those without weight decay, which are the
+    biases and all others of fewer than two dimensions per copy, then the rest, from `decayed` on.
+
+    model: its weights are in float32 or wider. half: the type of the products, if it is not theirs. If all that is
+    trained belongs to the layers of `layers.py`, the weights get a copy of this type, `working`, which is what `model`
+    is made of from then on; for any other model autocast has to do it.
+
+    Attributes: `vector`; `gradient`, of the type of `working`; `working`: the copy, or the vector itself; `model`: what
+    is to be trained; `decayed`.
     """
 
-    _ALIGNMENT = 16  # a parameter begins at a multiple of so many elements: products are faster on aligned matrices
-
-    def __init__(self, parameters: Iterable[nn.Parameter], half: torch.dtype | None = None):
-        self._starts: dict[Tensor, int] = {}
-        length = 0
-        for parameter in sorted(parameters, key=lambda parameter: parameter.shape):
-            if parameter.requires_grad:
-                self._starts[parameter] = length
-                length += -(-parameter.numel() // self._ALIGNMENT) * self._ALIGNMENT
-        first = next(iter(self._starts))
+    def __init__(self, model: Model, half: torch.dtype | None = None):
+        self._model = model
+        linears = [module for module in model.modules() if isinstance(module, Linear) and module.weight.requires_grad]
+        biases = {id(linear.bias) for linear in linears}
+        trained = {
+            name: parameter
+            for name, parameter in sorted(model.named_parameters(), key=lambda item: is_decayed(item[1], biases))
+            if parameter.requires_grad
+        }
+        self.decayed = length = 0
+        self._starts: dict[str, int] = {}
+        for name, parameter in trained.items():
+            self._starts[name] = length
+            length += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
+            if not is_decayed(parameter, biases):
+                self.decayed = length
+        self._shapes = {name: parameter.shape for name, parameter in trained.items()}
+        first = next(iter(trained.values()))
         self.vector = torch.zeros(length, dtype=first.dtype, device=first.device)
-        for trained in self:
-            trained.data = self.view(trained, self.vector).copy_(trained.detach())
-        self.half = half
-        self.working = self.vector if half is None else self.vector.to(half)
+        for name, parameter in trained.items():
+            parameter.data = self.view(name, self.vector).copy_(parameter.detach())
+
+        in_layers = {id(weight) for linear in linears for weight in (linear.weight, linear.bias)}
+        self.half = half if in_layers.issuperset(id(parameter) for parameter in trained.values()) else None
+        self.working = self.vector
+        self.model = model
+        if self.half is not None:
+            self.working = self.vector.to(self.half)
+            kept = (*model.buffers(), *(p for p in model.parameters() if not p.requires_grad))
+            self.model = copy.deepcopy(model, {id(tensor): tensor for tensor in kept})
+        self.gradient = torch.zeros_like(self.working)
+        self._parameters = {name: p for name, p in self.model.named_parameters() if name in trained}
+        if self.half is not None:
+            for name, parameter in self._parameters.items():
+                parameter.data = self.view(name, self.working)
+        self._wanted = Gradients()
+        self._slots = {name: Slot(self._wanted, self.view(name, self.gradient)) for name in trained}
+
+    def use_slots(self) -> None:
+        """Have the layers of `layers.py` write their gradients into the vector themselves, which is faster."""
+        for prefix, module in self.model.named_modules():
+            if isinstance(module, Linear) and f"{prefix}.weight" in self._slots:
+                module.slots = self._slots[f"{prefix}.weight"], self._slots[f"{prefix}.bias"]
+
+    @contextmanager
+    def collecting_gradients(self) -> Iterator[None]:
+        """Within it, a backward pass; after it, `gradient` holds what that found, and nothing of an earlier one."""
+        for slot in self._slots.values():
+            slot.filled = False
+        self._wanted.wanted = True
+        try:
+            yield
+        finally:
+            self._wanted.wanted = False
+            for name, slot in self._slots.items():
+                parameter = self._parameters[name]
+                if parameter.grad is not None:  # a plain operation's, of which the layers here know nothing
+                    slot.add(parameter.grad)
+                    parameter.grad = None
+                elif not slot.filled:
+                    slot.tensor.zero_()
 
     def refresh(self) -> None:
         """Bring `working` up to date: needed when anything but the optimizer has changed the weights."""
         if self.half is not None:
             self.working.copy_(self.vector)
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def train(self) -> None:
+        """Have dropout and batch normalisation do what they do in training."""
+        self.model.train()
+
+    def __iter__(self) -> Iterator[str]:
         return iter(self._starts)
 
-    def view(self, parameter: Tensor, vector: Tensor) -> Tensor:
-        """The part of a parameter, in its shape, of a vector that is laid out as this one is."""
-        start = self._starts[parameter]
-        return vector[start : start + parameter.numel()].view_as(parameter)
+    def view(self, name: str, vector: Tensor) -> Tensor:
+        """The part of the parameter of this name, in its shape, of a vector that is laid out as this one is."""
+        shape = self._shapes[name]
+        return vector[self._starts[name] : self._starts[name] + shape.numel()].view(shape)
 
-    def stacked(self, parameters: Sequence[Tensor], vector: Tensor) -> Tensor:
-        """`view` of several parameters at once, `[n, *shape]`: a view too.
 
-        Raises ValueError unless they are of one shape, and equally far apart in the vector, in this order.
-        """
-        starts = [self._starts[parameter] for parameter in parameters]
-        shapes = {parameter.shape for parameter in parameters}
-        distances = {after - before for before, after in pairwise(starts)} or {parameters[0].numel()}
-        if len(shapes) > 1 or len(distances) > 1 or min(distances) <= 0:
-            raise ValueError("parameters can be stacked if they are of one shape, equally far apart and in order")
-        first = self.view(parameters[0], vector)
-        return first.as_strided((len(starts), *first.shape), (*distances, *first.stride()))
+def is_decayed(parameter: Tensor, biases: set[int]) -> bool:
+    """Whether a parameter is a matrix or kernel, and no bias."""
+    return parameter.dim() > 1 and id(parameter) not in biases
 
 
 class WeightAverage(Generic[Model]):
     """An exponential moving average of a model's weights, in a copy of the model: less noisy than any last weights.
 
     The average spans about `window` steps, and less at the start. 0: there is none, `model` is the model itself.
+    Buffers of floats, as of batch normalisation, are averaged with the weights, others are copied.
     Source: Polyak and Juditsky 1992, with exponential weights.
     """
 
-    def __init__(self, model: Model, weights: Weights, window: int):
+    def __init__(self, model: Model, weights: Weights[Model], window: int):
         frozen = {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
         self.model: Model = copy.deepcopy(model, frozen) if window else model  # what is frozen is shared
         self._window = window
         self._vector = weights.vector
-        self._average = Weights(self.model.parameters()).vector if window else self._vector
+        self._average = Weights(self.model).vector if window else self._vector
+        self._buffers = list(zip(self.model.buffers(), model.buffers(), strict=True)) if window else []
         self._since = 0  # steps since the weights were last taken in
 
     def update(self, step: int, last: bool = False) -> None:
@@ -86,5 +141,11 @@ class WeightAverage(Generic[Model]):
         self._since += 1
         every = 1 if step < 100 else min(20, self._window)
         if self._window and (last or self._since >= every):
-            self._average.lerp_(self._vector, min(1.0, self._since / min(self._window, 1 + step / 9)))
+            share = min(1.0, self._since / min(self._window, 1 + step / 9))
+            self._average.lerp_(self._vector, share)
+            for averaged, buffer in self._buffers:
+                if buffer.is_floating_point():
+                    averaged.lerp_(buffer, share)
+                else:
+                    averaged.copy_(buffer)
             self._since = 0

@@ -1,0 +1,105 @@
+"""What a conditional VAE is here: a baseline, and draws of z with what follows from them.
+
+Images are vectors with their observed pixels first (`Split.vectors`): x `[B, num_observed]` and y `[B, num_hidden]`,
+both in [0, 1]. guess: the logits of the baseline's guess ŷ for y, `[B, num_hidden]`; computed where it is None.
+"""
+
+from functools import reduce
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cvae.data.masks import Split
+from cvae.model.densities import Gaussian, bernoulli_log_prob, gaussian_kl, gaussian_log_prob
+
+
+class Latent(NamedTuple):
+    """One level of latent variables: z `[L, B, Z]`, the noise that it was made of, and its two distributions.
+
+    q is what z was drawn from: the recognition network's, or the prior network's, p itself. q and p `[B, Z]`, or
+    `[L, B, Z]` where they depend on what was drawn above.
+    """
+
+    z: Tensor
+    eps: Tensor
+    q: Gaussian
+    p: Gaussian
+
+
+class Draw(NamedTuple):
+    """L samples of z for each of B images, and the generation network's prediction from each.
+
+    logits: of p(y|x,z), `[L, B, num_hidden]`. latents: the levels of z, from top to bottom.
+    """
+
+    logits: Tensor
+    latents: tuple[Latent, ...]
+
+    def log_likelihood(self, y: Tensor) -> Tensor:
+        """log p(y|x,z), nats `[L, B]`, for y `[B, num_hidden]` in [0, 1]."""
+        return bernoulli_log_prob(y, self.logits)
+
+    @property
+    def log_ratio(self) -> Tensor:
+        """log p(z|x) − log q(z|x,y) at these z, nats `[L, B]`; zero where they come from the prior network."""
+        return reduce(torch.add, (gaussian_log_prob(z, p) - gaussian_log_prob(z, q) for z, _, q, p in self.latents))
+
+    @property
+    def kl(self) -> Tensor:
+        """KL(q(z|x,y) ‖ p(z|x)), each level in closed form given what was drawn above it: nats, `[B]` or `[L, B]`.
+
+        Zero where z comes from the prior network.
+        """
+        return reduce(torch.add, (gaussian_kl(q, p) for _, _, q, p in self.latents))
+
+
+class CVAE(nn.Module):
+    """A conditional VAE, p(y|x) = ∫ p(y|x,z) p(z|x) dz, on top of a baseline, which stays as it is.
+
+    A network (`networks.py`) defines `from_posterior` and `from_prior`; everything else, training and the estimates
+    included, is made of these two.
+
+    split: of the images. baseline_net: x → logits of ŷ, `[B, num_hidden]`. latent_dim: the dimensions of z, of all
+    levels together.
+    """
+
+    def __init__(self, split: Split, baseline_net: nn.Module, latent_dim: int):
+        super().__init__()
+        self.split = split
+        self.baseline_net = baseline_net.requires_grad_(False)
+        self.latent_dim = latent_dim
+
+    def from_posterior(
+        self, x: Tensor, y: Tensor, guess: Tensor | None, eps: Tensor, detach_z: bool = False
+    ) -> Draw:  # fmt: skip
+        """A draw of z from the recognition network, q(z|x,y). eps: the noise, N(0, 1), `[L, B, latent_dim]`.
+
+        detach_z: what follows from each level's z takes it as a constant that a gradient can be taken for, as
+        `objectives.iwae` needs it.
+        """
+        raise NotImplementedError
+
+    def from_prior(self, x: Tensor, guess: Tensor | None, eps: Tensor) -> Draw:
+        """A draw of z from the prior network, p(z|x), which does not see y. eps: as in `from_posterior`."""
+        raise NotImplementedError
+
+    def known_guess(self, x: Tensor, guess: Tensor | None) -> Tensor:
+        """The guess as it is given, or the baseline's for x."""
+        if guess is None:
+            with torch.no_grad():
+                guess = self.baseline_net(x)
+        return guess
+
+    def train(self, mode: bool = True) -> "CVAE":
+        """As any module's, but the baseline stays as in evaluation: it is trained by itself, before."""
+        super().train(mode)
+        self.baseline_net.eval()
+        return self
+
+    def complete(self, x: Tensor, eps: Tensor) -> Tensor:
+        """Completions of x: the pixel means of p(y|x,z) at z ~ p(z|x), in [0, 1], `[S, B, num_hidden]`.
+
+        eps: the noise, `[S, B, latent_dim]`, or `[S, 1, latent_dim]` to use the same for all images.
+        """
+        return self.from_prior(x, None, eps).logits.sigmoid()

@@ -1,0 +1,152 @@
+"""Fully connected layers that put the gradients of their weights where the optimizer reads them.
+
+`MLP` computes what `nn.Linear` and `nn.ReLU` do. While it is trained, its weights have slots (`training/weights.py` gives
+them), and a backward pass writes their gradients there; without them it consists of plain operations.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cvae.model.densities import widen
+
+
+class Gradients:
+    """Tells the layers whether the gradients of their weights are wanted just now."""
+
+    wanted = False
+
+
+class Slot:
+    """The place of one weight's gradient, a tensor of its shape and type; `filled` once a backward pass wrote to it."""
+
+    def __init__(self, gradients: Gradients, tensor: Tensor):
+        self.gradients, self.tensor = gradients, tensor
+        self.filled = False
+
+    def add_product(self, left: Tensor, right: Tensor) -> None:
+        """Add a batched product to the gradient."""
+        if self.filled:
+            self.tensor.baddbmm_(left, right)
+        else:
+            torch.bmm(left, right, out=self.tensor)
+        self.filled = True
+
+    def add(self, gradient: Tensor) -> None:
+        """Add to the gradient."""
+        if self.filled:
+            self.tensor.add_(gradient)
+        else:
+            self.tensor.copy_(gradient)
+        self.filled = True
+
+    def add_sum(self, gradient: Tensor) -> None:
+        """Add the sum over the second dimension."""
+        if self.filled:
+            self.tensor.add_(gradient.sum(1))
+        else:
+            torch.sum(gradient, 1, out=self.tensor)
+        self.filled = True
+
+
+class Linear(nn.Module):
+    """`copies` linear layers of one shape side by side, each followed by a ReLU or not, in one batched product.
+
+    `[copies, B, fan_in]` → `[copies, B, fan_out]`, of the type of its weights. Weights before a ReLU are initialised
+    as in He et al. 2015, others as `nn.Linear` does.
+    """
+
+    def __init__(self, fan_in: int, fan_out: int, copies: int, relu: bool):
+        super().__init__()
+        self.relu = relu
+        self.weight = nn.Parameter(torch.empty(copies, fan_out, fan_in))
+        self.bias = nn.Parameter(torch.zeros(copies, fan_out))
+        self.slots: tuple[Slot, Slot] | None = None  # of weight and bias
+        for weight, bias in zip(self.weight.data, self.bias.data, strict=True):
+            if relu:
+                nn.init.kaiming_normal_(weight, nonlinearity="relu")
+            else:
+                nn.init.uniform_(weight, -(fan_in**-0.5), fan_in**-0.5)
+                nn.init.uniform_(bias, -(fan_in**-0.5), fan_in**-0.5)
+
+    def forward(self, x: Tensor, copy: int | None = None) -> Tensor:
+        """copy: the number of the one layer to be computed, `[1, B, fan_in]` → `[1, B, fan_out]`; None: all of them."""
+        weight, bias = (self.weight, self.bias) if copy is None else (self.weight[copy, None], self.bias[copy, None])
+        outputs = torch.baddbmm(bias[:, None], x, weight.mT)
+        return outputs.relu() if self.relu else outputs
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "slots": None}  # a copy of a model is not what is trained
+
+
+class MLP(nn.Module):
+    """`copies` networks of the same sizes side by side: linear layers with a ReLU between each two.
+
+    sizes: of the inputs, the hidden layers and the outputs.
+    """
+
+    def __init__(self, sizes: Sequence[int], copies: int = 1):
+        super().__init__()
+        last = len(sizes) - 2
+        self.layers = nn.ModuleList(
+            Linear(fan_in, fan_out, copies, relu=i < last) for i, (fan_in, fan_out) in enumerate(pairwise(sizes))
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the products, to which the inputs are converted."""
+        first: Linear = self.layers[0]  # type: ignore[assignment]
+        return first.weight.dtype
+
+    def forward(self, x: Tensor, copy: int | None = None) -> Tensor:
+        """All networks: `[copies, B, inputs]` → `[copies, B, outputs]`; the one of number `copy`, or the only one of
+        one: `[..., inputs]` → `[..., outputs]`. In float32 or wider."""
+        layers: list[Linear] = list(self.layers)  # type: ignore[arg-type]
+        single = copy is not None or len(layers[0].weight) == 1
+        hidden = x.flatten(0, -2)[None] if single else x
+        if copy is None and torch.is_grad_enabled() and all(layer.slots is not None for layer in layers):
+            weights = [weight for layer in layers for weight in (layer.weight, layer.bias)]
+            hidden = _IntoSlots.apply(hidden, layers, *weights)
+        else:
+            hidden = hidden.to(self.dtype)
+            for layer in layers:
+                hidden = layer(hidden, copy)
+            hidden = widen(hidden)
+        return hidden[0].unflatten(0, x.shape[:-1]) if single else hidden
+
+
+class _IntoSlots(torch.autograd.Function):
+    """The layers of an `MLP`, whose backward pass writes the gradients of the weights into their slots."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layers: list[Linear], *weights: Tensor) -> Tensor:
+        hidden = [x.to(weights[0].dtype)]  # of each layer, the inputs
+        for layer, weight, bias in zip(layers, weights[::2], weights[1::2], strict=True):
+            outputs = torch.baddbmm(bias[:, None], hidden[-1], weight.mT)
+            hidden.append(outputs.relu_() if layer.relu else outputs)
+        ctx.save_for_backward(*hidden[:-1], *weights[::2])
+        ctx.layers, ctx.dtype = layers, x.dtype
+        return widen(hidden[-1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        layers, count = ctx.layers, len(ctx.layers)
+        inputs, weights = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        grad = grads[0].to(weights[0].dtype)
+        found: Tensor | None = grad
+        for i in reversed(range(count)):
+            of_weight, of_bias = layers[i].slots
+            if of_weight.gradients.wanted:
+                of_weight.add_product(grad.mT, inputs[i])
+                of_bias.add_sum(grad)
+            if i > 0:
+                grad = torch.bmm(grad, weights[i])
+                torch.ops.aten.threshold_backward.grad_input(grad, inputs[i], 0, grad_input=grad)  # a ReLU's
+            elif ctx.needs_input_grad[0]:
+                found = torch.bmm(grad, weights[i]).to(ctx.dtype)
+            else:
+                found = None
+        return found, *[None] * (1 + 2 * count)

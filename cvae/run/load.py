@@ -1,0 +1,34 @@
+"""A trained model, ready to use."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from cvae.errors import DataError
+from cvae.model.cvae import CVAE
+from cvae.model.networks import build
+from cvae.run import checkpoint
+from cvae.run.folder import BEST, read_settings, read_split
+
+
+def load(run: str | Path, device: torch.device | str = "cpu", runs: str | Path = "runs") -> CVAE:
+    """The CVAE of a run with its best weights, frozen, in evaluation mode.
+
+    run: its folder, or its name below the folder `runs`. The model's `split` says what it sees of an image.
+    Raises DataError if there is no such run, or its weights cannot be read or are not of its settings.
+    """
+    folder = Path(run) if os.path.isdir(run) else Path(runs) / run
+    settings, split = read_settings(folder), read_split(folder)
+    state = checkpoint.load(folder / BEST)
+    if state.get("phase") != "cvae":
+        raise DataError(f"{folder}: only its baseline is trained so far; go on with python train.py --resume {folder}")
+    try:
+        with torch.device("meta"):  # no memory is taken before the shapes are known to fit
+            model = build(split, settings)
+        model.load_state_dict(state["model"], assign=True)
+        if any(weight.dtype != torch.float32 for weight in model.parameters()):
+            raise TypeError
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
+        raise DataError(f"{folder / BEST}: does not hold the weights of a CVAE of the run's settings") from None
+    return model.to(device).requires_grad_(False).eval()
