@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,30 +36,17 @@ from cvae.distributed import Processes
 from cvae.errors import CvaeError, PeerLost
 from cvae.model.likelihood import noise
 from cvae.model.networks import build
-from cvae.model.objectives import Objective, Totals, log_likelihood, maximised, objective
+from cvae.model.objectives import Totals, log_likelihood, maximised, objective
 from cvae.report.figures import completions
 from cvae.run.folder import read_precision, refuse_existing
 from cvae.run.plan import parse, plan
 from cvae.run.session import Progress, Run
 from cvae.training.optimizer import GuardedAdam, scheduled_rate
+from cvae.training.phase import Phase, validate
 from cvae.training.weights import WeightAverage, Weights
 
 REPORT_EVERY = 50  # steps between two looks at the device: the bar's loss, the gradients' health, the other processes
-VALIDATION_BATCH = 1000
 NUM_DIGITS, NUM_SAMPLES = 10, 5  # of each epoch's picture
-
-
-class Phase(NamedTuple):
-    """One of the two trainings of a run: what is trained, by which objective, on what."""
-
-    name: str  # "baseline" or "cvae"
-    model: nn.Module
-    objective: Objective
-    epochs: int
-    train: ImageSet
-    validation: ImageSet
-    noise: Callable[[int, torch.Generator], tuple[Tensor, ...]]  # of so many images: what the objective takes of it
-    draw: Callable[[Any], Tensor]  # the picture of a model
 
 
 class Step:
@@ -96,14 +83,13 @@ def fit(phase: Phase, run: Run, last: dict[str, Any]) -> Progress:
     last: a checkpoint to go on from, if it is of this phase.
     """
     s = run.settings
-    weights = Weights(phase.model, None if s.compile else runtime.HALF.get(run.precision))
+    half = None if s.compile else runtime.HALF.get(run.precision)
+    weights = Weights(phase.model, half, slots=not s.compile)
     average = WeightAverage(phase.model, weights, s.average)  # what is validated and kept
     optimizer = GuardedAdam(weights, s.learning_rate, s.weight_decay, loss_scaling=run.precision == "fp16")
     progress = Progress()
     if last.get("phase") == phase.name:
         progress = run.restore(last, phase.model, average.model, optimizer)
-    if not s.compile:
-        weights.use_slots()
     step = Step(phase, weights, optimizer, run)
     graphed = run.device.type == "cuda" and run.processes.count == 1 and not s.compile
     take_step = runtime.GraphedStep(step, run.warn) if graphed else step
@@ -111,11 +97,11 @@ def fit(phase: Phase, run: Run, last: dict[str, Any]) -> Progress:
     while not progress.is_over(phase.epochs, s.patience):
         started = time.perf_counter()
         progress.epoch += 1
-        where = f"{phase.name}, epoch {progress.epoch}/{phase.epochs}"
         train_epoch(phase, step, take_step, average, progress.epoch)
         run.processes.sum_on_host_(step.totals.sums)
         seconds = time.perf_counter() - started
-        train, validation = step.totals.means(), validate(phase, average.model, run).means()
+        train = step.totals.means()
+        validation = validate(phase, average.model, s.seed, run.precision, run.processes).means()
         train_loss, validation_loss = -maximised(train), -maximised(validation)
         if validation_loss < progress.best_loss:
             progress.best_loss, progress.best_epoch = validation_loss, progress.epoch
@@ -139,11 +125,12 @@ def fit(phase: Phase, run: Run, last: dict[str, Any]) -> Progress:
         run.processes.on_main(partial(run.save_epoch, phase.name, progress, state, record, draw))
         best = ", the best so far" if progress.epoch == progress.best_epoch else ""
         run.say(
-            f"{where}: loss {train_loss:.2f}, on validation images {validation_loss:.2f} nats per image, "
-            f"{record['images_per_second']:.0f} images/s, {record['seconds']:.1f} s{best}"
+            f"{phase.where(progress.epoch)}: loss {train_loss:.2f}, on validation images {validation_loss:.2f} "
+            f"nats per image, {record['images_per_second']:.0f} images/s, {record['seconds']:.1f} s{best}"
         )
 
     run.load_best(phase.name, progress, phase.model)
+    weights.release()
     return progress
 
 
@@ -157,7 +144,7 @@ def train_epoch(
     """
     run, s, optimizer, size = step.run, step.run.settings, step.optimizer, step.batch_size
     steps, share = step.count, run.processes.share_of_batch(size)
-    where = f"{phase.name}, epoch {epoch}/{phase.epochs}"
+    where = phase.where(epoch)
     random = runtime.generator(run.device, s.seed, phase.name, epoch)
     permutation = runtime.permutation(len(step.images), s.seed, phase.name, epoch).to(run.device)
     runtime.seed_dropout(s.seed, phase.name, epoch, run.processes.rank)
@@ -179,24 +166,6 @@ def train_epoch(
             if i % REPORT_EVERY == 0 or run.processes.count == 1:
                 run.leave_if_interrupted()
     optimizer.check(where)
-
-
-@torch.no_grad()
-def validate(phase: Phase, model: nn.Module, run: Run) -> Totals:
-    """The objective on the validation images, in the training's precision; the noise is the same in every epoch.
-
-    Each process takes its share of portions of the images.
-    """
-    model.eval()
-    images, totals = phase.validation, Totals(run.device)
-    starts = range(0, len(images), VALIDATION_BATCH)
-    for start in starts[run.processes.share(len(starts))] or [len(images)]:  # no share: an empty portion
-        batch = images.batch(slice(start, start + VALIDATION_BATCH))
-        eps = phase.noise(len(batch.x), runtime.generator(run.device, run.settings.seed, "validation", start))
-        with runtime.autocast(run.precision, run.device):
-            totals.add(phase.objective(model, batch, *eps))
-    run.processes.sum_on_host_(totals.sums)
-    return totals
 
 
 def train_run(run: Run, resume: bool, overwrite: bool) -> None:

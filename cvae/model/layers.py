@@ -1,7 +1,7 @@
 """Fully connected layers that put the gradients of their weights where the optimizer reads them.
 
-`MLP` computes what `nn.Linear` and `nn.ReLU` do. While it is trained, its weights have slots (`training/weights.py` gives
-them), and a backward pass writes their gradients there; without them it consists of plain operations.
+`MLP` computes what `nn.Linear` and `nn.ReLU` do. While it is trained, its weights have slots (from
+`training/weights.py`), and a backward pass writes their gradients there; without them it consists of plain operations.
 """
 
 from collections.abc import Sequence

@@ -82,7 +82,7 @@ def iwae(model: CVAE, batch: Batch, eps: Tensor) -> Terms:
 
 
 def doubly_reparameterized(draw: Draw, log_likelihood: Tensor, log_weights: Tensor) -> Tensor:
-    """A quantity `[B]` whose gradient estimates that of the iwae bound without bias, and with less variance than its own.
+    """A quantity `[B]` whose gradient estimates that of the iwae bound without bias, with less variance than its own.
 
     The gradient of log w by the parameters of q and p, at fixed z, is replaced by one by z. With w̃ the normalised
     weights and G = d log w / dz, what follows from z on the levels below included, q's parameters get
@@ -157,6 +157,6 @@ class Totals:
         self.sums.zero_()
 
     def means(self) -> dict[str, float]:
-        """The terms' means, nats per image, by name, the one that is maximised first; NaN where there were no images."""
+        """The terms' means, nats per image, by name, the maximised one first; NaN where there were no images."""
         *sums, count = self.sums.tolist() or [0.0]
         return {name: total / count if count else math.nan for name, total in zip(self.names, sums, strict=True)}

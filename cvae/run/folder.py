@@ -29,7 +29,9 @@ LARGEST_SIDE = 1 << 14
 
 
 def create_run(path: Path, settings: Settings, about: dict[str, Any], overwrite: bool) -> TextIO:
-    """Make a run folder with its `config.json` (`about`: see `write_config`), and return the lock on it, which holds while it is kept open.
+    """Make a run folder with its `config.json`, and return the lock on it, which holds while it is kept open.
+
+    about: as in `write_config`.
 
     Raises UsageError if the folder stands already (with `overwrite`: if it is no run folder, or a training holds it)
     and DiskError if it cannot be made.

@@ -36,7 +36,7 @@ from cvae.training.optimizer import GuardedAdam
 
 @dataclass
 class Progress:
-    """How far a phase has come; `best_loss` is the lowest validation loss so far: minus the objective, nats per image."""
+    """How far a phase has come; `best_loss` is the lowest validation loss, minus the objective, in nats per image."""
 
     epoch: int = 0
     best_epoch: int = 0

@@ -4,7 +4,7 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.adamw import adamw
 
 from cvae.errors import NonFiniteError
@@ -57,7 +57,7 @@ class GuardedAdam:
     """
 
     def __init__(
-        self, weights: Weights[nn.Module], learning_rate: float, weight_decay: float = 0.0, *, loss_scaling: bool = False
+        self, weights: Weights[Any], learning_rate: float, weight_decay: float = 0.0, *, loss_scaling: bool = False
     ):  # fmt: skip
         self.weights = weights
         self.device = weights.vector.device
@@ -94,7 +94,7 @@ class GuardedAdam:
 
     @torch.inference_mode()
     def step(self, loss: Tensor) -> Tensor:
-        """Update the weights by their `gradient`, unless it or the loss is not finite; whether it was done, a bool scalar."""
+        """Update the weights by their `gradient`, unless it or the loss is not finite; whether it did: bool scalar."""
         # No NaN and no infinity is lost on the way. v − v is 0 where v is finite, and NaN elsewhere.
         extremes = torch.stack(torch.aminmax(self.weights.gradient)).float()
         if self.scale is not None:
@@ -119,8 +119,9 @@ class GuardedAdam:
                 gradient = self._widened[: len(gradient)].copy_(gradient)
             adamw(
                 [part.weights], [gradient], [part.moments], [part.squares], [], [part.updates],
-                fused=True, capturable=self.device.type == "cuda", grad_scale=self.scale, found_inf=skip, lr=self.learning_rate, beta1=BETA1, beta2=BETA2,
-                eps=EPSILON, weight_decay=part.decay, amsgrad=False, maximize=False,
+                fused=True, capturable=self.device.type == "cuda", grad_scale=self.scale, found_inf=skip,
+                lr=self.learning_rate, beta1=BETA1, beta2=BETA2, eps=EPSILON, weight_decay=part.decay, amsgrad=False,
+                maximize=False,
             )  # fmt: skip
             if self._widened is not None:
                 part.working.copy_(part.weights)

@@ -24,14 +24,14 @@ class Weights(Generic[Model]):
 
     model: its weights are in float32 or wider. half: the type of the products, if it is not theirs. If all that is
     trained belongs to the layers of `layers.py`, the weights get a copy of this type, `working`, which is what `model`
-    is made of from then on; for any other model autocast has to do it.
+    is made of from then on; for any other model autocast has to do it. slots: have these layers write their gradients
+    into the vector themselves, which is faster.
 
     Attributes: `vector`; `gradient`, of the type of `working`; `working`: the copy, or the vector itself; `model`: what
     is to be trained; `decayed`.
     """
 
-    def __init__(self, model: Model, half: torch.dtype | None = None):
-        self._model = model
+    def __init__(self, model: Model, half: torch.dtype | None = None, slots: bool = False):
         linears = [module for module in model.modules() if isinstance(module, Linear) and module.weight.requires_grad]
         biases = {id(linear.bias) for linear in linears}
         trained = {
@@ -67,12 +67,16 @@ class Weights(Generic[Model]):
                 parameter.data = self.view(name, self.working)
         self._wanted = Gradients()
         self._slots = {name: Slot(self._wanted, self.view(name, self.gradient)) for name in trained}
-
-    def use_slots(self) -> None:
-        """Have the layers of `layers.py` write their gradients into the vector themselves, which is faster."""
         for prefix, module in self.model.named_modules():
-            if isinstance(module, Linear) and f"{prefix}.weight" in self._slots:
-                module.slots = self._slots[f"{prefix}.weight"], self._slots[f"{prefix}.bias"]
+            name = f"{prefix}.weight".lstrip(".")
+            if slots and isinstance(module, Linear) and name in self._slots:
+                module.slots = self._slots[name], self._slots[name.removesuffix("weight") + "bias"]
+
+    def release(self) -> None:
+        """Have the model be one that is not trained any more."""
+        for module in self.model.modules():
+            if isinstance(module, Linear):
+                module.slots = None
 
     @contextmanager
     def collecting_gradients(self) -> Iterator[None]:
@@ -96,10 +100,6 @@ class Weights(Generic[Model]):
         """Bring `working` up to date: needed when anything but the optimizer has changed the weights."""
         if self.half is not None:
             self.working.copy_(self.vector)
-
-    def train(self) -> None:
-        """Have dropout and batch normalisation do what they do in training."""
-        self.model.train()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._starts)

@@ -1,0 +1,50 @@
+"""A phase of a run: what is trained, by which objective, on what, and how well it does on the validation images."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cvae import runtime
+from cvae.data.images import ImageSet
+from cvae.distributed import Processes
+from cvae.model.objectives import Objective, Totals
+
+VALIDATION_BATCH = 1000
+
+
+class Phase(NamedTuple):
+    """One of the two trainings of a run: the baseline's, then the CVAE's."""
+
+    name: str  # "baseline" or "cvae"
+    model: nn.Module
+    objective: Objective
+    epochs: int
+    train: ImageSet
+    validation: ImageSet
+    noise: Callable[[int, torch.Generator], tuple[Tensor, ...]]  # of so many images: what the objective takes of it
+    draw: Callable[[Any], Tensor]  # the picture of a model
+
+    def where(self, epoch: int) -> str:
+        """An epoch of the phase, in words."""
+        return f"{self.name}, epoch {epoch}/{self.epochs}"
+
+
+@torch.no_grad()
+def validate(phase: Phase, model: nn.Module, seed: int, precision: str, processes: Processes) -> Totals:
+    """The objective's terms on the validation images, in this precision; the noise is the same in every epoch.
+
+    Each process takes its share of portions of the images.
+    """
+    model.eval()
+    images = phase.validation
+    device, totals = images.vectors.device, Totals(images.vectors.device)
+    starts = range(0, len(images), VALIDATION_BATCH)
+    for start in starts[processes.share(len(starts))] or [len(images)]:  # no share: an empty portion
+        batch = images.batch(slice(start, start + VALIDATION_BATCH))
+        eps = phase.noise(len(batch.x), runtime.generator(device, seed, "validation", start))
+        with runtime.autocast(precision, device):
+            totals.add(phase.objective(model, batch, *eps))
+    processes.sum_on_host_(totals.sums)
+    return totals
