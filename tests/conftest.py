@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
-from trainings import Forked, make_contrary_data, make_data
+from support.trainings import Forked, make_contrary_data, make_data
 
 from cvae.data.masks import Quadrants
 from cvae.model.networks import CVAE, Baseline

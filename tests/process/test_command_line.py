@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs_fixture import NAMES, PATIENCE, ROOT, run_script, small_mnist, write_data
+from support.scripts import NAMES, PATIENCE, ROOT, run_script, small_mnist, write_data
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cvae import runtime

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from trainings import (
+from support.trainings import (
     ENDLESS,
     ROOT,
     SMALL,

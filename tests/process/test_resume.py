@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from trainings import (
+from support.trainings import (
     SMALL,
     Forked,
     assert_same,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cvae.data.sources import load_images
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 NAMES = {part: (f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte") for part in ("train", "t10k")}
 PATIENCE = 300  # seconds for a script that takes three: beyond them it hangs, however busy the machine is
 PACKERS: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}

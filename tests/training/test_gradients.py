@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from pyro_reference import Reference, assert_gradients_agree
+from reference.pyro_reference import Reference, assert_gradients_agree
 from test_model import CASES, masked_log_likelihood, plain_cvae
 
 from cvae import runtime

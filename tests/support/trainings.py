@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from runs_fixture import ROOT, small_mnist, write_data
+from support.scripts import ROOT, small_mnist, write_data
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 

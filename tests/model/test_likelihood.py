@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from quadrature import integrate
+from reference.quadrature import integrate
 
 from cvae.data.images import ImageSet
 from cvae.model.likelihood import IMAGES_AT_ONCE, SAMPLES_AT_ONCE, Likelihoods, estimate, evaluate, log_mean_exp

@@ -21,7 +21,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from runs_fixture import PACKERS, idx_bytes
+from support.scripts import PACKERS, idx_bytes
 from test_checkpoint import repacked, saved_by_torch, sign
 
 from cvae.data.idx import MAX_COMPRESSION, read_idx

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs_fixture import NAMES, PACKERS, idx_bytes, small_mnist, write_data
+from support.scripts import NAMES, PACKERS, idx_bytes, small_mnist, write_data
 from torch import Tensor
 
 from cvae.data import sources

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from pyro_reference import Reference, assert_gradients_agree
+from reference.pyro_reference import Reference, assert_gradients_agree
 
 from cvae.data.images import ImageSet
 from cvae.model.densities import bernoulli_log_prob

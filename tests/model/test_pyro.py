@@ -4,7 +4,7 @@ import pyro
 import pytest
 import torch
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
-from pyro_reference import Reference, assert_gradients_agree
+from reference.pyro_reference import Reference, assert_gradients_agree
 
 from cvae.model.objectives import log_importance_weights
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import scipy.integrate
 import torch
-from quadrature import integrate, log_density, log_likelihood
+from reference.quadrature import integrate, log_density, log_likelihood
 from torch.distributions import Normal
 
 from cvae.model.densities import bernoulli_log_prob

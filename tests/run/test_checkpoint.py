@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs_fixture import ROOT
+from support.scripts import ROOT
 from torch import Tensor
 
 from cvae.errors import DataError, DiskError

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from trainings import (
+from support.trainings import (
     ENDLESS,
     ENVIRONMENT,
     ROOT,

@@ -1,0 +1,1 @@
+"""Independent implementations, which the tests compare with."""
