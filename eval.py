@@ -103,7 +103,7 @@ def evaluate_run(
             portions.append(torch.stack(portion))
             bar.update(portions[-1].shape[1])
     per_image = Likelihoods(*processes.gather(torch.cat(portions, dim=1)))
-    return tables.Column(folder.name, settings.quadrants, options.samples, per_image, is_mnist=settings.data is None)
+    return tables.Column(folder.name, settings, options.samples, per_image)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from cvae import runtime
 from cvae.data.images import ImageSet
-from cvae.data.masks import Split, quadrants
+from cvae.data.masks import Split, mask
 from cvae.data.sources import load_train
 from cvae.distributed import Processes
 from cvae.errors import CvaeError, PeerLost
@@ -174,7 +174,7 @@ def train_run(run: Run, resume: bool, overwrite: bool) -> None:
     images, held_out = load_train(s.data)
     images = images[: s.train_limit]
     run.processes.share_of_batch(min(s.batch_size, len(images)))  # refused before a folder is made
-    split = Split(quadrants(s.quadrants, *images.shape[1:]))
+    split = Split(mask(s, *images.shape[1:]))
     last = run.claim(split, resume, overwrite)
     if run.is_finished(last):
         run.say(f"{run.folder} is finished: nothing is left to do")

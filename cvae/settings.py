@@ -71,6 +71,7 @@ class Settings:
     """The settings of one run. Raises ValueError, in one line, for a value that makes no sense."""
 
     quadrants: int = setting(1, whole(1, 3, "1, 2 or 3"), "observed quadrants; several numbers make several runs")
+    observed: str | None = setting(None, optional(NAME), "mask of the observed pixels, by name, in place of quadrants")
     network: str = setting("tutorial", NAME, "networks of the CVAE and of its baseline")
     objective: str = setting("elbo", NAME, "objective of the CVAE")
     alpha: float = setting(0.5, SHARE, "weight of the elbo in the hybrid objective; that of gsnn is the rest")

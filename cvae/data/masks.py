@@ -1,7 +1,12 @@
 """Masks, which say what is observed of an image, and the split of images into x and y that follows from one."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
+
+from cvae.settings import Settings
 
 
 def quadrants(count: int, height: int = 28, width: int = 28) -> Tensor:
@@ -20,6 +25,40 @@ def quadrants(count: int, height: int = 28, width: int = 28) -> Tensor:
     lower = torch.arange(height)[:, None] >= height // 2
     left = torch.arange(width)[None, :] < width // 2
     return (lower & left, left.expand(height, width).clone(), ~lower | left)[count - 1]
+
+
+def rows(first: float, last: float, height: int, width: int) -> Tensor:
+    """The mask of the rows between two shares of the height, cut by floor division, bool `[height, width]`."""
+    index = torch.arange(height)[:, None]
+    return ((index >= int(first * height)) & (index < int(last * height))).expand(height, width).clone()
+
+
+def columns(first: float, last: float, height: int, width: int) -> Tensor:
+    """The same of columns and the width."""
+    return rows(first, last, width, height).T.contiguous()
+
+
+MASKS: dict[str, Callable[[int, int], Tensor]] = {
+    "1": partial(quadrants, 1),
+    "2": partial(quadrants, 2),
+    "3": partial(quadrants, 3),
+    "left": partial(columns, 0, 0.5),
+    "right": partial(columns, 0.5, 1),
+    "top": partial(rows, 0, 0.5),
+    "bottom": partial(rows, 0.5, 1),
+}
+"""Makers of masks by name: height, width → bool `[height, width]`, True = given."""
+
+
+def mask(s: Settings, height: int, width: int) -> Tensor:
+    """What is observed of images of this size: `s.observed` by name, or else `s.quadrants`.
+
+    Raises ValueError for a mask that there is not.
+    """
+    name = str(s.quadrants) if s.observed is None else s.observed
+    if name not in MASKS:
+        raise ValueError(f"observed has to be one of {', '.join(MASKS)}, not {name!r}")
+    return MASKS[name](height, width)
 
 
 class Split:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from cvae.model.likelihood import ELBO_SAMPLES, Estimate, Likelihoods, estimate
+from cvae.settings import Settings
 
 FORMATS = ("text", "markdown", "json", "csv")
 
@@ -23,14 +24,28 @@ ROWS = {
 TUTORIAL = {1: (100.4, 71.8), 2: (61.9, 51.0), 3: (25.4, 24.2)}
 
 
+# What the objective gsnn does not train: estimates that take z from the recognition network say nothing of its runs.
+OF_RECOGNITION = ("cvae_neg_elbo", "cvae_is_nll", "gap")
+
+
 class Column(NamedTuple):
-    """One run's results: its observed quadrants, the samples S per estimate, the values per image; whether on MNIST."""
+    """One run's results: its settings, the samples S per estimate, the values per image."""
 
     run: str
-    quadrants: int
+    settings: Settings
     samples: int
     per_image: Likelihoods
-    is_mnist: bool = True
+
+    @property
+    def observed(self) -> str:
+        """What its models are given, in words."""
+        if self.settings.observed is not None:
+            return self.settings.observed
+        return f"{self.settings.quadrants} quadrant{'s' * (self.settings.quadrants > 1)}"
+
+    def has(self, key: str) -> bool:
+        """Whether the estimate of this name says something of the run."""
+        return self.settings.objective != "gsnn" or key not in OF_RECOGNITION
 
     def estimates(self) -> dict[str, Estimate]:
         """Mean and standard error by key; `gap` is NN minus importance sampling, image by image."""
@@ -48,16 +63,13 @@ def render(columns: Sequence[Column], form: str) -> str:
 
 def _cells(columns: Sequence[Column]) -> list[list[str]]:
     """The header and the rows, as strings."""
-    header = ["nats per image, lower is better", *(f"{c.run} ({_quadrants(c.quadrants)})" for c in columns)]
-    estimates = [column.estimates() for column in columns]
-    return [header] + [
-        [label, *(f"{each[key].mean:.2f} ± {each[key].stderr:.2f}" for each in estimates)]
-        for label, key in ROWS.items()
-    ]
+    header = ["nats per image, lower is better", *(f"{column.run} ({column.observed})" for column in columns)]
+    return [header] + [[label, *(_cell(column, key) for column in columns)] for label, key in ROWS.items()]
 
 
-def _quadrants(count: int) -> str:
-    return f"{count} quadrant{'s' * (count > 1)}"
+def _cell(column: Column, key: str) -> str:
+    mean, stderr = column.estimates()[key]
+    return f"{mean:.2f} ± {stderr:.2f}" if column.has(key) else "–"
 
 
 def _notes(columns: Sequence[Column]) -> list[str]:
@@ -72,8 +84,12 @@ def _notes(columns: Sequence[Column]) -> list[str]:
         "Monte Carlo samples z from the prior network: with so few samples it is far from tight (with one quadrant "
         "and 100 samples, about 82 where importance sampling gives 64); importance sampling is the one to quote.",
     ]
-    if known := sorted({column.quadrants for column in columns if column.is_mnist}):
-        tutorial = "; ".join(f"NN {TUTORIAL[k][0]}, CVAE {TUTORIAL[k][1]} for {_quadrants(k)}" for k in known)
+    if not all(column.has(key) for column in columns for key in OF_RECOGNITION):
+        notes.append("–: the objective gsnn trains no recognition network, which these estimates take z from.")
+    tutorials = [column for column in columns if column.settings.data is None and column.settings.observed is None]
+    if known := {column.settings.quadrants: column.observed for column in tutorials}:
+        figures = ((*TUTORIAL[quadrants], observed) for quadrants, observed in sorted(known.items()))
+        tutorial = "; ".join(f"NN {nn}, CVAE {cvae} for {observed}" for nn, cvae, observed in figures)
         notes.append(
             f"The tutorial's published table on MNIST: {tutorial}. Its CVAE row is a −ELBO; it stopped early "
             "on the test images."
@@ -114,12 +130,18 @@ def _record(column: Column) -> dict[str, Any]:
     gap = estimates.pop("gap")
     return {
         "run": column.run,
-        "quadrants": column.quadrants,
+        "quadrants": column.settings.quadrants if column.settings.observed is None else None,
+        "observed": column.observed,
+        "network": column.settings.network,
+        "objective": column.settings.objective,
         "samples": column.samples,
         "images": len(column.per_image.nn_nll),
-        **{key: {"mean": value.mean, "stderr": _known(value.stderr)} for key, value in estimates.items()},
-        "gap": gap.mean,
-        "gap_stderr": _known(gap.stderr),
+        **{
+            key: {"mean": value.mean, "stderr": _known(value.stderr)} if column.has(key) else {"mean": None, "stderr": None}
+            for key, value in estimates.items()
+        },
+        "gap": gap.mean if column.has("gap") else None,
+        "gap_stderr": _known(gap.stderr) if column.has("gap") else None,
     }
 
 

@@ -18,7 +18,7 @@ from typing import Any, TextIO
 
 import torch
 
-from cvae.data.masks import Split, quadrants
+from cvae.data.masks import Split, mask
 from cvae.errors import CvaeError, DataError, DiskError, UsageError
 from cvae.run.checkpoint import write_atomically
 from cvae.settings import PRECISIONS, Settings
@@ -110,7 +110,10 @@ def read_split(path: Path) -> Split:
     height, width = (images.get(side) for side in ("height", "width")) if isinstance(images, dict) else (None, None)
     if not (type(height) is type(width) is int and 2 <= height <= LARGEST_SIDE and 2 <= width <= LARGEST_SIDE):
         raise DataError(f"{path / CONFIG}: does not say the size of the images; train anew with this version")
-    return Split(quadrants(read_settings(path).quadrants, height, width))
+    try:
+        return Split(mask(read_settings(path), height, width))
+    except ValueError as error:
+        raise DataError(f"{path / CONFIG}: {error}") from None
 
 
 def read_precision(path: Path) -> str:

@@ -71,7 +71,7 @@ class RunLog:
         }
         try:
             for summary in hparams(plain, results):
-                self._events._get_file_writer().add_summary(summary)
+                self._events.file_writer.add_summary(summary)  # type: ignore[attr-defined]
             for name, value in results.items():
                 self._events.add_scalar(name, value)
             self._events.flush()

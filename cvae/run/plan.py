@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from cvae.data.masks import MASKS
 from cvae.errors import UsageError
 from cvae.model.networks import NETWORKS
 from cvae.model.objectives import OBJECTIVES
@@ -17,12 +18,13 @@ from cvae.settings import Settings, add_flags, flag
 def parse(argv: Sequence[str] | None, manual: str | None) -> tuple[argparse.Namespace, dict[str, Any]]:
     """The command line, and the settings given on it, by name; `quadrants` is a list still. manual: for --help."""
     parser = argparse.ArgumentParser(description=manual, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_flags(parser, {"network": NETWORKS, "objective": OBJECTIVES})
+    add_flags(parser, {"observed": MASKS, "network": NETWORKS, "objective": OBJECTIVES})
     parser.add_argument(
         "--runs", type=Path, default=Path("runs"), metavar="DIR", help="folder of runs (default: %(default)s)"
     )
     parser.add_argument(
-        "--name", help="name of the run's folder (default: q1, q2 or q3; of several runs, -q1, … is added)"
+        "--name",
+        help="name of the run's folder (default: q1, q2, q3 or the mask; to several runs' name, -q1, … is added)",
     )
     parser.add_argument("--resume", type=Path, metavar="RUN", help="name or folder of a run to go on with")
     parser.add_argument("--overwrite", action="store_true", help="replace the run's folder if it exists")
@@ -41,6 +43,8 @@ def parse(argv: Sequence[str] | None, manual: str | None) -> tuple[argparse.Name
             settings = Settings(**{**given, "quadrants": quadrants})
     except ValueError as error:
         parser.error(str(error))
+    if settings.observed is not None and "quadrants" in given:
+        parser.error("--observed and --quadrants both say what is observed: leave one out")
     if settings.compile and settings.objective == "iwae":
         parser.error("--compile cannot be used with --objective iwae, whose gradient takes two backward passes")
     return options, given
@@ -70,5 +74,6 @@ def plan(options: argparse.Namespace, given: dict[str, Any]) -> list[tuple[Path,
     if name is not None and (not name or name.startswith(".") or Path(name).name != name):
         raise UsageError(f"--name {name!r} is not the plain name of a folder; --runs says where it is to be")
     suffixes = [f"-q{k}" if len(quadrants) > 1 else "" for k in quadrants]
-    names = [f"q{k}" if name is None else name + suffix for k, suffix in zip(quadrants, suffixes, strict=True)]
+    own = [given.get("observed") or f"q{k}" for k in quadrants]
+    names = [default if name is None else name + suffix for default, suffix in zip(own, suffixes, strict=True)]
     return [(options.runs / name, Settings(quadrants=k, **given)) for name, k in zip(names, quadrants, strict=True)]
