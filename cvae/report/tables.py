@@ -137,7 +137,9 @@ def _record(column: Column) -> dict[str, Any]:
         "samples": column.samples,
         "images": len(column.per_image.nn_nll),
         **{
-            key: {"mean": value.mean, "stderr": _known(value.stderr)} if column.has(key) else {"mean": None, "stderr": None}
+            key: {"mean": value.mean, "stderr": _known(value.stderr)}
+            if column.has(key)
+            else dict.fromkeys(value._fields)
             for key, value in estimates.items()
         },
         "gap": gap.mean if column.has("gap") else None,

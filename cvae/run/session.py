@@ -61,7 +61,7 @@ class Run:
     quiet: bool = False
     log: RunLog | None = None  # open in the main process
     lock: TextIO | None = None
-    _images: dict[str, int] = field(default_factory=dict)  # their size
+    images: dict[str, int] = field(default_factory=dict)  # their height and width
 
     def __enter__(self) -> "Run":
         return self
@@ -96,14 +96,17 @@ class Run:
     def claim(self, split: Split, resume: bool, overwrite: bool) -> dict[str, Any]:
         """Hold the folder, made now unless it is resumed; returns the checkpoint to go on from, {} for a fresh start.
 
-        split: of the images.
-
-        Raises UsageError if the folder is taken, DataError if it cannot be gone on from, DiskError.
+        split: of the images. Raises UsageError if the folder is taken, DataError if it cannot be gone on from, DiskError.
         """
-        self._images = {"height": split.height, "width": split.width}
+        self.images = {"height": split.height, "width": split.width}
         self.processes.on_main(lambda: self._claim(resume, overwrite))
         path = self.folder / LAST
         last = checkpoint.load(path) if path.exists() else {}
+        if resume and not last and (self.folder / BEST).exists():
+            raise DataError(
+                f"{path}: is missing, so that the run cannot go on and is left as it is; eval.py can use its best weights "
+                "if it was finished, and --overwrite in the place of --resume begins it anew"
+            )
         if last and not _is_checkpoint(last):
             raise DataError(f"{path}: is no checkpoint of a training")
         if last.get("phase") == "cvae" and last["progress"]["epoch"] > self.settings.epochs:
@@ -122,7 +125,7 @@ class Run:
             write_config(self.folder, self.settings, self._about())
 
     def _about(self) -> dict[str, Any]:
-        return {"images": self._images, **describe_machine(self.device, self.precision, self.processes.count)}
+        return {"images": self.images, **describe_machine(self.device, self.precision, self.processes.count)}
 
     def is_finished(self, last: dict[str, Any]) -> bool:
         """Whether the run whose last checkpoint this is has nothing left to do."""
