@@ -96,7 +96,7 @@ class Run:
     def claim(self, split: Split, resume: bool, overwrite: bool) -> dict[str, Any]:
         """Hold the folder, made now unless it is resumed; returns the checkpoint to go on from, {} for a fresh start.
 
-        split: of the images. Raises UsageError if the folder is taken, DataError if it cannot be gone on from, DiskError.
+        split: of the images. Raises UsageError if the folder is taken, DataError if it cannot go on, DiskError.
         """
         self.images = {"height": split.height, "width": split.width}
         self.processes.on_main(lambda: self._claim(resume, overwrite))
@@ -104,8 +104,8 @@ class Run:
         last = checkpoint.load(path) if path.exists() else {}
         if resume and not last and (self.folder / BEST).exists():
             raise DataError(
-                f"{path}: is missing, so that the run cannot go on and is left as it is; eval.py can use its best weights "
-                "if it was finished, and --overwrite in the place of --resume begins it anew"
+                f"{path}: is missing, so that the run cannot go on and is left as it is; eval.py can use its best "
+                "weights if it was finished, and --overwrite in the place of --resume begins it anew"
             )
         if last and not _is_checkpoint(last):
             raise DataError(f"{path}: is no checkpoint of a training")
