@@ -115,7 +115,7 @@ class MLP(nn.Module):
             for layer in layers:
                 hidden = layer(hidden, copy)
             hidden = widen(hidden)
-        return hidden[0].unflatten(0, x.shape[:-1]) if single else hidden
+        return hidden.squeeze(0).unflatten(0, x.shape[:-1]) if single else hidden
 
 
 class _IntoSlots(torch.autograd.Function):
