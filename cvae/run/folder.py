@@ -10,22 +10,29 @@ import fcntl
 import json
 import os
 import platform
+import reprlib
 import shutil
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
-from cvae.data.masks import Split, mask
+from cvae.data.masks import MASKS, Split, mask
 from cvae.errors import CvaeError, DataError, DiskError, UsageError
+from cvae.model.networks import NETWORKS
+from cvae.model.objectives import OBJECTIVES
 from cvae.run.checkpoint import write_atomically
 from cvae.settings import PRECISIONS, Settings
 
 CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
 BEST, LAST, LOCK = "best.pt", "last.pt", ".lock"
-LARGEST_SIDE = 1 << 14
+LARGEST_SIDE = 1 << 12
+
+CHOICES: dict[str, Collection[str]] = {"observed": MASKS, "network": NETWORKS, "objective": OBJECTIVES}
+"""Of the settings that are names of something in the code: where to look them up."""
 
 
 def create_run(path: Path, settings: Settings, about: dict[str, Any], overwrite: bool) -> TextIO:
@@ -98,20 +105,30 @@ def read_settings(path: Path) -> Settings:
         raise DataError(f"{path} is no run folder: it has no {CONFIG}")
     config = read_json(file)
     try:
-        return Settings.from_dict(config.get("settings") if isinstance(config, dict) else None)
+        settings = Settings.from_dict(config.get("settings") if isinstance(config, dict) else None)
     except ValueError as error:
         raise DataError(f"{file}: {error}") from None
+    for name, choices in CHOICES.items():
+        if (chosen := getattr(settings, name)) not in (None, *choices):
+            raise DataError(f"{file}: this version knows no {name} {reprlib.repr(chosen)}; was a later one here?")
+    return settings
 
 
-def read_split(path: Path) -> Split:
-    """The split of the images that a run was trained on. Raises DataError."""
+def read_size(path: Path) -> tuple[int, int]:
+    """Height and width of the images that a run is trained on. Raises DataError."""
     config = read_json(path / CONFIG)
     images = config.get("images") if isinstance(config, dict) else None
     height, width = (images.get(side) for side in ("height", "width")) if isinstance(images, dict) else (None, None)
     if not (type(height) is type(width) is int and 2 <= height <= LARGEST_SIDE and 2 <= width <= LARGEST_SIDE):
         raise DataError(f"{path / CONFIG}: does not say the size of the images; train anew with this version")
+    return height, width
+
+
+def read_split(path: Path) -> Split:
+    """The split of the images that a run is trained on. Raises DataError."""
+    settings, size = read_settings(path), read_size(path)
     try:
-        return Split(mask(read_settings(path), height, width))
+        return Split(mask(settings, *size))
     except ValueError as error:
         raise DataError(f"{path / CONFIG}: {error}") from None
 

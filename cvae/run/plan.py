@@ -7,18 +7,15 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from cvae.data.masks import MASKS
 from cvae.errors import UsageError
-from cvae.model.networks import NETWORKS
-from cvae.model.objectives import OBJECTIVES
-from cvae.run.folder import read_settings
+from cvae.run.folder import CHOICES, read_settings
 from cvae.settings import Settings, add_flags, flag
 
 
 def parse(argv: Sequence[str] | None, manual: str | None) -> tuple[argparse.Namespace, dict[str, Any]]:
     """The command line, and the settings given on it, by name; `quadrants` is a list still. manual: for --help."""
     parser = argparse.ArgumentParser(description=manual, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_flags(parser, {"observed": MASKS, "network": NETWORKS, "objective": OBJECTIVES})
+    add_flags(parser, CHOICES)
     parser.add_argument(
         "--runs", type=Path, default=Path("runs"), metavar="DIR", help="folder of runs (default: %(default)s)"
     )

@@ -25,6 +25,7 @@ from cvae.run.folder import (
     describe_machine,
     lock_run,
     read_settings,
+    read_size,
     write_config,
     write_json,
 )
@@ -117,6 +118,10 @@ class Run:
     def _claim(self, resume: bool, overwrite: bool) -> None:
         if resume:
             self.lock = lock_run(self.folder)
+            begun = read_size(self.folder)
+            if begun != (self.images["height"], self.images["width"]):
+                sizes = ["×".join(map(str, size)) for size in (begun, self.images.values())]
+                raise DataError(f"{self.folder}: was begun on images of {sizes[0]} pixels; these have {sizes[1]}")
         else:
             self.lock = create_run(self.folder, self.settings, self._about(), overwrite)
 

@@ -31,7 +31,7 @@ from cvae.run import checkpoint
 CONTENT = {
     "phase": "cvae",
     "model": OrderedDict(weight=torch.arange(6.0).view(2, 3), bias=torch.tensor([1.5, float("nan")])),
-    "progress": {"epoch": 3, "best": 71.25, "finished": False, "note": None, "sizes": [500, 500]},
+    "progress": {"epoch": 3, "best_loss": 71.25, "finished": False, "note": None, "sizes": [500, 500]},
 }
 
 
@@ -145,6 +145,39 @@ def test_nothing_but_tensors_and_plain_values_is_saved(path: Path, value: object
     assert path.read_bytes() == before
 
 
+class Elsewhere(Tensor):
+    """A tensor whose numbers are in another memory: a file with it in it could not be opened without that memory."""
+
+    def cpu(self, *arguments: Any) -> Tensor:  # type: ignore[override]
+        return torch.arange(3.0)
+
+
+def test_tensors_are_saved_from_the_memory_of_the_cpu(path: Path) -> None:
+    """All of them, however deep: so that the file opens anywhere."""
+    tensor = torch.zeros(3).as_subclass(Elsewhere)
+    assert b"Elsewhere" in saved_by_torch(tensor)
+    content = {"model": OrderedDict(a=tensor), "optimizer": {"moments": [tensor, tensor], "scale": tensor}}
+    checkpoint.save(path, content)
+    loaded = checkpoint.load(path)
+    found = [*loaded["model"].values(), *loaded["optimizer"]["moments"], loaded["optimizer"]["scale"]]
+    assert [each.tolist() for each in found] == [[0, 1, 2]] * 4
+
+
+def test_tensors_come_back_in_the_memory_of_the_cpu(path: Path) -> None:
+    """Whatever the file says of where they were."""
+    on_cpu, on_gpu = b"X\x03\0\0\0cpu", b"X\x06\0\0\0cuda:0"
+
+    def move(name: str, old: bytes) -> bytes:
+        return old.replace(on_cpu, on_gpu) if name.endswith("data.pkl") else old
+
+    body = repacked(path.read_bytes()[:-40], move)
+    assert on_gpu in body
+    path.write_bytes(sign(body))
+    loaded = checkpoint.load(path)
+    assert all(tensor.device.type == "cpu" for tensor in loaded["model"].values())
+    assert equal(loaded["model"], CONTENT["model"])
+
+
 def test_keys_are_plain_too(path: Path) -> None:
     with pytest.raises(TypeError, match="key of tuple"):
         checkpoint.save(path, {"model": {(1, 2): 3}})
@@ -249,6 +282,7 @@ def test_right_digest_of_no_archive(path: Path, body: bytes) -> None:
     "content",
     [
         {"format": checkpoint.FORMAT + 1},
+        {"format": 2, "phase": "cvae", "model": {}},  # of the version before this one
         {"format": 0},
         {"format": True},
         {"format": "1"},

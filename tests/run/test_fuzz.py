@@ -13,6 +13,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,12 +26,24 @@ from support.scripts import PACKERS, idx_bytes
 from test_checkpoint import repacked, saved_by_torch, sign
 
 from cvae.data.idx import MAX_COMPRESSION, read_idx
+from cvae.data.masks import MASKS
 from cvae.errors import DataError
+from cvae.model.networks import NETWORKS
+from cvae.model.objectives import OBJECTIVES
 from cvae.run import checkpoint
-from cvae.run.folder import CONFIG, METRICS, read_json, read_metrics, read_settings
+from cvae.run.folder import (
+    CONFIG,
+    LARGEST_SIDE,
+    METRICS,
+    read_json,
+    read_metrics,
+    read_settings,
+    read_size,
+    read_split,
+)
 from cvae.settings import Settings
 
-EXAMPLES = {"idx": 4000, "checkpoint": 2500, "settings": 2000, "metrics": 1000, "json": 1000}
+EXAMPLES = {"idx": 4000, "checkpoint": 2500, "settings": 2000, "size": 500, "metrics": 1000, "json": 1000}
 SECONDS = 20  # for one example, of milliseconds in truth: beyond it the reader hangs
 
 
@@ -171,7 +184,7 @@ CHECKPOINT = {
     "format": checkpoint.FORMAT,
     "phase": "cvae",
     "model": {"weight": torch.arange(6.0).view(2, 3), "bias": torch.zeros(2, dtype=torch.bfloat16)},
-    "progress": {"epoch": 3, "best": 71.25, "none": None, "sizes": [500, (1, True)]},
+    "progress": {"epoch": 3, "best_loss": 71.25, "none": None, "sizes": [500, (1, True)]},
 }
 
 
@@ -225,10 +238,24 @@ def same(left: Any, right: Any) -> bool:
     return repr(left) == repr(right)  # NaN is NaN
 
 
+BEFORE = {
+    each.name: list(value) if isinstance(value := each.metadata["before"], tuple) else value
+    for each in fields(Settings)
+}
+"""What a setting is taken to be where it is missing, as JSON writes it."""
+
 CONFIGS = [
-    {"settings": Settings().to_dict(), "git_revision": "0" * 500, "versions": {"python": "3.11"}},
     {
-        "settings": Settings(quadrants=3, data="a", hidden=(7,), train_limit=5, compile=True).to_dict(),
+        "settings": Settings().to_dict(),
+        "images": {"height": 28, "width": 28},
+        "git_revision": "0" * 500,
+        "versions": {"python": "3.11"},
+    },
+    {
+        "settings": Settings(
+            quadrants=3, network="paper", objective="hybrid", data="a", hidden=(7,), train_limit=5, compile=True
+        ).to_dict(),
+        "images": {"height": 17, "width": 21},
         "more": ["x"] * 99,
     },
 ]
@@ -258,8 +285,13 @@ def test_settings() -> None:
         result = outcome(lambda: read_settings(folder), folder)
         if result is None:
             return False
-        assert same(result.to_dict() | {}, {name: json.loads(content)["settings"][name] for name in result.to_dict()})
+        found = json.loads(content)["settings"]
+        assert found.keys() <= BEFORE.keys()  # no unknown setting was passed over
+        assert same(result.to_dict(), {name: found.get(name, BEFORE[name]) for name in BEFORE})
         assert result == Settings.from_dict(result.to_dict())
+        assert result.network in NETWORKS
+        assert result.objective in OBJECTIVES
+        assert result.observed is None or result.observed in MASKS
         assert result.quadrants in (1, 2, 3)
         assert min(result.epochs, result.batch_size, result.latent_dim, *result.hidden) >= 1
         assert 0 < result.learning_rate < math.inf
@@ -268,8 +300,40 @@ def test_settings() -> None:
     fuzz("settings", [(config, by_value) for config in CONFIGS for by_value in (True, False)], check)
 
 
+def test_size_of_the_images() -> None:
+    """Read before anything is made of it: two whole numbers within reason, or a refusal."""
+
+    def check(folder: Path, sides: list[bytes], edits: list[tuple[str, int, int, bytes]]) -> bool:
+        sides = list(sides)
+        for i, edit in enumerate(edits):
+            sides[i % 2] = edited(sides[i % 2], edit)
+        content = b'{"images": {"height": %s, "width": %s}}' % tuple(sides)
+        path = folder / CONFIG
+        path.write_bytes(content)
+        size = outcome(lambda: read_size(folder), folder)
+        if size is None:
+            return False
+        found = json.loads(content)["images"]
+        assert size == (found["height"], found["width"])
+        assert all(type(side) is int and 2 <= side <= LARGEST_SIDE for side in size)
+        return True
+
+    fuzz("size", [[b"28", b"28"], [b"170", b"213"], [b"9999", b"2"]], check)
+
+
+@pytest.mark.parametrize("side", [*WRONG, 1, LARGEST_SIDE + 1, 28.0, "28"], ids=repr)
+@pytest.mark.parametrize("name", ["height", "width"])
+def test_sizes_that_no_image_has(tmp_path: Path, name: str, side: object) -> None:
+    config = {**CONFIGS[0], "images": {"height": 28, "width": 28, name: side}}
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    assert outcome(lambda: read_split(tmp_path), tmp_path) is None
+    for images in (side, [28, 28], {name: 28}):
+        (tmp_path / CONFIG).write_text(json.dumps({**CONFIGS[0], "images": images}))
+        assert outcome(lambda: read_split(tmp_path), tmp_path) is None
+
+
 RECORDS = "".join(
-    json.dumps({"phase": phase, "epoch": epoch, "train_neg_elbo": 70.5 / epoch, "validation_kl": None}) + "\n"
+    json.dumps({"phase": phase, "epoch": epoch, "train_elbo": -70.5 / epoch, "validation_kl": None}) + "\n"
     for phase in ("baseline", "cvae")
     for epoch in (1, 2, 3)
 ).encode()
