@@ -5,7 +5,6 @@ import hashlib
 import lzma
 import shutil
 import struct
-import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from torch import Tensor
 from cvae.data import sources
 from cvae.data.idx import read_idx
 from cvae.data.images import ImageSet
-from cvae.data.masks import Quadrants
+from cvae.data.masks import Split, quadrants
 from cvae.data.sources import load_images, load_test, load_train
 from cvae.errors import DataError
 
@@ -64,11 +63,27 @@ def test_embedded_files_have_the_digests_of_the_originals() -> None:
         assert hashlib.sha256(content).hexdigest() == digest
 
 
-def test_embedded_mnist_is_read_and_checked_in_two_seconds() -> None:
-    started = time.process_time()  # it computes on one thread: what other processes do has no part in it
-    load_images(None, "train")
-    load_images(None, "t10k")
-    assert time.process_time() - started < 2
+@pytest.mark.parametrize("part", NAMES)
+@pytest.mark.parametrize("kind", [0, 1], ids=["images", "labels"])
+def test_embedded_mnist_is_checked_when_it_is_loaded(monkeypatch: pytest.MonkeyPatch, part: str, kind: int) -> None:
+    name = NAMES[part][kind]
+    monkeypatch.setitem(sources.SHA256, name, "0" * 64)
+    with pytest.raises(DataError, match=f"{name}.xz: is damaged"):
+        load_images(None, part)
+
+
+@pytest.mark.parametrize("part", NAMES)
+def test_embedded_mnist_is_decompressed_once(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    """Each of the two files of a part, and none of the other part's."""
+    read: list[str] = []
+
+    def counting(path: Path, num_dims: int, sha256: str | None = None) -> Tensor:
+        read.append(path.name)
+        return read_idx(path, num_dims, sha256)
+
+    monkeypatch.setattr(sources, "read_idx", counting)
+    load_images(None, part)
+    assert read == [f"{name}.xz" for name in NAMES[part]]
 
 
 def test_flipped_byte_that_xz_cannot_see_is_seen(tmp_path: Path) -> None:
@@ -278,14 +293,14 @@ def test_images_without_four_quadrants(tmp_path: Path, height: int, width: int) 
 @pytest.mark.parametrize("num_quadrants", [1, 2, 3])
 def test_batches_hold_every_pixel_once_and_scaled(num_quadrants: int) -> None:
     images = random_images(11, 5, 7)
-    quadrants = Quadrants(num_quadrants, 5, 7)
-    image_set = ImageSet(images, quadrants)
+    split = Split(quadrants(num_quadrants, 5, 7))
+    image_set = ImageSet(images, split)
     assert len(image_set) == 11
     batches = list(image_set.batches(4))
     assert [len(batch.x) for batch in batches] == [4, 4, 3]
     x, y = (torch.cat(parts) for parts in list(zip(*batches, strict=True))[:2])
-    assert x.shape[1] == int(quadrants.observed.sum())
-    assert torch.equal(quadrants.compose(x, y), images.float() / 255)
+    assert x.shape[1] == int(split.observed.sum())
+    assert torch.equal(split.compose(x, y), images.float() / 255)
     rows = torch.tensor([7, 0, 7])
     assert torch.equal(image_set.batch(rows).y, y[rows])
 
