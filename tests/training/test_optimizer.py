@@ -1,5 +1,6 @@
 """GuardedAdam: Adam where all is finite, and nothing at all where it is not."""
 
+import copy
 import io
 import math
 
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 from cvae.errors import NonFiniteError
+from cvae.model.layers import MLP
 from cvae.training import optimizer as optimizer_module
 from cvae.training.optimizer import GROWTH_INTERVAL, INITIAL_SCALE, MAX_STREAK, MAX_UNSEEN, MIN_SCALE, GuardedAdam
 from cvae.training.weights import Weights
@@ -25,8 +27,12 @@ def batch_loss(net, step):
 
 def backward(optimizer, loss):
     """The gradient of the loss, scaled as the optimizer wants it."""
-    optimizer.gradient.zero_()
-    (loss * optimizer.loss_scale).backward()
+    with optimizer.weights.collecting_gradients():
+        optimizer.scaled(loss).backward()
+
+
+def scale_of(optimizer):
+    return 1.0 if optimizer.scale is None else float(optimizer.scale)
 
 
 def advance(net, optimizer, steps):
@@ -46,7 +52,7 @@ def bad_step(net, optimizer, poison, place):
     if place == "loss":
         loss = loss.detach() * poison
     else:
-        net[2].weight.grad[1, 2] = poison
+        optimizer.weights.view("2.weight", optimizer.weights.gradient)[1, 2] = poison
     return bool(optimizer.step(loss))
 
 
@@ -68,49 +74,64 @@ def assert_identical(ours, theirs):
 @pytest.mark.parametrize("loss_scaling", [False, True])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.2])
 def test_is_adam_bit_for_bit_on_finite_gradients(loss_scaling, weight_decay):
-    """On the vector of all weights; a scale, being a power of two, changes no bit either."""
+    """On the two parts of the vector, biases and others; a scale, being a power of two, changes no bit either."""
     net = network()
-    weights = Weights(net.parameters())
+    weights = Weights(net)
     optimizer = GuardedAdam(weights, 1e-2, weight_decay, loss_scaling=loss_scaling)
-    theirs = nn.Parameter(weights.vector.clone())
-    rate = torch.tensor(1e-2)
-    if weight_decay:
-        adam = torch.optim.AdamW([theirs], lr=rate, weight_decay=weight_decay, fused=True)
-    else:
-        adam = torch.optim.Adam([theirs], lr=rate, fused=True)
+    parts = slice(0, weights.decayed), slice(weights.decayed, None)
+    theirs = [nn.Parameter(weights.vector[part].clone()) for part in parts]
+    assert [part.ne(0).sum() for part in theirs] == [8 + 3, 6 * 8 + 8 * 3]
+    groups = [{"params": [theirs[0]], "weight_decay": 0.0}, {"params": [theirs[1]], "weight_decay": weight_decay}]
+    adam = torch.optim.AdamW(groups, lr=torch.tensor(1e-2), fused=True)
     for step in range(20):
         loss = batch_loss(net, step)
         backward(optimizer, loss)
-        theirs.grad = optimizer.gradient / optimizer.loss_scale
+        for part, parameter in zip(parts, theirs, strict=True):
+            parameter.grad = weights.gradient[part] / scale_of(optimizer)
         assert optimizer.step(loss)
         adam.step()
-        assert torch.equal(weights.vector, theirs)
+        assert torch.equal(weights.vector, torch.cat([parameter.detach() for parameter in theirs]))
     assert optimizer.skipped()["skipped_steps"] == 0
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.2])
 def test_is_adam_by_its_formula(weight_decay):
-    """Kingma and Ba 2015, algorithm 1, with the decay of Loshchilov and Hutter 2019, algorithm 2, in float64."""
-    net = network().double()
-    optimizer = GuardedAdam(Weights(net.parameters()), 1e-2, weight_decay)
+    """Kingma and Ba 2015, algorithm 1, with the decay of Loshchilov and Hutter 2019, algorithm 2, in float64.
+
+    Biases are spared the decay, those of networks side by side too.
+    """
+    net = nn.Sequential(network(), MLP((3, 4, 2), copies=1)).double()
+    optimizer = GuardedAdam(Weights(net), 1e-2, weight_decay)
     rate, beta_1, beta_2 = float(torch.tensor(1e-2)), 0.9, 0.999
     weights = {name: weight.detach().clone() for name, weight in net.named_parameters()}
+    assert sum(name.endswith("bias") for name in weights) == 4
     m = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     v = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     data = torch.randn(16, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     for t in range(1, 11):
         loss = net(data).square().mean()
         backward(optimizer, loss)
-        for name, parameter in net.named_parameters():
-            g = parameter.grad
+        for name in weights:
+            g = optimizer.weights.view(name, optimizer.weights.gradient)
+            assert g.ne(0).any()
             m[name] = beta_1 * m[name] + (1 - beta_1) * g
             v[name] = beta_2 * v[name] + (1 - beta_2) * g**2
             m_hat, v_hat = m[name] / (1 - beta_1**t), v[name] / (1 - beta_2**t)
-            decayed = weights[name] * (1 - rate * weight_decay)
-            weights[name] = decayed - rate * m_hat / (v_hat.sqrt() + 1e-8)
+            decay = 0.0 if name.endswith("bias") else weight_decay
+            weights[name] = weights[name] * (1 - rate * decay) - rate * m_hat / (v_hat.sqrt() + 1e-8)
         optimizer.step(loss)
     for name, parameter in net.named_parameters():
         torch.testing.assert_close(parameter.detach(), weights[name], rtol=1e-12, atol=1e-14)
+
+
+def test_scaled_is_the_loss_times_the_scale():
+    loss = torch.tensor(3.0)
+    plain, scaling = (GuardedAdam(Weights(network()), 1e-2, loss_scaling=scaling) for scaling in (False, True))
+    assert plain.scaled(loss) is loss
+    assert plain.scale is None
+    assert scaling.scaled(loss) == 3 * INITIAL_SCALE
+    scaling.scale.fill_(0.25)
+    assert scaling.scaled(loss) == 0.75
 
 
 HALVES = pytest.mark.parametrize(("half", "loss_scaling"), [(torch.bfloat16, False), (torch.float16, True)])
@@ -121,35 +142,44 @@ HALVES = pytest.mark.parametrize(("half", "loss_scaling"), [(torch.bfloat16, Fal
 def test_half_gradient_is_widened_and_the_copy_follows(monkeypatch, half, loss_scaling, at_once):
     """Bit for bit the step on the same gradient in float32, however many weights are taken at a time."""
     monkeypatch.setattr(optimizer_module, "WEIGHTS_AT_ONCE", at_once)
-    start = torch.randn(1000, generator=torch.Generator().manual_seed(0))
-    weights, plain = (Weights([nn.Parameter(start.clone())], kind) for kind in (half, None))
-    optimizer, reference = (GuardedAdam(one, 1e-2, loss_scaling=loss_scaling) for one in (weights, plain))
+    weights, plain = (Weights(MLP((30, 33)), kind) for kind in (half, None))
+    start = torch.randn(len(weights.vector), generator=torch.Generator().manual_seed(0))
+    for one in (weights, plain):
+        one.vector.copy_(start)
+        one.refresh()
+    optimizer, reference = (GuardedAdam(one, 1e-2, 0.2, loss_scaling=loss_scaling) for one in (weights, plain))
+    assert (weights.gradient.dtype, plain.gradient.dtype) == (half, torch.float32)
+    assert len(optimizer._parts) == (2 if at_once > 64 else 17)
     for step in range(20):
-        torch.randn(len(optimizer.gradient), generator=torch.Generator().manual_seed(step), out=reference.gradient)
-        optimizer.gradient.copy_(reference.gradient.mul_(reference.loss_scale / 100))
-        reference.gradient.copy_(optimizer.gradient)
+        torch.randn(len(plain.gradient), generator=torch.Generator().manual_seed(step), out=plain.gradient)
+        weights.gradient.copy_(plain.gradient.mul_(scale_of(reference) / 100))
+        plain.gradient.copy_(weights.gradient)
         loss = torch.tensor(1.0)
         assert optimizer.step(loss)
         assert reference.step(loss)
         assert torch.equal(weights.vector, plain.vector)
         assert torch.equal(weights.working, weights.vector.to(half))
-    assert (weights.vector[:1000] - start).abs().min() > 0
+    assert (weights.vector - start).abs().min() > 0
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16, None])
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf, 3e19])
 def test_bad_number_is_seen_wherever_it_is(half, poison):
     """Or one whose square is not finite: in a vector large enough for several threads."""
-    size = 200_000
-    weights = Weights([nn.Parameter(torch.ones(size))], half)
+    weights = Weights(MLP((400, 500)), half)
     optimizer = GuardedAdam(weights, 1e-2)
+    size = len(weights.vector)
+    assert size > 200_000
+    assert weights.gradient.dtype == (half or torch.float32)
+    weights.vector.fill_(1.0)
+    weights.refresh()
     for place in (0, 1, 31, size // 2 - 1, size // 2, size - 32, size - 1):
-        optimizer.gradient.copy_(torch.linspace(-1, 1, size))
-        optimizer.gradient[place] = poison
+        weights.gradient.copy_(torch.linspace(-1, 1, size))
+        weights.gradient[place] = poison
         assert not optimizer.step(torch.tensor(1.0))
     for vector, value in ((weights.vector, 1), (weights.working, 1), (optimizer.moments, 0), (optimizer.squares, 0)):
         assert vector.eq(value).all()
-    optimizer.gradient.copy_(torch.linspace(-1, 1, size)).mul_(1e4)
+    weights.gradient.copy_(torch.linspace(-1, 1, size)).mul_(1e4)
     assert optimizer.step(torch.tensor(1.0))
     assert weights.vector.isfinite().all()
     assert weights.vector.ne(1).sum() >= size - 1
@@ -162,9 +192,7 @@ def test_bad_number_is_seen_wherever_it_is(half, poison):
 def test_bad_step_leaves_everything_as_it_was(loss_scaling, poison, place, good_steps):
     """Weights, moments and step counts keep every bit; the step after goes on as if nothing had been."""
     net, spared = network(), network()
-    optimizer, undisturbed = (
-        GuardedAdam(Weights(n.parameters()), 1e-2, 0.2, loss_scaling=loss_scaling) for n in (net, spared)
-    )
+    optimizer, undisturbed = (GuardedAdam(Weights(n), 1e-2, 0.2, loss_scaling=loss_scaling) for n in (net, spared))
     advance(net, optimizer, range(good_steps))
     advance(spared, undisturbed, range(good_steps))
     before = snapshot(net, optimizer)
@@ -182,7 +210,7 @@ def test_bad_step_leaves_everything_as_it_was(loss_scaling, poison, place, good_
 def test_streak_of_bad_steps_ends_the_training():
     """Ten in a row, named by the step of the tenth; nine and a good one are forgiven, and an epoch is no excuse."""
     net = network()
-    optimizer = GuardedAdam(Weights(net.parameters()), 1e-2)
+    optimizer = GuardedAdam(Weights(net), 1e-2)
     advance(net, optimizer, range(2))
     for _ in range(MAX_STREAK - 1):
         bad_step(net, optimizer, math.nan, "loss")
@@ -203,10 +231,16 @@ def test_streak_of_bad_steps_ends_the_training():
     assert_identical(snapshot(net, optimizer), before)
 
 
+class OneWeight(nn.Module):
+    def __init__(self, value):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([value]))
+
+
 def test_float16_overflow_halves_the_scale_until_it_fits():
     """A real overflow: the gradient of 1000 · w in float16 is 1000 times the scale, and float16 ends at 65,504."""
-    weight = nn.Parameter(torch.tensor([0.01]))
-    optimizer = GuardedAdam(Weights([weight]), 1e-2, loss_scaling=True)
+    net = OneWeight(0.01)
+    weight, optimizer = net.weight, GuardedAdam(Weights(net), 1e-2, loss_scaling=True)
     optimizer.check("start")
     accepted = []
     for _ in range(12):
@@ -221,14 +255,14 @@ def test_float16_overflow_halves_the_scale_until_it_fits():
 
 
 def test_scale_doubles_after_enough_good_steps():
-    weight = nn.Parameter(torch.ones(1))
-    optimizer = GuardedAdam(Weights([weight]), 1e-6, loss_scaling=True)
+    net = OneWeight(1.0)
+    weight, optimizer = net.weight, GuardedAdam(Weights(net), 1e-6, loss_scaling=True)
 
     def steps(count, poison=1.0):
         for _ in range(count):
             loss = weight.square().sum()
             backward(optimizer, loss)
-            weight.grad.mul_(poison)
+            optimizer.weights.gradient[0] *= poison
             optimizer.step(loss)
             optimizer.check("here")
         return float(optimizer.scale)
@@ -243,7 +277,7 @@ def test_scale_doubles_after_enough_good_steps():
 def test_skipped_steps_are_no_good_steps():
     """A loss that is not finite says nothing for a larger scale."""
     net = network()
-    optimizer = GuardedAdam(Weights(net.parameters()), 1e-6, loss_scaling=True)
+    optimizer = GuardedAdam(Weights(net), 1e-6, loss_scaling=True)
     optimizer.good_steps.fill_(GROWTH_INTERVAL - 1)
     bad_step(net, optimizer, math.nan, "loss")
     assert float(optimizer.scale) == INITIAL_SCALE
@@ -252,7 +286,7 @@ def test_skipped_steps_are_no_good_steps():
 def test_collapsed_scale_ends_the_training():
     """A gradient that is infinite at any scale."""
     net = network()
-    optimizer = GuardedAdam(Weights(net.parameters()), 1e-2, loss_scaling=True)
+    optimizer = GuardedAdam(Weights(net), 1e-2, loss_scaling=True)
     halvings = int(math.log2(INITIAL_SCALE / MIN_SCALE))
     for _ in range(halvings):
         bad_step(net, optimizer, math.inf, "gradient")
@@ -266,7 +300,7 @@ def test_collapsed_scale_ends_the_training():
 def test_restored_optimizer_goes_on_bit_for_bit(loss_scaling):
     """Through a file, into a fresh optimizer, in the middle of a streak and with a scale that has moved."""
     net, twin = network(), network(seed=1)
-    optimizer = GuardedAdam(Weights(net.parameters()), 1e-2, loss_scaling=loss_scaling)
+    optimizer = GuardedAdam(Weights(net), 1e-2, loss_scaling=loss_scaling)
     advance(net, optimizer, range(5))
     bad_step(net, optimizer, math.inf, "gradient")
     for _ in range(MAX_STREAK - 2):
@@ -276,7 +310,7 @@ def test_restored_optimizer_goes_on_bit_for_bit(loss_scaling):
     file.seek(0)
     state = torch.load(file, weights_only=True)
     twin.load_state_dict(state["model"])
-    restored = GuardedAdam(Weights(twin.parameters()), 0.5, loss_scaling=loss_scaling)
+    restored = GuardedAdam(Weights(twin), 0.5, loss_scaling=loss_scaling)
     restored.load_state_dict(state["optimizer"])
     optimizer.start_epoch()
     for n, o in ((net, optimizer), (twin, restored)):
@@ -292,10 +326,55 @@ def test_restored_optimizer_goes_on_bit_for_bit(loss_scaling):
         assert float(optimizer.scale) == float(restored.scale) == INITIAL_SCALE / 2
 
 
+@pytest.mark.parametrize("loss_scaling", [False, True])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda state: state.pop("moments"),
+        lambda state: state.pop("bad_streak"),
+        lambda state: state["squares"].pop(),
+        lambda state: state["squares"].append(torch.zeros(1)),
+        lambda state: state["moments"].__setitem__(0, torch.zeros(9)),
+        lambda state: state["moments"].__setitem__(0, state["moments"][0].double()),
+        lambda state: state.update(updates=torch.zeros(1)),
+        lambda state: state.update(updates=3),
+        lambda state: state.update(bad_streak=1.0),
+        lambda state: state.update(scale=2.0),
+        lambda state: state.update(scale=torch.ones(()) if state["scale"] is None else None),
+    ],
+)
+def test_state_of_another_kind_is_refused(loss_scaling, spoil):
+    optimizer = GuardedAdam(Weights(network()), 1e-2, loss_scaling=loss_scaling)
+    optimizer.load_state_dict(optimizer.state_dict())
+    state = optimizer.state_dict()
+    spoil(state)
+    with pytest.raises((KeyError, TypeError, ValueError, RuntimeError)):
+        optimizer.load_state_dict(state)
+
+
+def test_every_part_goes_on_with_its_count_of_updates(monkeypatch):
+    """Adam corrects its averages by how many steps there were: a part that began anew would go too far."""
+    monkeypatch.setattr(optimizer_module, "WEIGHTS_AT_ONCE", 16)
+    states = []
+    for restored in (False, True):
+        torch.manual_seed(0)
+        net = MLP((6, 8))
+        optimizer = GuardedAdam(Weights(net, torch.bfloat16), 1e-2)
+        for step in range(6):
+            if restored and step == 3:
+                state = copy.deepcopy(optimizer.state_dict())
+                optimizer = GuardedAdam(optimizer.weights, 1e-2)
+                optimizer.load_state_dict(state)
+            optimizer.weights.gradient.copy_(torch.linspace(-1, step, len(optimizer.weights.gradient)))
+            assert optimizer.step(torch.tensor(1.0))
+        states.append(snapshot(net, optimizer))
+    assert_identical(*states)
+
+
 def test_looks_often_enough():
     """So many steps may go unseen, and no more: it is an error, not a miscount."""
     net = network()
-    optimizer = GuardedAdam(Weights(net.parameters()), 1e-6)
+    optimizer = GuardedAdam(Weights(net), 1e-6)
     advance(net, optimizer, range(MAX_UNSEEN))
     assert optimizer.skipped() == {"skipped_steps": 0}
     assert optimizer.steps == MAX_UNSEEN
@@ -306,7 +385,7 @@ def test_looks_often_enough():
 def test_learning_rate_tensor_is_the_one_in_use():
     """What a schedule fills in holds for the next step; zero moves nothing."""
     net = network()
-    optimizer = GuardedAdam(Weights(net.parameters()), 1e-2)
+    optimizer = GuardedAdam(Weights(net), 1e-2)
     advance(net, optimizer, range(3))
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     optimizer.learning_rate.fill_(0.0)
