@@ -71,7 +71,7 @@ class Settings:
     """The settings of one run. Raises ValueError, in one line, for a value that makes no sense."""
 
     quadrants: int = setting(1, whole(1, 3, "1, 2 or 3"), "observed quadrants; several numbers make several runs")
-    observed: str | None = setting(None, optional(NAME), "mask of the observed pixels, by name, in place of quadrants")
+    observed: str | None = setting(None, optional(NAME), "mask of the observed pixels, in place of quadrants")
     network: str = setting("tutorial", NAME, "networks of the CVAE and of its baseline")
     objective: str = setting("elbo", NAME, "objective of the CVAE")
     alpha: float = setting(0.5, SHARE, "weight of the elbo in the hybrid objective; that of gsnn is the rest")
@@ -83,7 +83,9 @@ class Settings:
     patience: int = setting(3, COUNT, "epochs without improvement on the validation images before training stops")
     batch_size: int = setting(128, COUNT, "images per step, over all processes")
     learning_rate: float = setting(2e-3, number(lambda v: v > 0, "a positive number"), "highest learning rate of AdamW")
-    schedule: str = setting("cosine", one_of("cosine", "constant"), "learning rate after the warm-up")
+    schedule: str = setting(
+        "cosine", one_of("cosine", "constant"), "learning rate after the warm-up: cosine or constant"
+    )
     warmup_epochs: float = setting(
         1.0,
         number(lambda v: v >= 0, "a number of at least 0"),
@@ -96,7 +98,7 @@ class Settings:
         500, whole(0, 1 << 31, "a whole number of at least 0"), "steps that the average of the weights spans; 0: none"
     )
     seed: int = setting(0, whole(-(1 << 63), 1 << 63, "a whole number"), "random seed")
-    data: str | None = setting(None, optional(NAME), "folder with the four IDX files of another data set")
+    data: str | None = setting(None, optional(NAME), "folder with the four IDX files of a data set other than MNIST")
     train_limit: int | None = setting(None, optional(COUNT), "number of training images to use, the first ones")
     device: str = setting("auto", NAME, "auto, cpu, cuda or cuda:n")
     precision: str = setting(
@@ -141,13 +143,12 @@ def add_flags(parser: argparse.ArgumentParser, choices: dict[str, Collection[str
     group = parser.add_argument_group("settings")
     for each in fields(Settings):
         kind, default = each.metadata["kind"], each.default
-        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-        words = f"{each.metadata['text']} (default: {shown})"
-        if each.name in choices:
-            words = f"{', '.join(choices[each.name])}: {words}"
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else "none" if default is None else default
+        names = f": {', '.join(choices[each.name])}" if each.name in choices else ""
+        words = f"{each.metadata['text']}{names} (default: {shown})"
         more: dict[str, Any] = {"action": "store_true"}
         if kind is not SWITCH:
             many = "+" if each.name == "quadrants" or isinstance(default, tuple) else None
             metavar = {int: "N", float: "X"}.get(kind.parse, "NAME")
             more = {"type": kind.parse, "nargs": many, "metavar": metavar, "choices": choices.get(each.name)}
-        group.add_argument(flag(each.name), default=argparse.SUPPRESS, help=words.replace("%", "%%"), **more)
+        group.add_argument(flag(each.name), default=argparse.SUPPRESS, help=words, **more)
