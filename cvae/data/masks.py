@@ -39,15 +39,12 @@ def columns(first: float, last: float, height: int, width: int) -> Tensor:
 
 
 MASKS: dict[str, Callable[[int, int], Tensor]] = {
-    "1": partial(quadrants, 1),
-    "2": partial(quadrants, 2),
-    "3": partial(quadrants, 3),
     "left": partial(columns, 0, 0.5),
     "right": partial(columns, 0.5, 1),
     "top": partial(rows, 0, 0.5),
     "bottom": partial(rows, 0.5, 1),
 }
-"""Makers of masks by name: height, width → bool `[height, width]`, True = given."""
+"""Makers of masks, by name: height, width → bool `[height, width]`, True = given."""
 
 
 def mask(s: Settings, height: int, width: int) -> Tensor:
@@ -55,10 +52,11 @@ def mask(s: Settings, height: int, width: int) -> Tensor:
 
     Raises ValueError for a mask that there is not.
     """
-    name = str(s.quadrants) if s.observed is None else s.observed
-    if name not in MASKS:
-        raise ValueError(f"observed has to be one of {', '.join(MASKS)}, not {name!r}")
-    return MASKS[name](height, width)
+    if s.observed is None:
+        return quadrants(s.quadrants, height, width)
+    if s.observed not in MASKS:
+        raise ValueError(f"observed has to be one of {', '.join(MASKS)}, not {s.observed!r}")
+    return MASKS[s.observed](height, width)
 
 
 class Split:
