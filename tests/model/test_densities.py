@@ -7,17 +7,18 @@ import pytest
 import scipy.integrate
 import scipy.stats
 import torch
-from torch.autograd import gradcheck, gradgradcheck
+from torch import Tensor
+from torch.autograd import gradcheck
 from torch.distributions import Independent, Normal, kl_divergence
 
 from cvae.model.densities import (
     Gaussian,
     bernoulli_entropy,
     bernoulli_log_prob,
-    bernoulli_log_prob_and_grad,
     gaussian_kl,
-    gaussian_kl_and_grads,
     gaussian_log_prob,
+    gaussian_score,
+    widen,
 )
 
 SCALAR_GAUSSIANS = [(0.0, 0.0), (-1.5, 0.7), (3.0, -2.0), (0.2, 1.9)]  # loc, log_scale
@@ -114,8 +115,8 @@ LOGITS = [*LOGITS, *(-logit for logit in LOGITS)]
 def test_bernoulli_log_prob_matches_its_formula(dtype, y, with_grad):
     """Of each pixel, up to the rounding of 1 or of the logit, whichever is larger: under 1e-7 for black at l ≤ 0."""
     logits = torch.tensor(LOGITS, dtype=dtype)
-    pixels = torch.full((len(LOGITS), 1), y, dtype=dtype), logits[:, None]
-    ours = bernoulli_log_prob_and_grad(*pixels)[0] if with_grad else bernoulli_log_prob(*pixels)
+    pixels = torch.full((len(LOGITS), 1), y, dtype=dtype), logits[:, None].clone().requires_grad_(with_grad)
+    ours = bernoulli_log_prob(*pixels).detach()
     assert ours.dtype == dtype
     exact = y * logits.double().numpy() - np.logaddexp(0, logits.double().numpy())
     errors = np.abs(ours.double().numpy() - exact)
@@ -137,36 +138,147 @@ def test_bernoulli_sums_pixels_and_broadcasts():
     torch.testing.assert_close(bernoulli_log_prob(y, logits), pixels.sum(-1), rtol=1e-12, atol=0)
 
 
-def test_bernoulli_gradients():
+def plain_bernoulli(y: Tensor, logits: Tensor) -> Tensor:
+    return (y * logits - torch.nn.functional.softplus(logits)).sum(-1)
+
+
+def plain_kl(q: Gaussian, p: Gaussian) -> Tensor:
+    shift = (q.loc - p.loc) / p.log_scale.exp()
+    kl = p.log_scale - q.log_scale + 0.5 * ((2 * (q.log_scale - p.log_scale)).exp() + shift**2) - 0.5
+    return kl.sum(-1)
+
+
+def random_pixels() -> tuple[Tensor, Tensor]:
+    """Grey levels `[4, 5]`, and logits `[3, 4, 5]` against which they broadcast."""
     random = torch.Generator().manual_seed(9)
     y = torch.rand(4, 5, generator=random, dtype=torch.float64)
-    logits = (5 * torch.randn(3, 4, 5, generator=random, dtype=torch.float64)).requires_grad_()
+    return y, (5 * torch.randn(3, 4, 5, generator=random, dtype=torch.float64)).requires_grad_()
+
+
+def random_pair() -> list[Tensor]:
+    """q's loc and log-scale, p's loc and log-scale, `[4, 3]` each."""
+    return [
+        part.requires_grad_() for gaussian in (random_gaussian(0, 4, 3), random_gaussian(1, 4, 3)) for part in gaussian
+    ]
+
+
+def kl_of(*parameters: Tensor) -> Tensor:
+    return gaussian_kl(Gaussian(*parameters[:2]), Gaussian(*parameters[2:]))
+
+
+def test_bernoulli_gradients():
+    y, logits = random_pixels()
     assert gradcheck(lambda logits: bernoulli_log_prob(y, logits), logits)
-    assert gradgradcheck(lambda logits: bernoulli_log_prob(y, logits), logits)
     extreme = torch.tensor([-1e4, -100.0, 100.0, 1e4], requires_grad=True)
     bernoulli_log_prob(torch.tensor([1.0, 0.0, 0.25, 1.0]), extreme).backward()
     assert extreme.grad.tolist() == [1.0, 0.0, -0.75, 0.0]
 
 
 def test_gradient_of_the_bernoulli_is_autograds():
-    random = torch.Generator().manual_seed(9)
-    y = torch.rand(4, 5, generator=random, dtype=torch.float64)
-    logits = (5 * torch.randn(3, 4, 5, generator=random, dtype=torch.float64)).requires_grad_()
-    log_prob, grad = bernoulli_log_prob_and_grad(y, logits.detach())
-    expected = bernoulli_log_prob(y, logits)
-    torch.testing.assert_close(log_prob, expected, rtol=1e-12, atol=1e-12)
-    assert torch.equal(grad, torch.autograd.grad(expected.sum(), logits)[0])
+    """Of the plain formula, whatever the sums are multiplied with."""
+    y, logits = random_pixels()
+    ours, expected = bernoulli_log_prob(y, logits), plain_bernoulli(y, logits)
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+    factors = random_gaussian(2, 3, 4).loc
+    (found,) = torch.autograd.grad(ours, logits, factors)
+    torch.testing.assert_close(found, torch.autograd.grad(expected, logits, factors)[0], rtol=1e-12, atol=1e-14)
 
 
-def test_gradient_of_the_kl_is_autograds():
-    """Written out, in float64; by p.loc it is minus that by q.loc."""
-    q, p = random_gaussian(0, 4, 3), random_gaussian(1, 4, 3)
-    kl, by_loc, by_q, by_p = gaussian_kl_and_grads(q, p)
-    expected = gaussian_kl(*(Gaussian(*(tensor.requires_grad_() for tensor in gaussian)) for gaussian in (q, p)))
-    torch.testing.assert_close(kl, expected, rtol=1e-12, atol=1e-12)
-    gradients = torch.autograd.grad(expected.sum(), (*q, *p))
-    for ours, theirs in zip((by_loc, by_q, -by_loc, by_p), gradients, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+@pytest.mark.parametrize("frozen", [(), (0,), (1,), (2, 3), (0, 1)], ids=str)
+def test_gradient_of_the_kl_is_autograds(frozen):
+    """Of the plain formula, whatever the sums are multiplied with, and if some of its arguments are constants."""
+    parameters = random_pair()
+    for i in frozen:
+        parameters[i].requires_grad_(False)
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    ours = kl_of(*parameters)
+    expected = plain_kl(Gaussian(*parameters[:2]), Gaussian(*parameters[2:]))
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+    factors = random_gaussian(2, 4).loc
+    for found, theirs in zip(
+        torch.autograd.grad(ours, trained, factors), torch.autograd.grad(expected, trained, factors), strict=True
+    ):
+        torch.testing.assert_close(found, theirs, rtol=1e-12, atol=1e-12)
+    if not frozen:
+        assert gradcheck(kl_of, parameters)
+
+
+def test_gradient_of_the_kl_of_one_gaussian_used_twice():
+    """q and p may share a parameter: both of its derivatives count."""
+    loc, log_scale, other = random_pair()[:3]
+    (found,) = torch.autograd.grad(kl_of(loc, log_scale, other, log_scale).sum(), log_scale)
+    expected = plain_kl(Gaussian(loc, log_scale), Gaussian(other, log_scale))
+    torch.testing.assert_close(found, torch.autograd.grad(expected.sum(), log_scale)[0], rtol=1e-12, atol=1e-12)
+
+
+def bernoulli_and_arguments() -> tuple[Tensor, list[Tensor]]:
+    y, logits = random_pixels()
+    return bernoulli_log_prob(y, logits), [logits]
+
+
+def kl_and_arguments() -> tuple[Tensor, list[Tensor]]:
+    parameters = random_pair()
+    return kl_of(*parameters), parameters
+
+
+CASES = pytest.mark.parametrize("case", [bernoulli_and_arguments, kl_and_arguments])
+
+
+@CASES
+def test_derivatives_of_derivatives_are_refused(case):
+    """They are not written out: an error, and no wrong number."""
+    value, parameters = case()
+    gradients = torch.autograd.grad(value.square().sum(), parameters, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        sum(gradient.square().sum() for gradient in gradients).backward()
+
+
+@CASES
+def test_derivative_taken_twice_is_the_same(case):
+    """What is kept for the backward pass is not changed by it, nor what it gives back by the next."""
+    value, parameters = case()
+    first = torch.autograd.grad(value.sum(), parameters, retain_graph=True)
+    kept = [gradient.clone() for gradient in first]
+    (value.sum() * 3).backward(retain_graph=True)
+    second = torch.autograd.grad(value.sum(), parameters)
+    for gradient, copied, again, parameter in zip(first, kept, second, parameters, strict=True):
+        assert torch.equal(gradient, copied)
+        assert torch.equal(again, copied)
+        torch.testing.assert_close(parameter.grad, 3 * copied, rtol=1e-14, atol=0)
+
+
+def test_arguments_are_not_changed():
+    y, logits = random_pixels()
+    parameters = random_pair()
+    copies = [tensor.detach().clone() for tensor in (y, logits, *parameters)]
+    bernoulli_log_prob(y, logits).sum().backward()
+    kl_of(*parameters).sum().backward()
+    with torch.no_grad():
+        bernoulli_log_prob(y, logits)
+        kl_of(*parameters)
+    assert all(torch.equal(*pair) for pair in zip((y, logits, *parameters), copies, strict=True))
+
+
+def test_score_is_the_derivative_of_the_log_prob():
+    gaussian, z = random_gaussian(3, 7, 5), random_gaussian(4, 3, 7, 5).loc.requires_grad_()
+    (expected,) = torch.autograd.grad(gaussian_log_prob(z, gaussian).sum(), z)
+    torch.testing.assert_close(gaussian_score(z, gaussian), expected, rtol=1e-12, atol=0)
+
+
+def test_detached_gaussian_is_a_constant():
+    gaussian = Gaussian(*(part.requires_grad_() for part in random_gaussian(3, 7, 5)))
+    constant = gaussian.detach()
+    for part, original in zip(constant, gaussian, strict=True):
+        assert not part.requires_grad
+        assert torch.equal(part, original)
+
+
+def test_widening_leaves_what_is_wide():
+    for dtype in (torch.float32, torch.float64):
+        tensor = torch.ones(3, dtype=dtype)
+        assert widen(tensor) is tensor
+    for dtype in (torch.float16, torch.bfloat16):
+        assert widen(torch.ones(3, dtype=dtype)).dtype == torch.float32
 
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
