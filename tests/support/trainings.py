@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support.scripts import ROOT, small_mnist, write_data
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
 from cvae.data.sources import load_images
 from cvae.run import checkpoint
 from cvae.run.folder import read_json, read_metrics
+from support.scripts import ROOT, small_mnist, write_data
 
 SMALL = [
     "--hidden", "32", "32", "--latent-dim", "8", "--train-limit", "300", "--batch-size", "32",

@@ -1,22 +1,22 @@
-"""A training step: what it may ask of the device, and what mixed precision changes."""
+"""A training step: what it may ask of the device, what it adds up, and what mixed precision changes."""
 
+import copy
+import math
 from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
-from test_gradients import gradients_of
+from support.steps import CPU, cases, make_phase, make_run, make_step
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cvae import runtime
-from cvae.data.images import Batch, ImageSet
-from cvae.distributed import Processes
-from cvae.training.gradients import by_autograd, by_hand
-from train import training_step
+from cvae.model.networks import NETWORKS
+from cvae.model.objectives import maximised
+from cvae.settings import Settings
 
-CPU = torch.device("cpu")
-MODELS = pytest.mark.parametrize("which", ["baseline", "cvae"])
+PRECISIONS = pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 
 
 class Watch(TorchDispatchMode):
@@ -47,63 +47,132 @@ def test_watch_notices(forbidden):
         forbidden(torch.ones(3))
 
 
-@MODELS
-@pytest.mark.parametrize("way", [by_hand, by_autograd])
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@cases()
+@PRECISIONS
 @pytest.mark.parametrize("cached", [False, True], ids=["guess", "cached guess"])
-def test_step_never_waits_for_the_device(make_toy, which, way, precision, cached):
+def test_step_never_waits_for_the_device(make_toy, case, precision, cached):
     """From the rows of a batch to the new weights and totals: no number read, no shape that hangs on data."""
-    toy = make_toy(count=20, particles=2, dtype=torch.float32)
-    model = toy.model(which)
-    images = ImageSet(toy.images.mul(255).to(torch.uint8), toy.quadrants)
-    if cached:
-        images.set_guesses(toy.cvae.baseline_net.guess, runtime.HALF.get(precision))
-    gradients, optimizer = gradients_of(way, model, precision)
-    totals = torch.zeros(3, dtype=torch.float64)
+    toy = case.make(make_toy, count=20, gain=1.0, dtype=torch.float32)
+    phase = make_phase(case, toy, cached=cached, precision=precision)
+    step = make_step(phase, make_run(Settings(batch_size=8), precision))
+    weights, optimizer = step.weights, step.optimizer
+    assert (weights.half is not None) == (case.network in {*NETWORKS, "two levels"} and precision != "fp32")
     permutation = torch.randperm(20)
-    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    random = runtime.generator(CPU, 0)
+    before = {name: parameter.clone() for name, parameter in phase.model.named_parameters()}
+    has_gradient = {name: torch.zeros(()) for name in weights}
+    step.weights.model.train()
     with Watch() as watch:
         for i in range(2):
-            rows = permutation[8 * i : 8 * (i + 1)]
-            eps = torch.randn(2, 8, model.latent_dim)
             optimizer.learning_rate.fill_(1e-3)
-            training_step(gradients, images, optimizer, totals, 8, Processes(), rows, eps)
-    products = {"baddbmm", "bmm"} if way is by_hand else {"addmm", "mm"}  # forward and backward
-    assert products | {"index_select", "_fused_adamw_"} <= watch.seen
+            step(permutation[8 * i : 8 * (i + 1)], *phase.noise(8, random))
+            for name in weights:
+                has_gradient[name] += weights.view(name, weights.gradient).abs().sum()
+    if case.network in NETWORKS:
+        assert {"baddbmm", "bmm"} <= watch.seen  # forward and backward
+    assert {"index_select", "_fused_adamw_"} <= watch.seen
     skipped = optimizer.skipped()
-    assert totals[2] == 8 * (optimizer.steps - sum(skipped.values()))
+    assert step.totals.sums[-1] == 8 * (optimizer.steps - sum(skipped.values()))
+    assert optimizer.steps == 2
     if precision != "fp16":  # there the first steps may go into finding the scale
-        for name, parameter in model.named_parameters():
-            assert torch.equal(parameter, before[name]) == (not parameter.requires_grad), name
+        assert sum(skipped.values()) == 0
+        for name, parameter in phase.model.named_parameters():
+            changed = parameter.requires_grad and bool(has_gradient[name].ne(0))
+            assert torch.equal(parameter, before[name]) != changed, name
+        assert all(has_gradient.values()) or case.objective == "gsnn" or case.network == "regularised"
 
 
-@MODELS
+@cases()
+def test_terms_are_added_to_the_totals(make_toy, case):
+    """Of each step that was taken, whole: sums over its images, and their number."""
+    toy = case.make(make_toy, count=20, gain=1.0, dtype=torch.float32)
+    phase = make_phase(case, toy)
+    step = make_step(phase, make_run(Settings(batch_size=8)))
+    model, random = step.weights.model.train(), runtime.generator(CPU, 0)
+    rows, expected = torch.randperm(20), {}
+    for i in range(4):
+        taken, eps = i != 2, phase.noise(8, random)
+        chosen = rows[4 * i : 4 * i + 8]
+        runtime.seed_dropout(i)
+        terms = phase.objective(copy.deepcopy(model), phase.train.batch(chosen), *eps)
+        runtime.seed_dropout(i)
+        if not taken:  # a step whose loss is NaN
+            step.images.vectors, whole = step.images.vectors.float().fill_(math.nan), step.images.vectors
+        step(chosen, *eps)
+        if taken:
+            for name, term in terms.items():
+                expected[name] = expected.get(name, 0.0) + term.detach().double().sum().item()
+        else:
+            step.images.vectors = whole
+            for module in model.modules():  # which the bad batch has spoilt; in training the run would end
+                if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+                    module.reset_running_stats()
+    assert step.totals.names == list(expected)
+    assert step.totals.sums[-1] == 3 * 8
+    for name, mean in step.totals.means().items():
+        assert mean == pytest.approx(expected[name] / 24, rel=1e-6), name
+    assert step.optimizer.skipped() == {"skipped_steps": 1}
+
+
+@cases(networks=NETWORKS)
+@pytest.mark.parametrize("shares", [[8], [3, 5], [0, 8]], ids=str)
+def test_loss_is_minus_the_objective_per_image(make_toy, case, shares):
+    """Its gradient is that of the mean over a batch, to which each process adds that of its share."""
+    toy = case.make(make_toy, count=20, gain=1.0, dtype=torch.float32)
+    phase = make_phase(case, toy)
+    plain = copy.deepcopy(phase.model)
+    step = make_step(phase, make_run(Settings(batch_size=8)), learning_rate=0.0)
+    rows, eps = torch.randperm(20)[:8], phase.noise(8, runtime.generator(CPU, 0))
+    terms = phase.objective(plain, phase.train.batch(rows), *eps)
+    (-maximised(terms).mean()).backward()
+
+    total, losses = torch.zeros_like(step.weights.gradient), []
+    step.run.processes.sum_ = lambda gradient, loss: losses.append(loss.item())  # what is exchanged
+    for part in torch.arange(8).split(shares):
+        step(rows[part], *(each[:, part] for each in eps))
+        total += step.weights.gradient
+    assert sum(losses) == pytest.approx(-maximised(terms).mean().item(), rel=1e-5)
+    expected = {name: parameter.grad for name, parameter in plain.named_parameters() if parameter.requires_grad}
+    assert set(expected) == set(step.weights)
+    for name, gradient in expected.items():
+        found = step.weights.view(name, total)
+        torch.testing.assert_close(found, gradient, rtol=0, atol=1e-5 * gradient.abs().max().item(), msg=name)
+    assert step.totals.sums[-1] == 8
+
+
+@cases(networks=NETWORKS)
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_mixed_precision_agrees_with_float32(make_toy, which, precision):
+def test_mixed_precision_agrees_with_float32(make_toy, case, precision):
     """Per image, the log-likelihood to half a machine epsilon of the half type, the KL to two; each gradient to eight.
 
-    The step that follows lowers the loss as much as float32's does, to a hundredth.
+    The step that follows lowers the loss as much as float32's does, to a hundredth. The toys have few units so close to
+    the edge of their ReLU that rounding brings them to its other side, which costs a gradient some epsilons each.
     """
     epsilon = torch.finfo(runtime.HALF[precision]).eps
     results = {}
     for name in ("fp32", precision):
-        toy = make_toy(1, 28, 28, hidden=(100, 80), latent_dim=20, count=64, dtype=torch.float32)
-        model, batch = toy.model(which), Batch(toy.x, toy.y, None)
-        gradients, optimizer = gradients_of(by_hand, model, name)
-        eps, accepted = toy.eps[..., : model.latent_dim], False
+        toy = case.make(
+            make_toy, height=28, width=28, hidden=(100, 80), latent_dim=20, count=64, dtype=torch.float32,
+            seed={"tutorial": 0, "paper": 2}[case.network],
+        )  # fmt: skip
+        step = make_step(make_phase(case, toy), make_run(Settings(), name))
+        weights, optimizer, eps, accepted = step.weights, step.optimizer, case.noise(toy), False
         while not accepted:  # a scale that overflows is halved, and the weights stay as they were
-            scale = optimizer.loss_scale / 64
-            terms = gradients(batch, eps, scale)
-            found = [optimizer.weights.view(weight, optimizer.gradient).float() / scale for weight in optimizer.weights]
-            accepted = bool(optimizer.step(loss := -terms.elbo.mean()))
+            terms = case.function()(weights.model, toy.batch, *eps)
+            loss = -maximised(terms).mean()
+            scale = 1.0 if optimizer.scale is None else float(optimizer.scale)
+            with weights.collecting_gradients():
+                optimizer.scaled(loss).backward()
+            found = [weights.view(weight, weights.gradient).float() / scale for weight in weights]
+            accepted = bool(optimizer.step(loss.detach()))
             optimizer.check("here")
-        after = -gradients(batch, eps, 1.0).elbo.mean()
-        assert all(value.dtype == torch.float32 for value in terms)
-        results[name] = (terms, found, loss.item(), after.item())
+        after = -maximised(case.function()(weights.model, toy.batch, *eps)).mean()
+        assert all(value.dtype == torch.float32 for value in terms.values())
+        results[name] = ({name: value.detach() for name, value in terms.items()}, found, loss.item(), after.item())
     (wide, wide_gradients, wide_loss, wide_after), (half, half_gradients, _, half_after) = results.values()
-    assert not torch.equal(half.elbo, wide.elbo)  # it was in half precision
-    torch.testing.assert_close(half.log_likelihood, wide.log_likelihood, rtol=epsilon / 2, atol=0)
-    torch.testing.assert_close(half.kl, wide.kl, rtol=2 * epsilon, atol=0)
+    assert not torch.equal(maximised(half), maximised(wide))  # it was in half precision
+    for name, value in wide.items():
+        torch.testing.assert_close(half[name], value, rtol=2 * epsilon if name == "kl" else epsilon / 2, atol=0)
     for ours, theirs in zip(half_gradients, wide_gradients, strict=True):
         assert (ours - theirs).norm() <= 8 * epsilon * theirs.norm()
     gain = wide_loss - wide_after

@@ -1,0 +1,86 @@
+"""What the tests of training share: the parts of a step, put together for a toy as `train.fit` does it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from reference.networks import TEST_NETWORKS
+from torch import Tensor, nn
+
+import train
+from cvae import runtime
+from cvae.data.images import ImageSet
+from cvae.distributed import Processes
+from cvae.model.likelihood import noise
+from cvae.model.networks import NETWORKS
+from cvae.model.objectives import OBJECTIVES, log_likelihood, objective
+from cvae.run.session import Run
+from cvae.settings import Settings
+from cvae.training.optimizer import GuardedAdam
+from cvae.training.phase import Phase
+from cvae.training.weights import Weights
+
+CPU = torch.device("cpu")
+ALL_NETWORKS = {**NETWORKS, **TEST_NETWORKS}
+
+
+class Case(NamedTuple):
+    """What is trained: a network and an objective of its CVAE, or of its baseline, "baseline"."""
+
+    network: str
+    objective: str
+
+    @property
+    def which(self) -> str:
+        """What `Toy.model` takes."""
+        return "baseline" if self.objective == "baseline" else "cvae"
+
+    def make(self, make_toy: Callable[..., Any], **more: Any) -> Any:
+        """A toy of this network."""
+        return make_toy(network=ALL_NETWORKS[self.network], **more)
+
+    def function(self) -> Callable[..., dict[str, Tensor]]:
+        """The objective; its own settings are not the default ones."""
+        return log_likelihood if self.which == "baseline" else objective(Settings(objective=self.objective, alpha=0.3))
+
+    def noise(self, toy: Any) -> tuple[Tensor, ...]:
+        """The toy's, if the objective takes any."""
+        return () if self.which == "baseline" else (toy.eps,)
+
+
+def cases(networks: Any = ALL_NETWORKS, objectives: Any = ("baseline", *OBJECTIVES)) -> pytest.MarkDecorator:
+    """A test for each of the networks and each of the objectives."""
+    found = [Case(network, objective) for network in networks for objective in objectives]
+    return pytest.mark.parametrize("case", found, ids=" ".join)
+
+
+def make_run(settings: Settings, precision: str = "fp32", rank: int = 0, count: int = 1) -> Run:
+    """A run that has no folder: what a step and an epoch need of it."""
+    processes = Processes()
+    processes.rank, processes.count = rank, count
+    return Run(Path("nowhere"), settings, CPU, precision, processes, runtime.Interruption(), quiet=True)
+
+
+def make_phase(case: Case, toy: Any, particles: int = 2, cached: bool = True, precision: str = "fp32") -> Phase:
+    """A phase whose images for training and validation are the toy's. cached: the baseline's guesses are computed."""
+    model: nn.Module = toy.model(case.which)
+    images = ImageSet(toy.images.mul(255).round().to(torch.uint8), toy.split)
+    if cached and case.which == "cvae":
+        toy.cvae.baseline_net.eval()
+        images.set_guesses(toy.cvae.baseline_net, runtime.HALF.get(precision))
+
+    def draw_noise(count: int, random: torch.Generator) -> tuple[Tensor, ...]:
+        return (noise(particles, count, toy.cvae, random),) if case.which == "cvae" else ()
+
+    return Phase(case.which, model, case.function(), 9, images, images, draw_noise, lambda model: torch.zeros(1))
+
+
+def make_step(phase: Phase, run: Run, learning_rate: float = 1e-3, weight_decay: float = 0.0) -> train.Step:
+    """A step, its weights and its optimizer."""
+    s = run.settings
+    half = None if s.compile else runtime.HALF.get(run.precision)
+    weights = Weights(phase.model, half, slots=not s.compile)
+    optimizer = GuardedAdam(weights, learning_rate, weight_decay, loss_scaling=run.precision == "fp16")
+    return train.Step(phase, weights, optimizer, run)
