@@ -5,22 +5,19 @@ import signal
 import time
 from pathlib import Path
 
-SPIN_ALONE, SPIN_BESIDE_OTHERS = "4000", "500"
-"""How often a waiting thread of libgomp looks for work before it sleeps, in turns of some 20 ns. Its own choice is
-300,000: some milliseconds, in which it keeps the processor from another program, or from the very thread that it waits
-for. Measured: docs/speed.md."""
-
 LOOKS, PAUSE_S = 5, 0.01  # at what else runs
 
 
 def before_torch() -> None:
-    """Let Ctrl-C simply end the process, until a run's own handlers are in place, and bound how long threads spin.
+    """Let Ctrl-C simply end the process, until a run's own handlers are in place, and choose how threads wait.
 
-    Whatever the user has set of the two variables that say how OpenMP's threads wait is left alone.
+    libgomp's threads spin for some milliseconds before they sleep. On a processor of their own that is fastest; beside
+    other programs they take the time that these, and the threads they wait for, are due: then they sleep at once.
+    Measured: docs/speed.md. What the user has set of the two variables that say how threads wait is left alone.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if "OMP_WAIT_POLICY" not in os.environ and "GOMP_SPINCOUNT" not in os.environ:
-        os.environ["GOMP_SPINCOUNT"] = SPIN_BESIDE_OTHERS if others_want_the_processors() else SPIN_ALONE
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys() and others_want_the_processors():
+        os.environ["GOMP_SPINCOUNT"] = "0"
 
 
 def others_want_the_processors() -> bool:
