@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from support.trainings import (
     ENDLESS,
     ROOT,
@@ -27,11 +26,10 @@ from support.trainings import (
     wait_until,
 )
 
-import eval as evaluation
-from cvae.data.masks import Quadrants
 from cvae.errors import DataError
 from cvae.run import checkpoint
-from cvae.run.folder import finished_runs, read_json, read_metrics, read_settings
+from cvae.run.folder import finished_runs, read_json, read_metrics
+from cvae.run.load import load
 
 
 def assert_goes_on_to_the_same_end(folder: Path, forked: Forked) -> None:
@@ -167,7 +165,7 @@ def test_exploding_weights(work: Path, forked: Forked, phase: str, flags: list[s
     records = read_metrics(folder / "metrics.jsonl")[before:]
     assert [record["epoch"] for record in records] == [1, 2, 3]
     assert [record["skipped_steps"] for record in records] == [0, 0, 8]
-    quantity = "validation_nll" if phase == "baseline" else "validation_neg_elbo"
+    quantity = "validation_log_likelihood" if phase == "baseline" else "validation_elbo"
     assert [record[quantity] is None for record in records] == [False, False, True]
 
     # The weights of its best epoch, the second, are those of a training that did not come to the third.
@@ -241,15 +239,13 @@ def test_readers_see_whole_files(work: Path, forked: Forked) -> None:
     for name in ("still", "moving"):
         assert forked(*argv, name)["code"] == 0
     folder = work / "runs/moving"
-    settings, quadrants = read_settings(folder), Quadrants(1, 28, 28)
     bests = set()
     with running(*train_command("--resume", "moving", "--epochs", "5000", "--quiet"), cwd=work) as process:
         wait_until(lambda: len(epochs_logged(folder)) > 4, process)
         reads = 0
         while len(bests) < 20 or reads < 100:
             assert process.poll() is None
-            model = evaluation.load_model(folder, settings, quadrants, torch.device("cpu"))
-            bests.add(str(plain(model.state_dict())["generation_net.layers.0.bias"]))
+            bests.add(str(plain(load(folder).state_dict())["generation_net.layers.0.bias"]))
             last = checkpoint.load(folder / "last.pt")
             records = read_metrics(folder / "metrics.jsonl")
             assert [record["epoch"] for record in records] == [1, 2, *range(1, len(records) - 1)]

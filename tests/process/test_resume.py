@@ -237,6 +237,7 @@ def test_more_epochs(work: Path, forked: Forked) -> None:
 
 
 CONTRADICTIONS = [
+    "--observed left", "--network paper", "--objective gsnn", "--objective hybrid", "--alpha 0.25",
     "--quadrants 2", "--quadrants 1 2", "--device cuda", "--precision bf16", "--baseline-epochs 3", "--patience 9",
     "--batch-size 31", "--learning-rate 0.5", "--schedule constant", "--warmup-epochs 7", "--weight-decay 0.1",
     "--average 7", "--hidden 32 33", "--latent-dim 9", "--particles 2", "--seed 1", "--data .", "--train-limit 299",
@@ -317,6 +318,28 @@ def test_goes_on_bit_for_bit_in_any_precision(work: Path, forked: Forked, moment
         assert forked("--resume", name)["code"] == 0
         assert forked(*argv, f"{name}-through")["code"] == 0
         assert_same(work / "runs" / name, work / "runs" / f"{name}-through")
+
+
+@pytest.mark.parametrize(
+    "words", ["--network paper --objective iwae --particles 3", "--objective hybrid --alpha 0.3", "--observed top"]
+)
+def test_goes_on_bit_for_bit_with_any_network_and_objective(
+    work: Path, forked: Forked, moments: list[str], words: str
+) -> None:
+    """Killed amid an epoch of the baseline, and amid one of the CVAE; and resumed by the command itself."""
+    chosen = words.split()
+    argv = ["--data", "data", *SMALL, *chosen, "--name"]
+    name = chosen[-1]
+    whole = forked(*argv, f"{name}-through")
+    assert whole["code"] == 0, whole
+    for phase, epoch in (("baseline", 2), ("cvae", 2)):
+        kill_at = nth(whole["moments"], "epoch write", ALL_EPOCHS.index((phase, epoch)) + 1)
+        assert forked(*argv, f"{name}-{phase}", kill_at=kill_at)["code"] == -9
+        last = checkpoint.load(work / "runs" / f"{name}-{phase}" / "last.pt")
+        assert (last["phase"], last["progress"]["epoch"]) == (phase, epoch - 1)
+        code, _, err = finish(start(train_command("--resume", f"{name}-{phase}"), work))
+        assert (code, err) == (0, "")
+        assert_same(work / "runs" / f"{name}-{phase}", work / "runs" / f"{name}-through")
 
 
 @pytest.mark.parametrize("precision", ["fp8", 5, [], None], ids=repr)
