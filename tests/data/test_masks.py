@@ -78,7 +78,7 @@ def test_mask_of_the_settings():
     for k in (1, 2, 3):
         assert torch.equal(mask(Settings(quadrants=k), 5, 6), quadrants(k, 5, 6))
         assert torch.equal(mask(Settings(quadrants=k, observed="top"), 5, 6), MASKS["top"](5, 6))
-    with pytest.raises(ValueError, match="one of 1, 2, 3, left, right, top, bottom, not 'middle'"):
+    with pytest.raises(ValueError, match=f"one of {', '.join(MASKS)}, not 'middle'"):
         mask(Settings(observed="middle"), 5, 6)
 
 
