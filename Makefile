@@ -1,9 +1,9 @@
-# make run: install, train for one quadrant, print the table.   make test: the whole suite.   make check: ruff and mypy.
+# make run: install, train for one quadrant, print the table.   make test: the whole suite.   make test-cuda: what needs a GPU.   make check: ruff and mypy.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test check clean
+.PHONY: run test test-cuda check clean
 
 run: .venv/run
 	if [ -e runs/q1 ]; then $(BIN)/python train.py --resume q1; else $(BIN)/python train.py --quadrants 1; fi
@@ -11,6 +11,9 @@ run: .venv/run
 
 test: .venv/test
 	$(BIN)/python -m pytest
+
+test-cuda: .venv/test
+	$(BIN)/python -m pytest -m cuda -rs
 
 check: .venv/dev
 	$(BIN)/ruff format --check .

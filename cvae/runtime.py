@@ -172,7 +172,7 @@ class GraphedStep:
             self._graph = None
             torch.cuda.set_stream(current)  # a failed capture leaves its own as the current one
             torch.cuda.synchronize()
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+            reason = _first_line(error)
             self._warn(f"the training step could not be captured in a CUDA graph and runs without one ({reason})")
 
     def _replay(self, inputs: tuple[Tensor, ...]) -> None:
@@ -182,3 +182,10 @@ class GraphedStep:
         for static, new in zip(self._inputs, inputs, strict=True):
             static.copy_(new)
         self._graph.replay()
+
+
+def _first_line(error: BaseException) -> str:
+    """What went wrong first: the end of a capture fails too, of whatever went wrong in it, and says less."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return (str(error) or type(error).__name__).splitlines()[0]
