@@ -2,11 +2,17 @@
 
     python benchmarks/checkpointing.py                # about three minutes on two cores
     python benchmarks/checkpointing.py --format json
+    python benchmarks/checkpointing.py --rounds 2 --steps 10      # a trial of the script itself
 
 A round of the CVAE on all of MNIST: steps of `train.py` with its guarded Adam and with the same Adam unguarded, and the
 saves of an epoch that is the best so far, `last.pt` and `best.pt`, through to the disk, in turn. The cost of an epoch
 is that of its saves and the difference of its steps, over the steps unguarded; medians of the rounds.
 """
+
+if __name__ == "__main__":
+    from start import before_torch
+
+    before_torch()
 
 import sys
 import tempfile
@@ -15,20 +21,14 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from common import arguments, count, machine, show, turns
-from speed import PRECISION, Ours
+from common import DEVICE, Training, arguments, count, machine, show, turns
 from torch import Tensor
 
 from cvae import runtime
-from cvae.data.images import ImageSet
-from cvae.data.masks import Quadrants
-from cvae.data.sources import load_train
-from cvae.model.networks import CVAE, Baseline
 from cvae.run import checkpoint
 from cvae.run.folder import BEST, LAST
+from cvae.settings import Settings
 from cvae.training.optimizer import GuardedAdam
-
-BATCH_SIZE = 128
 
 
 class UnguardedAdam(GuardedAdam):
@@ -36,25 +36,11 @@ class UnguardedAdam(GuardedAdam):
 
     @torch.inference_mode()
     def step(self, loss: Tensor) -> Tensor:
-        self._update()
+        self._update(None)  # type: ignore[arg-type]
         return loss.new_ones((), dtype=torch.bool)
 
 
-def trainings() -> tuple[Ours, Ours]:
-    """Two trainings of the CVAE with one quadrant observed: guarded and not."""
-    quadrants = Quadrants(1)
-    images = ImageSet(load_train()[0], quadrants)
-    sizes = (quadrants.num_observed, quadrants.num_pixels)
-    baseline = Baseline(*sizes)
-    images.set_guesses(baseline.guess, runtime.HALF.get(PRECISION))
-    guarded, unguarded = (
-        Ours(CVAE(baseline, *sizes), images, BATCH_SIZE, optimizer=optimizer)
-        for optimizer in (GuardedAdam, UnguardedAdam)
-    )
-    return guarded, unguarded
-
-
-def save(ours: Ours, folder: Path) -> float:
+def save(ours: Training, folder: Path) -> float:
     """Seconds for the two files of an epoch."""
     started = time.perf_counter()
     state = {
@@ -73,8 +59,10 @@ def main() -> int:
     parser.add_argument("--rounds", type=count, default=15, help="(default: %(default)s)")
     parser.add_argument("--steps", type=count, default=100, help="per round (default: %(default)s)")
     options = parser.parse_args()
-    runtime.prepare(torch.device("cpu"))
-    guarded, unguarded = trainings()
+    on = machine()
+    runtime.prepare(DEVICE)
+    guarded = Training("cvae", Settings())
+    unguarded = Training("cvae", Settings(), optimizer=UnguardedAdam)
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
         for ours in (guarded, unguarded):
             ours.run(10)
@@ -85,13 +73,13 @@ def main() -> int:
             lambda: save(guarded, Path(folder)),
         )
     with_guard, without, saves = (median(values) for values in seconds)
-    epoch = len(guarded.images) // BATCH_SIZE / options.steps  # rounds that make an epoch
+    epoch = guarded.steps_of_epoch / options.steps  # rounds that make an epoch
     result = {
         "epoch_s": without * epoch,
         "guard_s": (with_guard - without) * epoch,
         "saves_s": saves,
         "cost": ((with_guard - without) * epoch + saves) / (without * epoch),
-        "machine": machine(),
+        "machine": on,
     }
     rows = [
         ["of an epoch of the CVAE", "s", "share"],

@@ -4,7 +4,7 @@
     python benchmarks/evaluation.py --run runs/q3 --format json
 
 Counted are images × samples of z per second, at S = 100 samples per image, from stored images to nats per image.
-Ours is the importance sampling of `cvae/likelihood.py`, as `eval.py` prints it, without the other rows of its table.
+Ours is the importance sampling of `cvae/model/likelihood.py`, as `eval.py` prints it, without the table's other rows.
 Pyro's way is RenyiELBO with α = 0 and S vectorized particles on the tutorial's model and guide (`tutorial.py`) with the
 same weights; α = 0 makes it the same estimator. It is measured twice: with the tutorial's batches of 128 images, to
 which `ratio` refers, and with the batch size that suits it best (`--pyro-batch`; of 10, 25, 50 and 128 it was 25).
@@ -17,6 +17,11 @@ within three of those. Both see the same images, so that is a far sharper test t
 means, printed beside them.
 """
 
+if __name__ == "__main__":
+    from start import before_torch
+
+    before_torch()
+
 import math
 import sys
 import time
@@ -28,30 +33,29 @@ from typing import Any
 import pyro
 import torch
 import tutorial
-from common import ROOT, OtherProcess, arguments, count, machine, show, spread, turns
+from common import DEVICE, OtherProcess, arguments, count, machine, show, spread, turns
 from pyro.infer import RenyiELBO
+from start import ROOT
 from torch import Tensor
 
 from cvae import runtime
 from cvae.data.images import ImageSet
-from cvae.data.masks import Quadrants
 from cvae.data.sources import load_train
 from cvae.errors import CvaeError
 from cvae.model import likelihood
-from cvae.model.networks import CVAE
+from cvae.model.cvae import CVAE
+from cvae.model.networks import Tutorial
 from cvae.run.folder import read_settings
-from eval import load_model
+from cvae.run.load import load
 
 TUTORIAL_BATCH = 128
-DEVICE = torch.device("cpu")
 
 
-def load(folder: Path, count: int) -> tuple[CVAE, Quadrants, int, Tensor]:
-    """The model of a run, its quadrants and their number, and validation images uint8 `[count, H, W]`."""
+def load_run(folder: Path, count: int) -> tuple[CVAE, int, Tensor]:
+    """The model of a run, its number of quadrants, and validation images uint8 `[count, height, width]`."""
     settings = read_settings(folder)
-    _, images = load_train(Path(settings.data) if settings.data else None)
-    quadrants = Quadrants(settings.quadrants, *images.shape[1:])
-    return load_model(folder, settings, quadrants, DEVICE), quadrants, settings.quadrants, images[:count]
+    _, images = load_train(settings.data)
+    return load(folder, DEVICE), settings.quadrants, images[:count]
 
 
 @torch.inference_mode()
@@ -59,19 +63,19 @@ def ours(cvae: CVAE, images: ImageSet, samples: int, seed: int) -> Tensor:
     """−log p(y|x) by importance sampling, nats `[N]` float64: that part of `likelihood.evaluate` alone."""
     values = []
     for start in range(0, len(images), likelihood.IMAGES_AT_ONCE):
-        x, y, _ = images.batch(slice(start, start + likelihood.IMAGES_AT_ONCE))
+        batch = images.batch(slice(start, start + likelihood.IMAGES_AT_ONCE))
+        batch = batch._replace(guess=cvae.baseline_net(batch.x))
         random = runtime.generator(DEVICE, seed, "evaluation", start)
-        p, q = cvae.prior(x), cvae.recognition(x, y)
-        values.append(likelihood.importance_sampling_nll(cvae, y, q, p, samples, random))
+        values.append(likelihood.importance_sampling_nll(cvae, batch, samples, random))
     return torch.cat(values)
 
 
 def pyro_way(folder: Path, num_images: int, samples: int) -> Callable[[int], tuple[float, Tensor]]:
     """What estimates the same by RenyiELBO, in batches of a size; gives its seconds and the sums of the batches."""
-    cvae, quadrants, num_quadrants, images = load(folder, num_images)
+    cvae, num_quadrants, images = load_run(folder, num_images)
     pyro.clear_param_store()
     torch.manual_seed(0)
-    net = as_tutorial(cvae, quadrants)
+    net = as_tutorial(cvae)
     objective = RenyiELBO(alpha=0, num_particles=samples, vectorize_particles=True, max_plate_nesting=1)
 
     def measure(batch_size: int) -> tuple[float, Tensor]:
@@ -84,31 +88,37 @@ def pyro_way(folder: Path, num_images: int, samples: int) -> Callable[[int], tup
     return measure
 
 
-def as_tutorial(cvae: CVAE, quadrants: Quadrants) -> tutorial.PyroCVAE:
+def as_tutorial(cvae: CVAE) -> tutorial.PyroCVAE:
     """The tutorial's model with the weights of ours, its pixels in raster order. Raises SystemExit for other layers."""
-    state = cvae.state_dict()
-    if len(cvae.prior_net.layers) != 5:
-        sys.exit("the tutorial's networks have two hidden layers; this run's have another number")
-    hidden = [len(state[f"prior_net.layers.{i}.bias"]) for i in (0, 2)]
-    net = tutorial.PyroCVAE(tutorial.BaselineNet(quadrants.num_pixels, *hidden), *hidden, cvae.latent_dim)
-    observed, hidden_pixels = quadrants.order.split([quadrants.num_observed, quadrants.num_hidden])
-    seen = {"baseline_net": observed, "prior_net": quadrants.order, "recognition_net": quadrants.order}
+    if type(cvae) is not Tutorial or len(cvae.generation_net.layers) != 3:
+        sys.exit("the tutorial's networks have two hidden layers; this run's are others")
+    split, state = cvae.split, cvae.state_dict()
+    hidden = [state[f"baseline_net.layers.{i}.bias"].shape[1] for i in (0, 1)]
+    net = tutorial.PyroCVAE(tutorial.BaselineNet(split.num_pixels, *hidden), *hidden, cvae.latent_dim)
+    observed, hidden_pixels = split.order.split([split.num_observed, split.num_hidden])
 
     def spread(weights: Tensor, places: Tensor, dimension: int) -> Tensor:
         """The weights at the places of their pixels, and zeros at those of pixels that our networks leave out."""
-        shape = [quadrants.num_pixels if i == dimension else n for i, n in enumerate(weights.shape)]
+        shape = [split.num_pixels if i == dimension else n for i, n in enumerate(weights.shape)]
         return torch.zeros(shape).index_copy_(dimension, places, weights)
 
     def copy(layer: torch.nn.Linear, weight: Tensor, bias: Tensor) -> None:
         layer.weight.data.copy_(weight)
         layer.bias.data.copy_(bias)
 
-    for name in ("baseline_net", "prior_net", "recognition_net", "generation_net"):
+    parts = {  # of the tutorial's: ours, the number of its copy, and the pixels that it sees
+        "baseline_net": ("baseline_net", 0, observed),
+        "prior_net": ("encoders", Tutorial.PRIOR, split.order),
+        "recognition_net": ("encoders", Tutorial.RECOGNITION, split.order),
+        "generation_net": ("generation_net", 0, None),
+    }
+    for name, (ours, number, seen) in parts.items():
         theirs = getattr(net, name)
-        weights = [state[f"{name}.layers.{i}.weight"] for i in (0, 2, 4)]
-        biases = [state[f"{name}.layers.{i}.bias"] for i in (0, 2, 4)]
-        if name in seen:
-            weights[0] = spread(weights[0], seen[name], 1)
+        weights, biases = (
+            [state[f"{ours}.layers.{i}.{kind}"][number] for i in (0, 1, 2)] for kind in ("weight", "bias")
+        )
+        if seen is not None:
+            weights[0] = spread(weights[0], seen, 1)
         copy(theirs.layer_1, weights[0], biases[0])
         copy(theirs.layer_2, weights[1], biases[1])
         if isinstance(theirs, tutorial.Encoder):
@@ -148,13 +158,13 @@ def main() -> int:
     parser.add_argument("--pyro-batch", type=count, default=25, metavar="N", help="images (default: %(default)s)")
     options = parser.parse_args()
     on = machine()
-    runtime.prepare(DEVICE, tf32=False)
+    runtime.prepare(DEVICE)
     try:
-        cvae, quadrants, _, images = load(options.run, options.images)
+        cvae, _, images = load_run(options.run, options.images)
     except CvaeError as error:
         print(f"evaluation.py: {error}", file=sys.stderr)
         return error.exit_code
-    image_set = ImageSet(images, quadrants)
+    image_set = ImageSet(images, cvae.split)
     their_turn = OtherProcess(pyro_way, options.run, options.images, options.samples)
     our_values: list[Tensor] = []
     pyro_sums: list[Tensor] = []

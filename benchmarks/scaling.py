@@ -2,12 +2,18 @@
 
     python benchmarks/scaling.py                      # about three minutes on two cores
     python benchmarks/scaling.py --format json
+    python benchmarks/scaling.py --rounds 1 --steps 3         # a trial of the script itself
 
 Each figure is the median of several rounds, and its neighbours in a table were measured in turn with it. A step is
-that of `train.py` for the CVAE (`speed.Ours`) on random pictures of the given size, one quadrant observed; evaluation
-is `cvae.likelihood.evaluate` with its four estimates. The rank figures are the images/s that `torchrun … train.py`
-reports of itself for one epoch of the CVAE on MNIST, one thread per rank.
+that of `train.py` for the CVAE (`common.Training`) on random pictures of the given size, one quadrant observed;
+evaluation is `cvae.model.likelihood.evaluate` with its four estimates. The rank figures are the images/s that
+`torchrun … train.py` reports of itself for one epoch of the CVAE on MNIST, one thread per rank.
 """
+
+if __name__ == "__main__":
+    from start import before_torch
+
+    before_torch()
 
 import sys
 import tempfile
@@ -17,15 +23,17 @@ from statistics import median
 from typing import Any
 
 import torch
-from common import ROOT, arguments, count, machine, run, show
-from speed import PRECISION, Ours
+from common import DEVICE, Training, arguments, count, machine, run, show
+from start import ROOT
+from torch import Tensor
 
 from cvae import runtime
 from cvae.data.images import ImageSet
-from cvae.data.masks import Quadrants
+from cvae.data.masks import Split, quadrants
 from cvae.model.likelihood import evaluate
-from cvae.model.networks import CVAE, Baseline
+from cvae.model.networks import build
 from cvae.run.folder import METRICS, read_metrics
+from cvae.settings import Settings
 
 BATCHES = (32, 64, 128, 256, 512, 1024)
 HIDDEN = (125, 250, 500, 1000, 2000)
@@ -34,19 +42,13 @@ SAMPLES = (10, 50, 100, 200)
 RANKS = (1, 2)
 
 
-def model_and_images(side: int, hidden: int, number: int) -> tuple[CVAE, ImageSet]:
-    """A CVAE of this hidden size, and random pictures of this side with ŷ computed."""
-    quadrants = Quadrants(1, side, side)
+def pictures(side: int, number: int) -> Tensor:
+    """Random ones, uint8 `[number, side, side]`."""
     random = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (number, side, side), dtype=torch.uint8, generator=random)
-    images = ImageSet(pixels, quadrants)
-    sizes = (quadrants.num_observed, quadrants.num_pixels, (hidden, hidden))
-    cvae = CVAE(Baseline(*sizes), *sizes)
-    images.set_guesses(cvae.baseline_net.guess, runtime.HALF.get(PRECISION))
-    return cvae, images
+    return torch.randint(0, 256, (number, side, side), dtype=torch.uint8, generator=random)
 
 
-def step_times(variants: dict[str, Ours], rounds: int, steps: int) -> dict[str, float]:
+def step_times(variants: dict[str, Training], rounds: int, steps: int) -> dict[str, float]:
     """Milliseconds per step of each variant, taking turns."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for ours in variants.values():
@@ -59,12 +61,13 @@ def step_times(variants: dict[str, Ours], rounds: int, steps: int) -> dict[str, 
 
 def evaluation_times(rounds: int) -> dict[str, float]:
     """Seconds per 1,000 images for each S."""
-    cvae, images = model_and_images(28, 500, 250)
+    split = Split(quadrants(1))
+    model, images = build(split, Settings()).requires_grad_(False).eval(), ImageSet(pictures(split.height, 250), split)
     seconds: dict[str, list[float]] = {str(samples): [] for samples in SAMPLES}
     for _ in range(rounds):
         for samples in SAMPLES:
             started = time.perf_counter()
-            list(evaluate(cvae, images, samples, seed=0))
+            list(evaluate(model, images, samples, seed=0))
             seconds[str(samples)].append((time.perf_counter() - started) * 1000 / len(images))
     return {name: median(values) for name, values in seconds.items()}
 
@@ -87,10 +90,12 @@ def main() -> int:
     parser.add_argument("--rounds", type=count, default=5, help="(default: %(default)s)")
     parser.add_argument("--steps", type=count, default=20, help="per round (default: %(default)s)")
     options = parser.parse_args()
-    runtime.prepare(torch.device("cpu"))
+    on = machine()
+    runtime.prepare(DEVICE)
 
-    def ours(side: int = 28, hidden: int = 500, batch: int = 128) -> Ours:
-        return Ours(*model_and_images(side, hidden, batch * options.steps), batch)
+    def ours(side: int = 28, hidden: int = 500, batch: int = 128) -> Training:
+        settings = Settings(hidden=(hidden, hidden), batch_size=batch)
+        return Training("cvae", settings, images=pictures(side, batch * options.steps))
 
     result: dict[str, Any] = {
         "ms_per_step_by_batch": step_times({str(b): ours(batch=b) for b in BATCHES}, options.rounds, options.steps),
@@ -101,7 +106,7 @@ def main() -> int:
     }
     rows = [["quantity", "of", "measured"]]
     rows += [[quantity, name, f"{value:.4g}"] for quantity, values in result.items() for name, value in values.items()]
-    show(result | {"machine": machine()}, rows, [], options.format)
+    show(result | {"machine": on}, rows, [], options.format)
     return 0
 
 

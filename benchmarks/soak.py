@@ -15,6 +15,11 @@ has to find each epoch once, in order. A kill counts as one amid a save if it le
 and Ctrl-C if the file was there when they were sent. Exit code 0 if all ended alike and saves were hit, else 1.
 """
 
+if __name__ == "__main__":
+    from start import before_torch
+
+    before_torch()
+
 import argparse
 import os
 import random

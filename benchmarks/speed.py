@@ -2,17 +2,30 @@
 
     python benchmarks/speed.py                        # about two minutes on two cores
     python benchmarks/speed.py --format json
+    python benchmarks/speed.py --against ../older --numpyro --rounds 7     # some seven minutes
+    python benchmarks/speed.py --network paper --no-tutorial --no-trainings
     python benchmarks/speed.py --rounds 2 --steps 20 -- --train-limit 1000       # a trial of the script itself
+
+    # As on a processor with AVX2 only, as far as the libraries let themselves be told:
+    export ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 XLA_FLAGS=--xla_cpu_max_isa=AVX2
+    python benchmarks/speed.py --precision fp32 --numpyro -- --precision fp32
+
+The extra `bench` has what the other sides need: pip install -e ".[bench]".
 
 What is measured, on the real MNIST with one quadrant observed:
 
 images/s    Of a loop of training steps at the batch size, for the baseline and for the CVAE, everything from the stored
-            images to the updated weights included. Ours is the loop of `train.py`: permutation, slices of it, noise,
-            learning rate, step, running totals, average of the weights. The tutorial's way is in `tutorial.py`. The two
-            take turns, each in a process of its own, so that neither has the other's settings of memory and denormals;
-            medians of the rounds are given. The weights are a training's first; ŷ stands ready, as in `train.py`, whose
-            own images/s over a whole epoch is printed beside as a check. Where the default precision is not fp32, that
-            is measured too.
+            images to the updated weights included. Ours is the loop of `train.py` (its `train_epoch`): permutation,
+            slices of it, noise, learning rate, step, running totals, average of the weights. The tutorial's way is in
+            `tutorial.py`. The two take turns, each in a process of its own, so that neither has the other's settings of
+            memory, denormals and waiting threads; medians of the rounds are given. The weights are a training's first;
+            ŷ stands ready, as in `train.py`, whose own images/s over a whole epoch is printed beside as a check. Where
+            the default precision is not fp32, that is measured too.
+            More sides, if asked for: `--against DIR`, the same of another checkout, as `git worktree add DIR 214ba6c`
+            makes one (by its own worker.py or benchmarks/speed.py: see `older.py`), in the same precision; `--numpyro`,
+            NumPyro's way in float32 (`numpyro_way.py`, of the same sizes). For these, the ratio is given in two ways:
+            of the medians, and as the median of the rounds' ratios, which is steadier where the machine's speed
+            changes slowly. `--no-tutorial` leaves the tutorial's way out.
 gemm_share  How much of what the machine can do the CVAE's step makes use of: its matrix FLOPs per second of its whole
             time, over the best rate of a large float32 product (N×N×N, 2N³ FLOPs), measured between the rounds.
             Where the default's products are in bfloat16, which this processor computes faster than float32, two more
@@ -24,7 +37,7 @@ gemm_share  How much of what the machine can do the CVAE's step makes use of: it
             a step takes 2m for the forward pass, 2m for the gradients of the weights, and 2m for those of the inputs,
             the latter without the first layers of prior and recognition network, whose inputs are data; and nothing for
             the frozen baseline, whose ŷ was computed once. That is 12.4 MFLOP per image, 1.587 GFLOP per step at batch
-            128. PyTorch's FlopCounterMode counts a real step beside.
+            128. PyTorch's FlopCounterMode counts a real step beside. Of other networks or objectives it is not given.
 memory      The peak resident memory of `train.py`, one epoch each on the full data (ru_maxrss of its process).
 start       From starting the process `train.py --quadrants 1` to the end of its first training step: imports, reading
             and checking MNIST, the run folder, TensorBoard's writer. The first start is not counted: it warms the disk.
@@ -37,6 +50,12 @@ launch are 0.3 to 0.5 ms. So launches dominate an eager step, and one graph of t
 the chain of kernels: some 0.3 ms.
 """
 
+if __name__ == "__main__":
+    from start import before_torch
+
+    before_torch()
+
+import argparse
 import math
 import sys
 import tempfile
@@ -47,27 +66,40 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpyro_way
 import torch
 import tutorial
-from common import OtherProcess, arguments, count, machine, run, show, spread, train_command, turns
+from common import (
+    DEVICE,
+    PHASES,
+    OtherProcess,
+    Training,
+    arguments,
+    checkout,
+    compared,
+    count,
+    machine,
+    mnist,
+    older,
+    run,
+    show,
+    spread,
+    train_command,
+    turns,
+)
 from torch.utils.flop_counter import FlopCounterMode
 
-import train as script
 from cvae import runtime
-from cvae.data.images import ImageSet
-from cvae.data.masks import Quadrants
-from cvae.data.sources import load_train
-from cvae.distributed import Processes
-from cvae.model.networks import CVAE, Baseline
+from cvae.model.cvae import CVAE
+from cvae.model.layers import Linear
+from cvae.model.networks import NETWORKS
+from cvae.model.objectives import OBJECTIVES
 from cvae.run.folder import METRICS, read_metrics
 from cvae.settings import Settings
-from cvae.training.gradients import by_hand
-from cvae.training.optimizer import GuardedAdam
-from cvae.training.weights import WeightAverage, Weights
 
 NUM_QUADRANTS = 1
-DEVICE = torch.device("cpu")
-PRECISION = runtime.resolve_precision("auto", DEVICE)
+WARM_UP = 5  # steps
+RATIOS = {"ratio": "ratio", "by rounds": "ratio_by_rounds"}
 
 # A child's ru_maxrss is never below what its parent had when it started it: so a small process is put in between.
 PEAK_MEMORY = """
@@ -82,6 +114,8 @@ FIRST_STEP = """
 import os, runpy, sys, time
 sys.path.insert(0, os.path.dirname(sys.argv[1]))
 sys.argv = sys.argv[1:]
+from cvae.startup import before_torch
+before_torch()
 from cvae.training.optimizer import GuardedAdam
 step = GuardedAdam.step
 def first_step(self, loss):
@@ -93,65 +127,19 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-class Ours:
-    """The loop of `fit` in `train.py`, without its progress bar and signals, and without what is between epochs."""
-
-    def __init__(
-        self, model: Baseline | CVAE, images: ImageSet, batch_size: int, precision: str = PRECISION,
-        optimizer: type[GuardedAdam] = GuardedAdam,
-    ):  # fmt: skip
-        self.model, self.images, self.batch_size = model, images, batch_size
-        self.settings = Settings(quadrants=NUM_QUADRANTS, batch_size=batch_size)
-        self.weights = Weights(model.parameters(), runtime.HALF.get(precision))
-        self.average = WeightAverage(model, self.weights, self.settings.average)
-        self.optimizer = optimizer(self.weights, self.settings.learning_rate, self.settings.weight_decay)
-        self.gradients = by_hand(model, self.optimizer)
-        self.totals = torch.zeros(3, dtype=torch.float64)
-        self.epoch = 0
-
-    def step(self, rows: torch.Tensor, eps: torch.Tensor) -> None:
-        """One step of Adam, as in `fit`."""
-        script.training_step(
-            self.gradients, self.images, self.optimizer, self.totals, self.batch_size, Processes(), rows, eps
-        )
-
-    def run(self, steps: int) -> float:
-        """Seconds for so many steps of an epoch."""
-        started = time.perf_counter()
-        self.epoch += 1
-        random = runtime.generator(DEVICE, 0, "speed", self.epoch)
-        permutation = torch.randperm(len(self.images), generator=random)
-        self.optimizer.start_epoch()
-        self.totals.zero_()
-        for i in range(steps):
-            rows = permutation[i * self.batch_size : (i + 1) * self.batch_size]
-            eps = script.noise(self.settings.particles, self.batch_size, self.model, random)
-            rate = script.scheduled_rate(self.settings, i / steps, self.settings.epochs)
-            self.optimizer.learning_rate.fill_(rate)
-            self.step(rows, eps)
-            self.average.update((self.epoch - 1) * steps + i)
-            if i % script.REPORT_EVERY == 0:
-                self.optimizer.check("the benchmark")
-        self.optimizer.check("the benchmark")
-        return time.perf_counter() - started
-
-
 def counted_flops(cvae: CVAE, batch_size: int) -> int:
     """The matrix FLOPs that a step of the CVAE has to do, from the sizes of its layers (see the manual above)."""
-
-    def sizes(net: torch.nn.Module) -> list[int]:
-        return [layer.in_features * layer.out_features for layer in net.layers if isinstance(layer, torch.nn.Linear)]
-
-    encoder, decoder = sizes(cvae.prior_net), sizes(cvae.generation_net)
-    return 2 * batch_size * (2 * (3 * sum(encoder) - encoder[0]) + 3 * sum(decoder))
+    layers = [layer for layer in cvae.modules() if isinstance(layer, Linear) and layer.weight.requires_grad]
+    of_data = cvae.encoders.layers[0]  # no gradient of its inputs is needed
+    return 2 * batch_size * (3 * sum(layer.weight.numel() for layer in layers) - of_data.weight.numel())
 
 
-def performed_flops(ours: Ours) -> int:
+def performed_flops(ours: Training) -> int:
     """The matrix FLOPs of a real step, by PyTorch's own counter."""
     rows = torch.arange(ours.batch_size)
-    eps = torch.zeros(1, ours.batch_size, ours.model.latent_dim)
+    eps = ours.phase.noise(ours.batch_size, torch.Generator())
     with FlopCounterMode(display=False) as counter:
-        ours.step(rows, eps)
+        ours.step(rows, *eps)
     return counter.get_total_flops()
 
 
@@ -168,54 +156,73 @@ def matrix_rate(size: int, precision: str, repeats: int = 5) -> float:
 
 def tutorial_way(batch_size: int) -> Callable[[str, int], float]:
     """The tutorial's trainings; gives the seconds that so many steps of a phase take."""
-    samples = tutorial.endless(tutorial.batches(load_train()[0], NUM_QUADRANTS, batch_size, shuffle=True))
+    samples = tutorial.endless(tutorial.batches(mnist()[0], NUM_QUADRANTS, batch_size, shuffle=True))
     baseline = tutorial.BaselineTraining()
     trainings = {"baseline": baseline, "cvae": tutorial.CvaeTraining(baseline.net)}
     return lambda phase, steps: tutorial.timed(trainings[phase].step, samples, steps)
 
 
-def measure_steps(precision: str, batch_size: int, steps: int, rounds: int, matrix_size: int) -> dict[str, Any]:
-    """Images/s of both phases, ours in `precision` and in fp32 and the tutorial's, and shares of the matrix rates."""
+def other_sides(options: argparse.Namespace, precision: str) -> dict[str, Callable[[str, str, int], float]]:
+    """The sides beside ours, by name, each in a process of its own: seconds of so many steps of a phase."""
+    sides: dict[str, Callable[[str, str, int], float]] = {}
+    if options.against is not None:
+        sides["against"] = older(options.against, precision, options.batch_size)
+    if options.numpyro:
+        sides["numpyro"] = numpyro_way.worker(options.python, numpyro_way.VARIANTS[0], "sampled", options.batch_size)
+    if not options.no_tutorial:
+        theirs = OtherProcess(tutorial_way, options.batch_size)
+        sides["tutorial"] = lambda phase, kind, steps: theirs(phase, steps)
+    return sides
+
+
+def measure_steps(options: argparse.Namespace, precision: str) -> dict[str, Any]:
+    """Images/s of both phases, ours in `precision` and in fp32 and the other sides', and shares of the matrix rates."""
     runtime.prepare(DEVICE)
-    images, _ = load_train()
-    quadrants = Quadrants(NUM_QUADRANTS, *images.shape[1:])
-    sizes = (quadrants.num_observed, quadrants.num_pixels)
-    theirs = OtherProcess(tutorial_way, batch_size)
+    batch_size, steps = options.batch_size, options.steps
+    settings = Settings(
+        quadrants=NUM_QUADRANTS, batch_size=batch_size, network=options.network, objective=options.objective
+    )
+    others = other_sides(options, precision)
     precisions = list(dict.fromkeys((precision, "fp32")))
-    image_sets = {kind: ImageSet(images, quadrants) for kind in precisions}
     best_rates = dict.fromkeys(precisions, 0.0)
     measured: dict[str, Any] = {}
 
     def product(kind: str) -> float:
-        best_rates[kind] = max(best_rates[kind], matrix_rate(matrix_size, kind))
+        best_rates[kind] = max(best_rates[kind], matrix_rate(options.matrix_size, kind))
         return 0.0
 
-    def compare(phase: str, make: Callable[[], Baseline | CVAE]) -> Ours:
-        ours = {kind: Ours(make(), image_sets[kind], batch_size, kind) for kind in precisions}
-        for one in ours.values():
-            one.run(5)
-        theirs(phase, 5)
-        sides = [partial(one.run, steps) for one in ours.values()] + [lambda: theirs(phase, steps)]
-        seconds = turns(rounds, *sides, *(partial(product, kind) for kind in precisions))
-        *speeds, tutorials = ([steps * batch_size / s for s in side] for side in seconds[: len(sides)])
-        for kind, own in zip(precisions, speeds, strict=True):
-            suffix = "" if kind == precision else "_fp32"
-            measured[phase + suffix] = {
-                "ours": median(own),
-                "tutorial": median(tutorials),
-                "ratio": median(own) / median(tutorials),
-                "ours_spread": spread(own),
-                "tutorial_spread": spread(tutorials),
+    def compare(phase: str) -> Training:
+        ours = {kind: Training(phase, settings, kind) for kind in precisions}
+        sides: dict[tuple[str, str], Callable[[int], float]] = {}
+        for kind in precisions:
+            sides["ours", kind] = ours[kind].run
+            if options.against is not None:
+                sides["against", kind] = partial(others["against"], phase, kind)
+        sides |= {(name, ""): partial(other, phase, "fp32") for name, other in others.items() if name != "against"}
+        for side in sides.values():
+            side(WARM_UP)
+        seconds = turns(
+            options.rounds,
+            *(partial(side, steps) for side in sides.values()),
+            *(partial(product, kind) for kind in precisions),
+        )
+        speeds = {key: [steps * batch_size / s for s in side] for key, side in zip(sides, seconds, strict=False)}
+        for kind in precisions:
+            own = speeds["ours", kind]
+            found = {
+                name: compared(own, side) for (name, of), side in speeds.items() if name != "ours" and of in ("", kind)
             }
+            suffix = "" if kind == precision else f"_{kind}"
+            measured[phase + suffix] = {"ours": median(own), "ours_spread": spread(own), **found}
         return ours[precision]
 
-    compare("baseline", lambda: Baseline(*sizes))
-    baseline = Baseline(*sizes)
-    for kind, image_set in image_sets.items():
-        image_set.set_guesses(baseline.guess, runtime.HALF.get(kind))
-    ours = compare("cvae", lambda: CVAE(baseline, *sizes))
+    for phase in PHASES:
+        ours = compare(phase)
+    result = {**measured, "matrix_rates": best_rates, "step_seconds": batch_size / measured["cvae"]["ours"]}
+    if (options.network, options.objective) != (Settings.network, Settings.objective):
+        return result
 
-    flops = counted_flops(CVAE(baseline, *sizes), batch_size)
+    flops = counted_flops(ours.model, batch_size)  # type: ignore[arg-type]
 
     def share(phase: str, kind: str) -> float:
         return flops * measured[phase]["ours"] / batch_size / best_rates[kind]
@@ -226,14 +233,7 @@ def measure_steps(precision: str, batch_size: int, steps: int, rounds: int, matr
             f"gemm_share_of_{precision}_rate": share("cvae", precision),
             "gemm_share_with_fp32": share("cvae_fp32", "fp32"),
         }
-    return {
-        **measured,
-        **shares,
-        "flops_per_step": flops,
-        "flops_performed": performed_flops(ours),
-        "matrix_rates": best_rates,
-        "step_seconds": batch_size / measured["cvae"]["ours"],
-    }
+    return {**result, **shares, "flops_per_step": flops, "flops_performed": performed_flops(ours)}
 
 
 def measure_trainings(starts: int, more: Sequence[str]) -> dict[str, Any]:
@@ -262,6 +262,16 @@ def main() -> int:
     parser.add_argument(
         "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of our products (default: %(default)s)"
     )
+    parser.add_argument("--network", choices=NETWORKS, default=Settings.network, help="ours (default: %(default)s)")
+    parser.add_argument(
+        "--objective", choices=OBJECTIVES, default=Settings.objective, help="ours (default: %(default)s)"
+    )
+    parser.add_argument("--against", type=checkout, metavar="DIR", help="another checkout, to compare with")
+    parser.add_argument("--numpyro", action="store_true", help="compare with NumPyro's way too")
+    parser.add_argument(
+        "--python", default=sys.executable, metavar="PATH", help="that has NumPyro (default: the one that runs this)"
+    )
+    parser.add_argument("--no-tutorial", action="store_true", help="leave the tutorial's way out")
     parser.add_argument("--batch-size", type=count, default=128, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--steps", type=count, default=100, metavar="N", help="of a round (default: %(default)s)")
     parser.add_argument("--rounds", type=count, default=5, metavar="N", help="(default: %(default)s)")
@@ -276,31 +286,44 @@ def main() -> int:
     options = parser.parse_args()
     on = machine()
     precision = runtime.resolve_precision(options.precision, DEVICE)
-    result = {"precision": precision}
-    result |= measure_steps(precision, options.batch_size, options.steps, options.rounds, options.matrix_size)
+    result = {"precision": precision, "network": options.network, "objective": options.objective}
+    result |= measure_steps(options, precision)
     if not options.no_trainings:
-        result |= measure_trainings(options.starts, options.train_flags)
+        flags = ["--network", options.network, "--objective", options.objective, *options.train_flags]
+        result |= measure_trainings(options.starts, flags)
     result |= {"batch_size": options.batch_size, "steps": options.steps, "rounds": options.rounds}
-    result |= {"train_flags": options.train_flags, "machine": on}
+    result |= {"against": options.against and str(options.against), "train_flags": options.train_flags, "machine": on}
 
-    rows = [["images/s", "ours", "tutorial's way", "ratio", "train.py itself"]]
+    names = {"tutorial": "tutorial's way", "against": getattr(options.against, "name", ""), "numpyro": "NumPyro's way"}
+    sides = [name for name in names if name in result["cvae"]]
+    ratios = {name: ["ratio"] if name == "tutorial" else ["ratio", "by rounds"] for name in sides}
+    rows = [["images/s", "ours", *(text for name in sides for text in (names[name], *ratios[name])), "train.py itself"]]
     for phase in ("baseline", "cvae", "baseline_fp32", "cvae_fp32"):
         if phase in result:
             own = result.get("train_py_images_per_second", {}).get(phase)
             numbers = result[phase]
-            ratio = f"{numbers['ratio']:.1f}"
-            own_text = "—" if own is None else f"{own:,.0f}"
-            rows.append([phase, f"{numbers['ours']:,.0f}", f"{numbers['tutorial']:,.0f}", ratio, own_text])
+            cells = []
+            for name in sides:
+                cells.append(f"{numbers[name]['speed']:,.0f}")
+                cells += [f"{numbers[name][RATIOS[title]]:.2f}" for title in ratios[name]]
+            rows.append([phase, f"{numbers['ours']:,.0f}", *cells, "—" if own is None else f"{own:,.0f}"])
     rates = " and ".join(f"{rate / 1e9:.0f} GFLOP/s in {kind}" for kind, rate in result["matrix_rates"].items())
+    flops = ""
+    if "flops_per_step" in result:
+        flops = (
+            f"{result['flops_per_step'] / 1e9:.3f} GFLOP per step of the CVAE (PyTorch counts "
+            f"{result['flops_performed'] / 1e9:.3f}) in "
+        )
     notes = [
-        f"precision {precision}: {result['flops_per_step'] / 1e9:.3f} GFLOP per step of the CVAE (PyTorch counts "
-        f"{result['flops_performed'] / 1e9:.3f}) in {result['step_seconds'] * 1e3:.1f} ms; the best product of "
+        f"precision {precision}: {flops}{result['step_seconds'] * 1e3:.1f} ms a step; the best product of "
         f"{options.matrix_size}³ ran at {rates}",
         ", ".join(f"{name} {value:.2f}" for name, value in result.items() if name.startswith("gemm_share")),
-        f"medians of {options.rounds} rounds of {options.steps} steps at batch {options.batch_size}, the sides in turn",
+        f"medians of {options.rounds} rounds of {options.steps} steps at batch {options.batch_size}, the sides in "
+        "turn; ratio: of the medians" + ("; by rounds: median of the rounds' ratios" if len(sides) > 1 else ""),
     ]
+    notes = [note for note in notes if note]
     if not options.no_trainings:
-        notes[2:2] = [
+        notes[-1:-1] = [
             f"peak resident memory of a training: {result['peak_rss_mib']:.0f} MiB",
             f"start to the end of the first training step: {result['start_to_first_step_s']:.1f} s",
         ]

@@ -15,6 +15,12 @@ it, as medians. An epoch trains on 60,000 images and validates on 10,000. Its sl
 the test images, on which the tutorial validates, take as long.
 """
 
+if __name__ == "__main__":
+    from start import before_torch
+
+    before_torch()
+
+import math
 import signal
 import subprocess
 import sys
@@ -27,7 +33,8 @@ from typing import Any
 
 import torch
 import tutorial
-from common import ROOT, arguments, count, machine, show, train_command
+from common import arguments, count, machine, show, train_command
+from start import GIVEN, ROOT
 
 from cvae.data.sources import load_train
 from cvae.run.folder import METRICS, read_metrics
@@ -45,7 +52,7 @@ def time_ours(target: float, flags: Sequence[str]) -> tuple[float | None, list[d
         command = train_command(folder, "--quadrants", "1", "--name", "timed", *flags)
         started = time.monotonic()
         with subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            command, cwd=ROOT, env=GIVEN, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         ) as process:
             seconds, records = None, []
             while seconds is None:
@@ -67,7 +74,13 @@ def time_ours(target: float, flags: Sequence[str]) -> tuple[float | None, list[d
 
 def reaches(record: dict[str, Any], target: float) -> bool:
     """Whether this epoch of the CVAE has the quality."""
-    return record["phase"] == "cvae" and record["validation_neg_elbo"] <= target
+    return record["phase"] == "cvae" and neg_elbo(record) <= target
+
+
+def neg_elbo(record: dict[str, Any]) -> float:
+    """The validation −ELBO after an epoch of the CVAE, nats per image; infinite where it was not finite."""
+    elbo = record["validation_elbo"]
+    return math.inf if elbo is None else -elbo
 
 
 class TutorialEpochs:
@@ -130,7 +143,7 @@ def main() -> int:
             phase: median([record["seconds"] for record in records if record["phase"] == phase] or [0.0])
             for phase in epochs
         },
-        "ours_validation": [record["validation_neg_elbo"] for record in records if record["phase"] == "cvae"],
+        "ours_validation": [neg_elbo(record) for record in records if record["phase"] == "cvae"],
         "target": options.target,
         "train_flags": options.train_flags,
         "machine": on,
