@@ -86,10 +86,17 @@ class Split:
             raise ValueError(f"{self.num_observed} of {self.num_pixels} pixels are observed; some have to be, not all")
         self.order = torch.argsort(~observed.flatten(), stable=True)
         self.raster = torch.argsort(self.order)
+        self._moved: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """`order` and `raster` on a device, moved there once: a training step must not wait for a copy."""
+        if device not in self._moved:
+            self._moved[device] = self.order.to(device), self.raster.to(device)
+        return self._moved[device]
 
     def vectors(self, images: Tensor) -> Tensor:
         """Images `[..., height, width]` as vectors `[..., num_pixels]`, observed pixels first; any dtype."""
-        return images.flatten(-2).index_select(-1, self.order.to(images.device))
+        return images.flatten(-2).index_select(-1, self._on(images.device)[0])
 
     def split(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images `[..., height, width]` as (x `[..., num_observed]`, y `[..., num_hidden]`); any dtype."""
@@ -103,4 +110,4 @@ class Split:
         """
         leading = torch.broadcast_shapes(x.shape[:-1], y.shape[:-1])
         vectors = torch.cat([x.expand(*leading, -1), y.expand(*leading, -1)], dim=-1)
-        return vectors.index_select(-1, self.raster.to(vectors.device)).view(*leading, self.height, self.width)
+        return vectors.index_select(-1, self._on(vectors.device)[1]).view(*leading, self.height, self.width)

@@ -103,7 +103,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, copy: int | None = None) -> Tensor:
         """All networks: `[copies, B, inputs]` → `[copies, B, outputs]`; the one of number `copy`, or the only one of
-        one: `[..., inputs]` → `[..., outputs]`. In float32 or wider."""
+        one: `[..., B, inputs]` → `[..., B, outputs]`. In float32 or wider."""
         layers: list[Linear] = list(self.layers)  # type: ignore[arg-type]
         single = copy is not None or len(layers[0].weight) == 1
         hidden = x.flatten(0, -2)[None] if single else x

@@ -83,6 +83,8 @@ class Weights(Generic[Model]):
         """Within it, a backward pass; after it, `gradient` holds what that found, and nothing of an earlier one."""
         for slot in self._slots.values():
             slot.filled = False
+        for parameter in self._parameters.values():
+            parameter.grad = None  # a pass that failed halfway may have left one
         self._wanted.wanted = True
         try:
             yield
