@@ -418,7 +418,7 @@ def test_terms(make_toy, name):
     assert maximised(terms) is terms[name]
     assert all(term.shape == (len(toy.x),) and term.isfinite().all() for term in terms.values())
     assert terms[name].requires_grad
-    if "kl" in terms:
+    if {"elbo", "kl"} <= terms.keys():
         assert (terms["kl"] > 0).all()
         torch.testing.assert_close(terms["elbo"], terms["log_likelihood"] - terms["kl"], rtol=1e-12, atol=1e-12)
     if name == "iwae":
@@ -499,7 +499,7 @@ def test_settings_of_an_objective_are_filled_in(make_toy):
 
 @pytest.mark.parametrize("name", ["", "ELBO", "vae", "log_likelihood"])
 def test_objectives_that_there_are_not(name):
-    with pytest.raises(ValueError, match="objective has to be one of elbo, iwae, gsnn, hybrid, not"):
+    with pytest.raises(ValueError, match=f"objective has to be one of {', '.join(OBJECTIVES)}, not"):
         objective(Settings(objective=name))
 
 
