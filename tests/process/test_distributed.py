@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from support.trainings import (
 
 from cvae.run import checkpoint
 from cvae.run.folder import read_json, read_metrics
+from cvae.settings import Settings
 
 STOPS = [
     *SMALL, "--data", "contrary", "--batch-size", "60", "--baseline-epochs", "1", "--epochs", "9", "--patience", "1",
@@ -54,18 +54,21 @@ def on_two(work: Path) -> tuple[Path, str]:
     return work / "runs/two", out
 
 
-def assert_agree(left: Path, right: Path) -> None:
+def assert_agree(left: Path, right: Path, rounding: float = ROUNDING) -> None:
     """That two trainings agree to float32 rounding.
 
     Two processes add up a gradient in another order, so that it differs in its last bits. Where a gradient is close to
-    zero these are most of it, and Adam makes a step of its own of them: a single weight may differ by more than it is
-    rounded. A tensor as a whole may not, by more than a few units in the last place.
+    zero these are most of it, and Adam makes a step of its own of them: one weight in 500 may differ by a hundredth of
+    a step. The others of a tensor together may not, by more than a few units in the last place.
     """
     a, b = checkpoint.load(left / "last.pt"), checkpoint.load(right / "last.pt")
     assert (a["phase"], a["progress"]["epoch"]) == (b["phase"], b["progress"]["epoch"])
     for part in ("model", "average"):
         for name, tensor in a[part].items():
-            assert (tensor - b[part][name]).norm() <= ROUNDING * tensor.norm(), (part, name)
+            differences = (tensor - b[part][name]).abs().flatten().sort().values
+            most = differences[: len(differences) - len(differences) // 500]
+            assert most.norm() <= rounding * tensor.norm(), (part, name)
+            assert differences[-1] <= Settings.learning_rate / 100, (part, name)
     for part in ("moments", "squares"):
         for tensor, other in zip(a["optimizer"][part], b["optimizer"][part], strict=True):
             assert (tensor - other).abs().max() <= 1e-5 * tensor.abs().max(), part
@@ -100,6 +103,19 @@ def test_two_processes_in_half_precision(work: Path, forked: Forked, precision: 
     if precision == "fp16":
         assert one[1]["overflow_steps"] > 0
         assert two[1]["overflow_steps"] > 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["--network paper --objective iwae --particles 3", "--objective hybrid --network paper", "--objective gsnn"],
+)
+def test_two_processes_with_any_network_and_objective(work: Path, forked: Forked, words: str) -> None:
+    name = "-".join(words.replace("--", "").split())
+    argv = [*STOPS, *words.split(), "--name"]
+    assert forked(*argv, f"one-{name}")["code"] == 0
+    code, _, err = finish(start(torchrun("train.py", *argv, f"two-{name}"), work))
+    assert (code, err) == (0, "")
+    assert_agree(work / f"runs/one-{name}", work / f"runs/two-{name}", 4 * ROUNDING)  # there is more to add up
 
 
 def test_both_stop_early_at_the_same_epoch(on_one: Path, on_two: tuple[Path, str]) -> None:
@@ -165,13 +181,12 @@ def test_killed_process_takes_the_job_down(work: Path, forked: Forked, rank: int
         pids = workers(process.pid)
         assert sorted(pids) == [0, 1]
         os.kill(pids[rank], signal.SIGKILL)
-        sent = time.monotonic()
         code, out, err = finish(process)
-        assert time.monotonic() - sent < 20
     assert code not in (0, None)
     assert out == ""
     [line] = own_lines(err)
     assert line.startswith("train.py: another process of this job has ended, so this one ends too")
+    assert "imed out" not in line  # it was noticed, and not waited for
     assert_gone(list(pids.values()))
     seen = len(epochs_logged(folder))
     answer = forked("--resume", name, "--epochs", str(seen))  # begun on two, and it goes on on one

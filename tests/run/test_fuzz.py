@@ -22,7 +22,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.scripts import PACKERS, idx_bytes
+from support.scripts import PACKERS, PATIENCE, idx_bytes
 from test_checkpoint import repacked, saved_by_torch, sign
 
 from cvae.data.idx import MAX_COMPRESSION, read_idx
@@ -44,7 +44,6 @@ from cvae.run.folder import (
 from cvae.settings import Settings
 
 EXAMPLES = {"idx": 4000, "checkpoint": 2500, "settings": 2000, "size": 500, "metrics": 1000, "json": 1000}
-SECONDS = 20  # for one example, of milliseconds in truth: beyond it the reader hangs
 
 
 def test_ten_thousand_inputs() -> None:
@@ -94,10 +93,10 @@ def mutations(seeds: list[Any]) -> st.SearchStrategy[tuple[Any, list[tuple[str, 
 @contextmanager
 def time_limit() -> Iterator[None]:
     def hangs(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError(f"the reader hangs: {SECONDS} s and more")
+        raise TimeoutError(f"the reader hangs: {PATIENCE} s and more")
 
     previous = signal.signal(signal.SIGALRM, hangs)
-    signal.alarm(SECONDS)
+    signal.alarm(PATIENCE)  # for one example, of milliseconds in truth
     try:
         yield
     finally:

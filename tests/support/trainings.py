@@ -18,7 +18,7 @@ from torch import Tensor
 from cvae.data.sources import load_images
 from cvae.run import checkpoint
 from cvae.run.folder import read_json, read_metrics
-from support.scripts import ROOT, small_mnist, write_data
+from support.scripts import PATIENCE, ROOT, small_mnist, write_data
 
 SMALL = [
     "--hidden", "32", "32", "--latent-dim", "8", "--train-limit", "300", "--batch-size", "32",
@@ -157,7 +157,7 @@ def torchrun(script: str, *words: str | Path) -> list[str | Path]:
     return [*launcher, ROOT / script, *words]
 
 
-def finish(process: subprocess.Popen[str], timeout: float = 120) -> tuple[int, str, str]:
+def finish(process: subprocess.Popen[str], timeout: float = PATIENCE) -> tuple[int, str, str]:
     """Exit code (negative: the signal that ended it), stdout and stderr. Nothing is left running after a timeout."""
     try:
         out, err = process.communicate(timeout=timeout)
@@ -178,7 +178,7 @@ def stop(process: subprocess.Popen[str]) -> None:
     process.communicate()
 
 
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120) -> None:
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = PATIENCE) -> None:
     """Wait for something that a process is to bring about."""
     deadline = time.monotonic() + seconds
     while not condition():
