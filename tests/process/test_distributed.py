@@ -115,7 +115,7 @@ def test_two_processes_with_any_network_and_objective(work: Path, forked: Forked
     assert forked(*argv, f"one-{name}")["code"] == 0
     code, _, err = finish(start(torchrun("train.py", *argv, f"two-{name}"), work))
     assert (code, err) == (0, "")
-    assert_agree(work / f"runs/one-{name}", work / f"runs/two-{name}", 4 * ROUNDING)  # there is more to add up
+    assert_agree(work / f"runs/one-{name}", work / f"runs/two-{name}", 1e-5)  # sums of more that cancels
 
 
 def test_both_stop_early_at_the_same_epoch(on_one: Path, on_two: tuple[Path, str]) -> None:
