@@ -76,7 +76,7 @@ def assert_agree(left: Path, right: Path, rounding: float = ROUNDING) -> None:
         assert one.keys() == other.keys()
         assert one["phase"] == other["phase"]
         for key in one.keys() - {"phase", "seconds", "images_per_second"}:
-            assert one[key] == pytest.approx(other[key], rel=1e-6, abs=1e-9), key
+            assert one[key] == pytest.approx(other[key], rel=max(1e-6, rounding), abs=1e-9), key
 
 
 def test_two_processes_train_what_one_does(work: Path, forked: Forked, on_one: Path, on_two: tuple[Path, str]) -> None:
