@@ -6,7 +6,8 @@
     torchrun --nproc-per-node 2 eval.py               # the images shared by two processes: the same table
 
 One column a run, in nats per image, lower is better, with the standard error over the images beside each number. The
-only place that reads the test images. Exit codes: 0 done, 2 usage, 3 data, checkpoint or no finished run, 5 disk.
+only place that reads the test images. Exit codes: 0 done, 1 another process of the job
+has ended, 2 usage, 3 data, checkpoint or no finished run, 5 disk.
 """
 
 if __name__ == "__main__":

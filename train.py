@@ -11,7 +11,8 @@ Then `tensorboard --logdir runs` shows the learning, and `python eval.py` prints
 
 The baseline is trained first and frozen; the CVAE is trained on top of it. Both go through the same loop, `fit`: AdamW
 on minus the objective per image, early stopping on the validation images, the best weights kept. Exit codes: 0 done,
-2 usage, 3 data or checkpoint, 4 loss or gradient not finite, 5 disk, 130 / 143 interrupted by Ctrl-C / SIGTERM.
+1 another process of the job has ended, 2 usage, 3 data or checkpoint, 4 loss or gradient not finite, 5 disk,
+130 / 143 interrupted by Ctrl-C / SIGTERM.
 """
 
 if __name__ == "__main__":
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 
 from cvae import runtime
 from cvae.data.images import ImageSet
-from cvae.data.masks import Split, mask
+from cvae.data.masks import make_split
 from cvae.data.sources import load_train
 from cvae.distributed import Processes
 from cvae.errors import CvaeError, PeerLost
@@ -99,6 +100,7 @@ def fit(phase: Phase, run: Run, last: dict[str, Any]) -> Progress:
         progress.epoch += 1
         train_epoch(phase, step, take_step, average, progress.epoch)
         run.processes.sum_on_host_(step.totals.sums)
+        run.processes.average_(*phase.model.buffers(), *average.model.buffers())
         seconds = time.perf_counter() - started
         train = step.totals.means()
         validation = validate(phase, average.model, s.seed, run.precision, run.processes).means()
@@ -121,8 +123,8 @@ def fit(phase: Phase, run: Run, last: dict[str, Any]) -> Progress:
             "average": average.model.state_dict(),
             "optimizer": optimizer.state_dict(),
         }
-        draw = partial(phase.draw, average.model)
-        run.processes.on_main(partial(run.save_epoch, phase.name, progress, state, record, draw))
+        picture = partial(phase.picture, average.model)
+        run.processes.on_main(partial(run.save_epoch, phase.name, progress, state, record, picture))
         best = ", the best so far" if progress.epoch == progress.best_epoch else ""
         run.say(
             f"{phase.where(progress.epoch)}: loss {train_loss:.2f}, on validation images {validation_loss:.2f} "
@@ -137,7 +139,7 @@ def fit(phase: Phase, run: Run, last: dict[str, Any]) -> Progress:
 def train_epoch(
     phase: Phase, step: Step, take_step: Callable[..., None], average: WeightAverage[nn.Module], epoch: int
 ) -> None:  # fmt: skip
-    """One epoch: a fresh permutation of the images, cut into full batches; the few images left over sit it out.
+    """One epoch: a fresh permutation of the images, cut into full batches; the few images left over are not used in it.
 
     All randomness comes from (seed, phase, epoch) and is the same for any number of processes: each draws the noise of
     the whole batch, and takes its share.
@@ -174,7 +176,7 @@ def train_run(run: Run, resume: bool, overwrite: bool) -> None:
     images, held_out = load_train(s.data)
     images = images[: s.train_limit]
     run.processes.share_of_batch(min(s.batch_size, len(images)))  # refused before a folder is made
-    split = Split(mask(s, *images.shape[1:]))
+    split = make_split(s, *images.shape[1:])
     last = run.claim(split, resume, overwrite)
     if run.is_finished(last):
         run.say(f"{run.folder} is finished: nothing is left to do")
@@ -192,7 +194,7 @@ def train_run(run: Run, resume: bool, overwrite: bool) -> None:
         phase = Phase(
             "baseline", baseline.requires_grad_(True), log_likelihood, s.baseline_epochs, train, validation,
             noise=lambda *_: (),
-            draw=lambda model: completions(digits, split, model(x).sigmoid()),
+            picture=lambda model: completions(digits, split, model(x).sigmoid()),
         )  # fmt: skip
         fit(phase, run, last)
         baseline.requires_grad_(False)
@@ -206,7 +208,7 @@ def train_run(run: Run, resume: bool, overwrite: bool) -> None:
     phase = Phase(
         "cvae", cvae, objective(s), s.epochs, train, validation,
         noise=lambda count, random: (noise(s.particles, count, cvae, random),),
-        draw=lambda model: completions(digits, split, baseline(x).sigmoid(), model.complete(x, eps)),
+        picture=lambda model: completions(digits, split, baseline(x).sigmoid(), model.complete(x, eps)),
     )  # fmt: skip
     progress = fit(phase, run, last)
     run.processes.on_main(lambda: run.finish(progress))

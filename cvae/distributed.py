@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cvae.errors import CvaeError, PeerLost, UsageError
+from cvae.errors import CvaeError, PeerLost, UsageError, first_line
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=5)
@@ -36,8 +36,10 @@ class Processes:
     def connect(self, device: torch.device) -> None:
         """Meet the others: by gloo, which notices when one of them ends; on CUDA by NCCL too, for the gradients."""
         if self.count > 1:
-            with exchange():
+            try:
                 dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+            except RuntimeError as error:
+                raise PeerLost(f"the processes of this job could not meet ({first_line(error)})") from None
 
     def disconnect(self) -> None:
         """Part from the others."""
@@ -73,6 +75,13 @@ class Processes:
             with exchange():
                 dist.all_reduce(total)
             tensor.copy_(total)
+
+    def average_(self, *tensors: Tensor) -> None:
+        """Replace each tensor of floats by its mean over all processes: running statistics, say."""
+        for tensor in tensors if self.count > 1 else ():
+            if tensor.is_floating_point():
+                self.sum_on_host_(tensor)
+                tensor /= self.count
 
     def gather(self, part: Tensor) -> Tensor:
         """The parts `[..., n]` of all processes, joined in the order of their ranks."""
@@ -115,5 +124,4 @@ def exchange() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # gloo raises no more special one
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise PeerLost(f"another process of this job has ended, so this one ends too ({reason})") from None
+        raise PeerLost(f"another process of this job has ended, so this one ends too ({first_line(error)})") from None

@@ -8,7 +8,7 @@ class CvaeError(Exception):
 
 
 class PeerLost(CvaeError):
-    """Another of the processes that train together is gone; it has said why."""
+    """Another of the processes that train together is gone, or they could not meet."""
 
 
 class UsageError(CvaeError):
@@ -41,3 +41,8 @@ class Interrupted(CvaeError):
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return (str(error) or type(error).__name__).splitlines()[0]

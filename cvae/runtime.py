@@ -11,7 +11,7 @@ from types import FrameType
 import torch
 from torch import Tensor
 
-from cvae.errors import UsageError
+from cvae.errors import UsageError, first_line
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -62,7 +62,9 @@ def prepare(device: torch.device) -> None:
 
     A float32 product is one: CUDA's TF32, with ten bits of mantissa, is off, for convolutions too.
     """
-    torch.set_flush_denormal(True)  # numbers under 1e-38 count as zero: a trained net's run into thousands of cycles
+    torch.set_flush_denormal(
+        True
+    )  # numbers under 1e-38 count as zero: arithmetic with them takes a hundred times as long
     _keep_freed_memory()
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
@@ -172,7 +174,7 @@ class GraphedStep:
             self._graph = None
             torch.cuda.set_stream(current)  # a failed capture leaves its own as the current one
             torch.cuda.synchronize()
-            reason = _first_line(error)
+            reason = _first_cause(error)
             self._warn(f"the training step could not be captured in a CUDA graph and runs without one ({reason})")
 
     def _replay(self, inputs: tuple[Tensor, ...]) -> None:
@@ -184,8 +186,8 @@ class GraphedStep:
         self._graph.replay()
 
 
-def _first_line(error: BaseException) -> str:
-    """What went wrong first: the end of a capture fails too, of whatever went wrong in it, and says less."""
+def _first_cause(error: BaseException) -> str:
+    """What went wrong first: the end of the capture fails too, because of it, and says less."""
     while error.__context__ is not None:
         error = error.__context__
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return first_line(error)

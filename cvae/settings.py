@@ -27,17 +27,17 @@ def whole(least: int, most: int, wanted: str) -> Kind:
 
 
 def number(is_good: Callable[[float], bool], wanted: str) -> Kind:
-    """Finite numbers of which something holds."""
+    """Finite numbers with some property."""
     return Kind(float, lambda value: type(value) is float and abs(value) < float("inf") and is_good(value), wanted)
 
 
 def one_of(*names: str) -> Kind:
-    """Some names."""
+    """One of these names."""
     return Kind(str, lambda value: value in names, f"one of {', '.join(names)}")
 
 
 def optional(kind: Kind) -> Kind:
-    """The same, or None."""
+    """The values of another kind, and None."""
     return kind._replace(is_good=lambda value: value is None or kind.is_good(value))
 
 
@@ -54,6 +54,7 @@ SIZE = whole(1, LARGEST_LAYER, f"a whole number from 1 to {LARGEST_LAYER}")
 SIZES = several(SIZE, MOST_LAYERS, f"1 to {MOST_LAYERS} sizes from 1 to {LARGEST_LAYER}")
 SHARE = number(lambda value: 0 <= value <= 1, "a number from 0 to 1")
 NAME = Kind(str, lambda value: isinstance(value, str) and len(value) < 10_000, "a name")
+FOLDER = NAME._replace(wanted="a folder")
 SWITCH = Kind(bool, lambda value: type(value) is bool, "true or false")
 
 
@@ -98,7 +99,7 @@ class Settings:
         500, whole(0, 1 << 31, "a whole number of at least 0"), "steps that the average of the weights spans; 0: none"
     )
     seed: int = setting(0, whole(-(1 << 63), 1 << 63, "a whole number"), "random seed")
-    data: str | None = setting(None, optional(NAME), "folder with the four IDX files of a data set other than MNIST")
+    data: str | None = setting(None, optional(FOLDER), "folder with the four IDX files of a data set other than MNIST")
     train_limit: int | None = setting(None, optional(COUNT), "number of training images to use, the first ones")
     device: str = setting("auto", NAME, "auto, cpu, cuda or cuda:n")
     precision: str = setting(
@@ -149,6 +150,6 @@ def add_flags(parser: argparse.ArgumentParser, choices: dict[str, Collection[str
         more: dict[str, Any] = {"action": "store_true"}
         if kind is not SWITCH:
             many = "+" if each.name == "quadrants" or isinstance(default, tuple) else None
-            metavar = {int: "N", float: "X"}.get(kind.parse, "NAME")
+            metavar = "DIR" if each.name == "data" else {int: "N", float: "X"}.get(kind.parse, "NAME")
             more = {"type": kind.parse, "nargs": many, "metavar": metavar, "choices": choices.get(each.name)}
         group.add_argument(flag(each.name), default=argparse.SUPPRESS, help=words, **more)

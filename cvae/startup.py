@@ -5,7 +5,7 @@ import signal
 import time
 from pathlib import Path
 
-LOOKS, PAUSE_S = 5, 0.01  # at what else runs
+LOOKS, PAUSE_S = 5, 0.01  # how often it looks for other programs, and how long it waits in between
 
 
 def before_torch() -> None:

@@ -40,8 +40,8 @@ class ImageSet:
     ) -> None:
         """Compute a baseline's logits once for all images, `size` at a time.
 
-        baseline: x `[B, num_observed]` → logits `[B, num_hidden]`. dtype: to keep them in; a product in half precision
-        gives no more of them than that.
+        baseline: x `[B, num_observed]` → logits `[B, num_hidden]`. dtype: to keep them in; those of a
+        product in half precision are no more exact than its type.
         """
         shape = (len(self), self.vectors.shape[1] - self.num_observed)
         self.guesses = torch.empty(shape, dtype=dtype, device=self.vectors.device)

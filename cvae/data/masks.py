@@ -6,6 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from cvae.errors import DataError
 from cvae.settings import Settings
 
 
@@ -34,7 +35,7 @@ def rows(first: float, last: float, height: int, width: int) -> Tensor:
 
 
 def columns(first: float, last: float, height: int, width: int) -> Tensor:
-    """The same of columns and the width."""
+    """The mask of the columns between two shares of the width, cut by floor division, bool `[height, width]`."""
     return rows(first, last, width, height).T.contiguous()
 
 
@@ -111,3 +112,11 @@ class Split:
         leading = torch.broadcast_shapes(x.shape[:-1], y.shape[:-1])
         vectors = torch.cat([x.expand(*leading, -1), y.expand(*leading, -1)], dim=-1)
         return vectors.index_select(-1, self._on(vectors.device)[1]).view(*leading, self.height, self.width)
+
+
+def make_split(s: Settings, height: int, width: int) -> Split:
+    """The split of images of this size by the mask of the settings. Raises DataError where the two do not suit."""
+    try:
+        return Split(mask(s, height, width))
+    except ValueError as error:
+        raise DataError(f"images of {height}×{width} pixels cannot be split: {error}") from None

@@ -40,6 +40,10 @@ class Draw(NamedTuple):
         """log p(y|x,z), nats `[L, B]`, for y `[B, num_hidden]` in [0, 1]."""
         return bernoulli_log_prob(y, self.logits)
 
+    def log_weights(self, y: Tensor) -> Tensor:
+        """log of the importance weights, p(y|x,z) p(z|x) / q(z|x,y), nats `[L, B]`, for y as in `log_likelihood`."""
+        return self.log_likelihood(y) + self.log_ratio
+
     @property
     def log_ratio(self) -> Tensor:
         """log p(z|x) − log q(z|x,y) at these z, nats `[L, B]`; zero where they come from the prior network."""

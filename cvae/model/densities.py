@@ -22,7 +22,7 @@ class Gaussian(NamedTuple):
 
     def sample(self, eps: Tensor) -> Tensor:
         """z = loc + scale · eps, reparameterized; eps ~ N(0, 1) broadcasts against `[..., Z]`."""
-        return torch.addcmul(self.loc, self.log_scale.exp(), eps)
+        return torch.addcmul(widen(self.loc), widen(self.log_scale).exp(), eps)
 
     def detach(self) -> "Gaussian":
         """The same Gaussian as a constant."""
@@ -36,13 +36,14 @@ def widen(tensor: Tensor) -> Tensor:
 
 def gaussian_log_prob(z: Tensor, gaussian: Gaussian) -> Tensor:
     """log N(z; loc, scale²) summed over the last dimension: z `[..., Z]` → nats `[...]`."""
-    standard = (z - gaussian.loc) * (-gaussian.log_scale).exp()
-    return (-0.5 * standard.square() - gaussian.log_scale - 0.5 * LOG_2PI).sum(-1)
+    loc, log_scale = widen(gaussian.loc), widen(gaussian.log_scale)
+    standard = (z - loc) * (-log_scale).exp()
+    return (-0.5 * standard.square() - log_scale - 0.5 * LOG_2PI).sum(-1)
 
 
 def gaussian_score(z: Tensor, gaussian: Gaussian) -> Tensor:
     """The derivative of `gaussian_log_prob` with respect to z, −(z − loc) / scale²: `[..., Z]`."""
-    return (gaussian.loc - z) * (-2.0 * gaussian.log_scale).exp()
+    return (widen(gaussian.loc) - z) * (-2.0 * widen(gaussian.log_scale)).exp()
 
 
 def gaussian_kl(q: Gaussian, p: Gaussian) -> Tensor:
@@ -50,7 +51,7 @@ def gaussian_kl(q: Gaussian, p: Gaussian) -> Tensor:
 
     q and p are of one shape. Source: Kingma and Welling 2014, appendix B, for two general diagonal Gaussians.
     """
-    kl: Tensor = _GaussianKL.apply(*q, *p)
+    kl: Tensor = _GaussianKL.apply(*map(widen, (*q, *p)))
     return kl
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from cvae.model.densities import widen
 
@@ -102,8 +103,8 @@ class MLP(nn.Module):
         return first.weight.dtype
 
     def forward(self, x: Tensor, copy: int | None = None) -> Tensor:
-        """All networks: `[copies, B, inputs]` → `[copies, B, outputs]`; the one of number `copy`, or the only one of
-        one: `[..., B, inputs]` → `[..., B, outputs]`. In float32 or wider."""
+        """All networks: `[copies, B, inputs]` → `[copies, B, outputs]`. The network of number `copy`, or the only one
+        where copies = 1: `[..., B, inputs]` → `[..., B, outputs]`. In float32 or wider."""
         layers: list[Linear] = list(self.layers)  # type: ignore[arg-type]
         single = copy is not None or len(layers[0].weight) == 1
         hidden = x.flatten(0, -2)[None] if single else x
@@ -132,6 +133,7 @@ class _IntoSlots(torch.autograd.Function):
         return widen(hidden[-1])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         layers, count = ctx.layers, len(ctx.layers)
         inputs, weights = ctx.saved_tensors[:count], ctx.saved_tensors[count:]

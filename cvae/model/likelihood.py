@@ -33,7 +33,8 @@ class Likelihoods(NamedTuple):
 
     nn_nll: of the baseline's guess. cvae_neg_elbo: an upper bound on −log p(y|x), with ELBO_SAMPLES of z ~ q(z|x,y).
     cvae_mc_nll: −log of the mean of p(y|x,z) over S samples z ~ p(z|x). cvae_is_nll: −log of the mean of the
-    importance weights over S samples z ~ q(z|x,y). Both lie above −log p(y|x) in expectation, by less the larger S is.
+    importance weights over S samples z ~ q(z|x,y). In expectation both lie above −log p(y|x); they approach it as S
+    grows.
     floor: the entropy of y's grey levels, which no Bernoulli negative log-likelihood of y can fall below.
     """
 
@@ -89,7 +90,7 @@ def monte_carlo_nll(model: CVAE, batch: Batch, samples: int, random: torch.Gener
 def importance_sampling_nll(model: CVAE, batch: Batch, samples: int, random: torch.Generator) -> Tensor:
     """−log of the mean of p(y|x,z) p(z|x) / q(z|x,y) over so many z ~ q(z|x,y): nats `[B]`, float64."""
     draws = (model.from_posterior(*batch, eps) for eps in portions(samples, batch, model, random))
-    return -log_mean_exp(torch.cat([draw.log_likelihood(batch.y) + draw.log_ratio for draw in draws]).double())
+    return -log_mean_exp(torch.cat([draw.log_weights(batch.y) for draw in draws]).double())
 
 
 def portions(samples: int, batch: Batch, model: CVAE, random: torch.Generator) -> Iterator[Tensor]:

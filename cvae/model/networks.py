@@ -62,7 +62,7 @@ class Tutorial(OneLevel):
 
     The tutorial shows its baseline −1 in the place of each hidden pixel. Those inputs add a constant to each unit of
     the first layer, which its bias can hold as well: they are left out, and so are all outputs for observed pixels,
-    which nobody looks at.
+    which nothing uses.
     """
 
     def __init__(self, split: Split, s: Settings):

@@ -25,7 +25,7 @@ Terms = dict[str, Tensor]
 """Per image, nats `[B]`, higher is better but for those called `kl`; the first is what is maximised."""
 
 Objective = Callable[..., Terms]
-"""Of a model, a batch, and noise if it takes any."""
+"""A function of a model, a batch, and noise if it takes any."""
 
 
 def log_likelihood(baseline: nn.Module, batch: Batch) -> Terms:

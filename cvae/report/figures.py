@@ -13,24 +13,24 @@ PAPER, INK = (255, 255, 255), (40, 40, 40)
 GAP = 2
 
 
-def completions(images: Tensor, split: Split, guess: Tensor, samples: Tensor | None = None) -> Tensor:
+def completions(images: Tensor, split: Split, y_hat: Tensor, samples: Tensor | None = None) -> Tensor:
     """The picture of `completion_rows`, uint8 `[3, height, width]`, on the CPU."""
-    return draw_rows(completion_rows(images, split, guess, samples))
+    return draw_rows(completion_rows(images, split, y_hat, samples))
 
 
 def completion_rows(
-    images: Tensor, split: Split, guess: Tensor, samples: Tensor | None = None
+    images: Tensor, split: Split, y_hat: Tensor, samples: Tensor | None = None
 ) -> list[tuple[str, Tensor]]:  # fmt: skip
     """Labelled rows of completions of these images: input, truth, the baseline's guess, and a CVAE's samples.
 
-    images: uint8 `[N, height, width]`. guess: ŷ, in [0, 1], `[N, num_hidden]`. samples: `[S, N, num_hidden]`. Each row
+    images: uint8 `[N, height, width]`. y_hat: ŷ, in [0, 1], `[N, num_hidden]`. samples: `[S, N, num_hidden]`. Each row
     comes back as its label and its pictures, `[N, 3, height, width]` in [0, 1], on the CPU.
     """
     x, y = split.split(images.cpu().float() / 255)
     given = _colour(split.compose(x, torch.zeros_like(y)))
     given = torch.where(split.observed, given, torch.tensor(NOT_GIVEN)[:, None, None])
     rows = [("input", given), ("truth", _colour(split.compose(x, y)))]
-    rows.append(("NN", _colour(split.compose(x, guess.detach().cpu().float()))))
+    rows.append(("NN", _colour(split.compose(x, y_hat.detach().cpu().float()))))
     if samples is not None:
         completed = _colour(split.compose(x, samples.detach().cpu().float()))
         rows += [(f"CVAE {i}", sample) for i, sample in enumerate(completed, start=1)]

@@ -38,8 +38,8 @@ def save(path: Path, content: Mapping[str, Any]) -> None:
         hashed = _Hashed(file)
         try:
             torch.save(_on_cpu({"format": FORMAT, **content}), hashed)  # type: ignore[arg-type]
-        except RuntimeError:
-            raise hashed.error or RuntimeError from None  # what the writer makes of a full disk, say
+        except RuntimeError as error:
+            raise (hashed.error or error) from None  # the writer makes a RuntimeError of a full disk
         file.write(TAG + hashed.sha256.digest())
 
 

@@ -20,7 +20,7 @@ from typing import Any, TextIO
 
 import torch
 
-from cvae.data.masks import MASKS, Split, mask
+from cvae.data.masks import MASKS, Split, make_split
 from cvae.errors import CvaeError, DataError, DiskError, UsageError
 from cvae.model.networks import NETWORKS
 from cvae.model.objectives import OBJECTIVES
@@ -32,7 +32,7 @@ BEST, LAST, LOCK = "best.pt", "last.pt", ".lock"
 LARGEST_SIDE = 1 << 12
 
 CHOICES: dict[str, Collection[str]] = {"observed": MASKS, "network": NETWORKS, "objective": OBJECTIVES}
-"""Of the settings that are names of something in the code: where to look them up."""
+"""Settings that are names of something in the code, each with the table in which it is found."""
 
 
 def create_run(path: Path, settings: Settings, about: dict[str, Any], overwrite: bool) -> TextIO:
@@ -98,6 +98,12 @@ def write_config(path: Path, settings: Settings, about: dict[str, Any]) -> None:
     write_json(path / CONFIG, {"settings": settings.to_dict(), **about})
 
 
+def find_run(run: str | Path, runs: str | Path) -> Path:
+    """The folder of a run: the one of this path, or else, for a plain name, the one below the folder of runs."""
+    path = Path(run)
+    return path if os.path.isdir(path) or len(path.parts) > 1 else Path(runs) / path
+
+
 def read_settings(path: Path) -> Settings:
     """The settings of the run in a folder. Raises DataError if it has none that can be read."""
     file = path / CONFIG
@@ -126,11 +132,7 @@ def read_size(path: Path) -> tuple[int, int]:
 
 def read_split(path: Path) -> Split:
     """The split of the images that a run is trained on. Raises DataError."""
-    settings, size = read_settings(path), read_size(path)
-    try:
-        return Split(mask(settings, *size))
-    except ValueError as error:
-        raise DataError(f"{path / CONFIG}: {error}") from None
+    return make_split(read_settings(path), *read_size(path))
 
 
 def read_precision(path: Path) -> str:

@@ -1,6 +1,5 @@
 """A trained model, ready to use."""
 
-import os
 from pathlib import Path
 
 import torch
@@ -9,7 +8,7 @@ from cvae.errors import DataError
 from cvae.model.cvae import CVAE
 from cvae.model.networks import build
 from cvae.run import checkpoint
-from cvae.run.folder import BEST, read_settings, read_split
+from cvae.run.folder import BEST, find_run, read_settings, read_split
 
 
 def load(run: str | Path, device: torch.device | str = "cpu", runs: str | Path = "runs") -> CVAE:
@@ -18,17 +17,19 @@ def load(run: str | Path, device: torch.device | str = "cpu", runs: str | Path =
     run: its folder, or its name below the folder `runs`. The model's `split` says what it sees of an image.
     Raises DataError if there is no such run, or its weights cannot be read or are not of its settings.
     """
-    folder = Path(run) if os.path.isdir(run) else Path(runs) / run
+    folder = find_run(run, runs)
     settings, split = read_settings(folder), read_split(folder)
     state = checkpoint.load(folder / BEST)
     if state.get("phase") != "cvae":
         raise DataError(f"{folder}: only its baseline is trained so far; go on with python train.py --resume {folder}")
     try:
-        with torch.device("meta"):  # no memory is taken before the shapes are known to fit
-            model = build(split, settings)
-        model.load_state_dict(state["model"], assign=True)
-        if any(weight.dtype != torch.float32 for weight in model.parameters()):
-            raise TypeError
+        with torch.device("meta"):  # no memory is taken before the weights are known to fit
+            wanted = build(split, settings).state_dict()
+        found = {name: (tensor.shape, tensor.dtype) for name, tensor in state["model"].items()}
+        if found != {name: (tensor.shape, tensor.dtype) for name, tensor in wanted.items()}:
+            raise ValueError
+        model = build(split, settings)
+        model.load_state_dict(state["model"])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
         raise DataError(f"{folder / BEST}: does not hold the weights of a CVAE of the run's settings") from None
     return model.to(device).requires_grad_(False).eval()

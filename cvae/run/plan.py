@@ -1,14 +1,13 @@
 """The command line of a training: which runs it is to make or to go on with, with which settings."""
 
 import argparse
-import os
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from cvae.errors import UsageError
-from cvae.run.folder import CHOICES, read_settings
+from cvae.run.folder import CHOICES, find_run, read_settings
 from cvae.settings import Settings, add_flags, flag
 
 
@@ -21,7 +20,7 @@ def parse(argv: Sequence[str] | None, manual: str | None) -> tuple[argparse.Name
     )
     parser.add_argument(
         "--name",
-        help="name of the run's folder (default: q1, q2, q3 or the mask; to several runs' name, -q1, … is added)",
+        help="name of the run's folder (default: q1, q2, q3 or the mask's name); with several runs, -q1, … is added",
     )
     parser.add_argument("--resume", type=Path, metavar="RUN", help="name or folder of a run to go on with")
     parser.add_argument("--overwrite", action="store_true", help="replace the run's folder if it exists")
@@ -51,7 +50,7 @@ def plan(options: argparse.Namespace, given: dict[str, Any]) -> list[tuple[Path,
     """The runs to make or to go on with: their folders and settings. Raises UsageError or DataError."""
     quadrants = given.pop("quadrants", None)
     if options.resume is not None:
-        folder = options.resume if os.path.isdir(options.resume) else options.runs / options.resume
+        folder = find_run(options.resume, options.runs)
         settings = read_settings(folder)
         wanted = (
             given if quadrants is None else given | {"quadrants": quadrants[0] if len(quadrants) == 1 else quadrants}

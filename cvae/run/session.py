@@ -179,7 +179,12 @@ class Run:
             model.load_state_dict(best["model"])
 
     def save_epoch(
-        self, phase: str, progress: Progress, state: dict[str, Any], record: dict[str, Any], draw: Callable[[], Tensor]
+        self,
+        phase: str,
+        progress: Progress,
+        state: dict[str, Any],
+        record: dict[str, Any],
+        picture: Callable[[], Tensor],
     ) -> None:
         """Write an epoch: the log first, so that `last.pt` can say how much of it there is, and `best.pt` after that.
 
@@ -187,7 +192,7 @@ class Run:
         `best.pt` that it is ahead of can be made from it.
         """
         assert self.log is not None
-        self.log.epoch(phase, record, draw())
+        self.log.epoch(phase, record, picture())
         content = {"phase": phase, "progress": asdict(progress), **state, "log": self.log.position()}
         checkpoint.save(self.folder / LAST, content)
         self.save_best(content)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
+from torch.optim.adamw import adamw  # AdamW's step as a function: an optimizer object per part costs more time
 
 from cvae.errors import NonFiniteError
 from cvae.settings import Settings
@@ -42,8 +42,8 @@ class Part(NamedTuple):
 class GuardedAdam:
     """Adam whose step is skipped, and counted, when the loss or a gradient is not finite, or its square is not.
 
-    Before each step it takes `learning_rate` · `weight_decay` of every weight but the biases off it, whatever the
-    gradient: the decoupled decay of AdamW. Source: Loshchilov and Hutter 2019.
+    Before each step it takes `learning_rate` · `weight_decay` of every weight off it, whatever the gradient, but for
+    biases and other vectors: the decoupled decay of AdamW. Source: Loshchilov and Hutter 2019.
 
     The gradient is that of `weights`, times the loss scale; their `working` copy follows each step.
 
@@ -51,7 +51,7 @@ class GuardedAdam:
     `check` looks at the outcome, whenever the host has the time; the weights are safe until then.
 
     With `loss_scaling` (float16), the loss is multiplied by a scale before the backward pass, and the gradients are
-    divided by it after. Gradients that overflow are the scale's doing as long as the loss is finite: such a step is
+    divided by it after. Where gradients overflow and the loss is finite, the scale is too large: such a step is
     skipped too, counted apart, and halves the scale, which doubles again after 2,000 good steps. Source: Micikevicius
     et al. 2018.
     """

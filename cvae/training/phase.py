@@ -24,7 +24,7 @@ class Phase(NamedTuple):
     train: ImageSet
     validation: ImageSet
     noise: Callable[[int, torch.Generator], tuple[Tensor, ...]]  # of so many images: what the objective takes of it
-    draw: Callable[[Any], Tensor]  # the picture of a model
+    picture: Callable[[Any], Tensor]  # of a model, for the log
 
     def where(self, epoch: int) -> str:
         """An epoch of the phase, in words."""
@@ -41,7 +41,7 @@ def validate(phase: Phase, model: nn.Module, seed: int, precision: str, processe
     images = phase.validation
     device, totals = images.vectors.device, Totals(images.vectors.device)
     starts = range(0, len(images), VALIDATION_BATCH)
-    for start in starts[processes.share(len(starts))] or [len(images)]:  # no share: an empty portion
+    for start in starts[processes.share(len(starts))] or [len(images)]:  # where there is none: an empty one
         batch = images.batch(slice(start, start + VALIDATION_BATCH))
         eps = phase.noise(len(batch.x), runtime.generator(device, seed, "validation", start))
         with runtime.autocast(precision, device):

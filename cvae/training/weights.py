@@ -25,7 +25,7 @@ class Weights(Generic[Model]):
     model: its weights are in float32 or wider. half: the type of the products, if it is not theirs. If all that is
     trained belongs to the layers of `layers.py`, the weights get a copy of this type, `working`, which is what `model`
     is made of from then on; for any other model autocast has to do it. slots: have these layers write their gradients
-    into the vector themselves, which is faster.
+    into the vector themselves, which is faster; not where autocast computes with copies of their weights.
 
     Attributes: `vector`; `gradient`, of the type of `working`; `working`: the copy, or the vector itself; `model`: what
     is to be trained; `decayed`.
@@ -67,10 +67,11 @@ class Weights(Generic[Model]):
                 parameter.data = self.view(name, self.working)
         self._wanted = Gradients()
         self._slots = {name: Slot(self._wanted, self.view(name, self.gradient)) for name in trained}
+        autocast = half is not None and self.half is None  # it computes with copies of the weights, of another type
         for prefix, module in self.model.named_modules():
-            name = f"{prefix}.weight".lstrip(".")
-            if slots and isinstance(module, Linear) and name in self._slots:
-                module.slots = self._slots[name], self._slots[name.removesuffix("weight") + "bias"]
+            names = [f"{prefix}.{kind}".lstrip(".") for kind in ("weight", "bias")]
+            if slots and not autocast and isinstance(module, Linear) and self._slots.keys() >= set(names):
+                module.slots = self._slots[names[0]], self._slots[names[1]]
 
     def release(self) -> None:
         """Have the model be one that is not trained any more."""

@@ -138,7 +138,7 @@ def make_training(
         "baseline" if is_baseline else "cvae", trained, log_likelihood if is_baseline else objective(s), 1,
         images, images,
         noise=lambda count, random: () if is_baseline else (noise(s.particles, count, model, random),),
-        draw=lambda _: torch.empty(0),
+        picture=lambda _: torch.empty(0),
     )  # fmt: skip
     run = Run(Path("no folder"), s, device, precision, Processes(), runtime.Interruption())
     weights.model.train()
