@@ -54,11 +54,17 @@ def call_eval(*words: str | Path) -> Ended:
     return call(evaluation, *words, "--device", "cpu", "--samples", "3")
 
 
-def make_tiny_data(folder: Path, height: int = 10, width: int = 9) -> Path:
-    """60 random images to train on, 12 to validate, 12 to test."""
+def make_tiny_data(folder: Path, height: int = 10, width: int = 9, contrary: bool = False) -> Path:
+    """60 random images to train on, 12 to validate, 12 to test.
+
+    contrary: those to train on are all dark, those to validate all bright: no epoch is better than the one before.
+    """
     random = torch.Generator().manual_seed(height * width)
-    parts = (torch.randint(0, 256, (n, height, width), dtype=torch.uint8, generator=random) for n in (72, 12))
-    return write_data(folder, *parts)
+    images, test = (torch.randint(0, 256, (n, height, width), dtype=torch.uint8, generator=random) for n in (72, 12))
+    if contrary:
+        images = images // 4
+        images[60:] = 255 - images[60:]
+    return write_data(folder, images, test)
 
 
 @contextlib.contextmanager

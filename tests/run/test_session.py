@@ -1,0 +1,91 @@
+"""Which weights a run validates, keeps and goes on with: the average, of the best epoch."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.inprocess import TINY, call_train, interrupted_after, make_tiny_data, results
+from support.steps import CPU
+
+from cvae.data.images import ImageSet
+from cvae.data.sources import load_train
+from cvae.distributed import Processes
+from cvae.model.likelihood import noise
+from cvae.model.objectives import objective
+from cvae.run import checkpoint
+from cvae.run.folder import read_json, read_settings
+from cvae.run.load import load
+from cvae.training.phase import Phase, validate
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs on images of which no epoch learns anything that is good for those to validate.
+
+    `whole` is one, and `baseline` the same when its baseline was done; `last` has no average of the weights.
+    """
+    folder = tmp_path_factory.mktemp("place")
+    words = ["--data", make_tiny_data(folder / "data", contrary=True), *TINY, "--runs", folder, "--precision", "fp32"]
+    words += ["--epochs", "6", "--baseline-epochs", "6", "--patience", "9", "--particles", "2"]
+    assert call_train(*words, "--average", "4", "--name", "whole").code == 0
+    with interrupted_after("baseline", 6):
+        assert call_train(*words, "--average", "4", "--name", "baseline").code == 143
+    assert call_train(*words, "--average", "0", "--name", "last").code == 0
+    return folder
+
+
+def test_the_best_epoch_is_not_the_last_one(place: Path) -> None:
+    """The control of all the others."""
+    for run in ("whole", "last"):
+        summary = read_json(place / run / "summary.json")
+        assert summary["epoch"] == 6
+        assert summary["best_epoch"] == 1
+    progress = checkpoint.load(place / "baseline/last.pt")["progress"]
+    assert (progress["epoch"], progress["best_epoch"]) == (6, 1)
+
+
+@pytest.mark.parametrize("run", ["whole", "last"])
+def test_validated_weights_are_those_that_are_kept(place: Path, run: str) -> None:
+    """The loaded model, validated once more, has the very numbers of the best epoch's line."""
+    folder = place / run
+    settings, model, summary = read_settings(folder), load(folder), read_json(folder / "summary.json")
+    images = ImageSet(load_train(settings.data)[1], model.split)
+    images.set_guesses(model.baseline_net)
+    phase = Phase(
+        "cvae", model, objective(settings), 1, images, images,
+        lambda count, random: (noise(2, count, model, random),), lambda model: torch.zeros(1),
+    )  # fmt: skip
+    found = validate(phase, model, settings.seed, "fp32", Processes()).means()
+    lines = [record for record in results(folder)["metrics"] if record["phase"] == "cvae"]
+    best = lines[summary["best_epoch"] - 1]
+    assert best["epoch"] == summary["best_epoch"]
+    assert found == {name: best[f"validation_{name}"] for name in found}
+    assert summary["best_loss"] == -best["validation_elbo"] == min(-line["validation_elbo"] for line in lines)
+
+
+def test_average_is_what_is_kept(place: Path) -> None:
+    """It is another model than the last weights are, unless none is asked for."""
+    for run, same in (("whole", False), ("last", True)):
+        last = checkpoint.load(place / run / "last.pt")
+        trained = [name for name in last["model"] if not name.startswith("baseline_net")]
+        assert trained
+        assert all(torch.equal(last["model"][name], last["average"][name]) == same for name in trained)
+    with interrupted_after("cvae", 1):  # its first epoch is the best so far
+        words = ["--data", place / "data", *TINY, "--runs", place, "--average", "4", "--name", "first"]
+        assert call_train(*words).code == 143
+    last, best = (checkpoint.load(place / "first" / name) for name in ("last.pt", "best.pt"))
+    assert last["progress"]["best_epoch"] == 1
+    assert all(torch.equal(tensor, last["average"][name]) for name, tensor in best["model"].items())
+
+
+def test_cvae_is_trained_on_top_of_the_best_baseline(place: Path) -> None:
+    """Its average of its best epoch; and it stays as it is."""
+    baseline = checkpoint.load(place / "baseline/best.pt")
+    last = checkpoint.load(place / "baseline/last.pt")
+    assert (baseline["phase"], last["phase"]) == ("baseline", "baseline")
+    whole = checkpoint.load(place / "whole/last.pt")
+    for name, tensor in baseline["model"].items():
+        assert not torch.equal(tensor, last["model"][name])
+        assert not torch.equal(tensor, last["average"][name])
+        assert torch.equal(whole["model"][f"baseline_net.{name}"], tensor)
+        assert torch.equal(load(place / "whole", CPU).state_dict()[f"baseline_net.{name}"], tensor)
