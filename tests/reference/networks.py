@@ -14,6 +14,7 @@ from cvae.data.masks import Split
 from cvae.model.cvae import CVAE, Draw, Latent
 from cvae.model.densities import Gaussian, widen
 from cvae.model.layers import MLP
+from cvae.model.networks import Tutorial
 from cvae.settings import Settings
 
 
@@ -180,10 +181,23 @@ class Regularised(Encoded):
         )
 
 
+class Mixed(Tutorial):
+    """The tutorial's, of the layers whose gradients go straight to the optimizer, and a plain layer behind them."""
+
+    def __init__(self, split: Split, s: Settings):
+        super().__init__(split, s)
+        self.last = nn.Linear(split.num_hidden, split.num_hidden)
+
+    def generation(self, z: Tensor, x: Tensor, guess: Tensor) -> Tensor:
+        logits: Tensor = self.last(self.generation_net(z))
+        return logits
+
+
 TEST_NETWORKS: dict[str, Callable[[Split, Settings], CVAE]] = {
     "convolutional": Convolutional,
     "two levels": Levels,
     "regularised": Regularised,
+    "mixed": Mixed,
     "smooth": partial(Levels, levels=1, net=smooth),
     "two smooth levels": partial(Levels, net=smooth),
 }
