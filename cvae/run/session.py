@@ -143,7 +143,6 @@ class Run:
         self.processes.on_main(lambda: self._open_log(last))
 
     def _open_log(self, last: dict[str, Any]) -> None:
-        (self.folder / SUMMARY).unlink(missing_ok=True)
         self.log = RunLog(self.folder, last.get("log", {}))
         if not last:
             self.log.describe(self.settings.to_dict())
@@ -192,6 +191,7 @@ class Run:
         `best.pt` that it is ahead of can be made from it.
         """
         assert self.log is not None
+        (self.folder / SUMMARY).unlink(missing_ok=True)  # that of a finished run which goes on with more epochs
         self.log.epoch(phase, record, picture())
         content = {"phase": phase, "progress": asdict(progress), **state, "log": self.log.position()}
         checkpoint.save(self.folder / LAST, content)
