@@ -69,7 +69,7 @@ class Training:
             "epochs": EPOCHS,
             "train": image_set,
             "validation": image_set,
-            "draw": lambda model: images[:0],
+            "picture": lambda model: images[:0],
         }
         if phase == "baseline":
             baseline = cvae.baseline_net.requires_grad_(True)
