@@ -1,0 +1,24 @@
+"""The README's examples of use as a library, as they stand there."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from support.scripts import ROOT, run_script
+
+
+def test_library_examples(tmp_path: Path) -> None:
+    """On a run of the name that they use."""
+    small = ["--train-limit", "300", "--epochs", "1", "--baseline-epochs", "1", "--hidden", "16", "--latent-dim", "4"]
+    result = run_script("train.py", *small, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 2
+    code = "\n".join(blocks) + "\nassert pictures.shape == (10, 8, 28, 28)\nassert loss.isfinite()\n"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )  # fmt: skip
+    assert (result.returncode, result.stderr) == (0, "")
