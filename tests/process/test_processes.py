@@ -1,0 +1,53 @@
+"""What several processes tell each other, by two that do nothing else."""
+
+import json
+import socket
+import sys
+
+from support.scripts import ROOT
+from support.trainings import ENVIRONMENT, finish, start
+
+CODE = """
+import json, sys
+import torch
+from cvae.distributed import Processes
+
+processes = Processes()
+processes.connect(torch.device("cpu"))
+rank = processes.rank
+half = torch.full((3,), 2.0 ** rank).bfloat16()
+statistics, counter = torch.tensor([1.0 + rank, 5.0]), torch.tensor(rank)
+total = torch.tensor([0.1, rank], dtype=torch.float64)
+loss = torch.tensor(1.5 + rank)
+processes.sum_(half, loss)
+processes.average_(statistics, counter)
+processes.sum_on_host_(total)
+print(json.dumps([half.tolist(), loss.item(), statistics.tolist(), counter.item(), total.tolist(),
+                  processes.maximum(10 * rank), processes.on_main(lambda: "of " + str(rank)),
+                  processes.gather(torch.tensor([[float(rank)]])).tolist()]))
+processes.disconnect()
+"""
+
+
+def test_sums_means_and_objects() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    processes = []
+    for rank in ("0", "1"):
+        job = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        processes.append(start([sys.executable, "-c", CODE], ROOT, environment={**ENVIRONMENT, **job}))
+    results = [finish(process) for process in processes]
+    assert [(code, err) for code, _, err in results] == [(0, ""), (0, "")]
+    for rank, (_, out, _) in enumerate(results):
+        half, loss, statistics, counter, total, largest, told, gathered = json.loads(out)
+        assert (half, loss) == ([3.0] * 3, 4.0)
+        assert statistics == [1.5, 5.0]
+        assert counter == rank  # whole numbers are left alone
+        assert total == [0.2, 1.0]
+        assert (largest, told, gathered) == (10, "of 0", [[0.0, 1.0]])
