@@ -58,9 +58,8 @@ def plan(options: argparse.Namespace, given: dict[str, Any]) -> list[tuple[Path,
         for name, value in wanted.items():
             if name != "epochs" and value != getattr(settings, name):
                 own = getattr(settings, name)
-                raise UsageError(
-                    f"{folder} was begun with {flag(name)} {own}, which cannot change now; leave the flag out"
-                )
+                begun = f"without {flag(name)}" if own is None else f"with {flag(name)} {own}"
+                raise UsageError(f"{folder} was begun {begun}, which cannot change now; leave the flag out")
         return [(folder, replace(settings, epochs=given.get("epochs", settings.epochs)))]
 
     quadrants = quadrants or [Settings.quadrants]

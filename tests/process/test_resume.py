@@ -255,7 +255,8 @@ def test_contradicting_settings(work: Path, forked: Forked, undisturbed: Path) -
         assert answer["code"] == 2, (words, answer)
         line, rest = answer["output"].split("\n", 1)
         assert rest == ""
-        assert line.startswith(f"train.py: runs/undisturbed was begun with {flag} ")
+        begun = f"without {flag}, " if flag == "--observed" else f"with {flag} "
+        assert line.startswith(f"train.py: runs/undisturbed was begun {begun}")
     assert contents(undisturbed) == before
 
 
