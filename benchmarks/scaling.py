@@ -94,7 +94,7 @@ def main() -> int:
     runtime.prepare(DEVICE)
 
     def ours(side: int = 28, hidden: int = 500, batch: int = 128) -> Training:
-        settings = Settings(hidden=(hidden, hidden), batch_size=batch)
+        settings = Settings(hidden=(hidden, hidden), batch_size=batch, learning_rate=1e-5)  # no warm-up comes before
         return Training("cvae", settings, images=pictures(side, batch * options.steps))
 
     result: dict[str, Any] = {
