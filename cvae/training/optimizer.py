@@ -19,22 +19,17 @@ MAX_STREAK = 10
 MAX_UNSEEN = 1000
 """So many steps may pass between two looks at their outcomes."""
 
-WEIGHTS_AT_ONCE = 800_000
-"""With a gradient in half precision, a CPU takes so many weights at a time: what it writes is still cached when it is
-read again. Measured with 32 MiB of cache; half as many or twice as many take about as long."""
-
 BAD, OVERFLOW = 1, 2  # outcomes of a step; 0: it was taken
 INITIAL_SCALE, MIN_SCALE, GROWTH_INTERVAL = 2.0**16, 2.0**-14, 2000
 
 
 class Part(NamedTuple):
-    """Weights that one call of Adam updates: views of all vectors, and their decay."""
+    """The weights of one decay: views of all vectors, which one call of Adam updates."""
 
     decay: float
     updates: Tensor  # steps taken, a number
     weights: Tensor
-    working: Tensor
-    gradient: Tensor
+    gradient: Tensor  # in the weights' type
     moments: Tensor
     squares: Tensor
 
@@ -63,27 +58,18 @@ class GuardedAdam:
         self.device = weights.vector.device
         self.learning_rate = torch.tensor(learning_rate, device=self.device)
         self.moments, self.squares = torch.zeros_like(weights.vector), torch.zeros_like(weights.vector)
-        half = weights.half is not None
-        size = WEIGHTS_AT_ONCE if half and self.device.type == "cpu" else len(weights.vector)
-        self._parts = [
-            Part(decay, self._zero(), *(vector[start : min(start + size, end)] for vector in self._vectors()))
-            for start_of_kind, end, decay in (
-                (0, weights.decayed, 0.0),
-                (weights.decayed, len(weights.vector), weight_decay),
-            )
-            for start in range(start_of_kind, end, size)
-        ]
-        longest = max(len(part.gradient) for part in self._parts)
-        self._widened = torch.zeros(longest, dtype=weights.vector.dtype, device=self.device) if half else None
+        self._widened = torch.zeros_like(weights.vector) if weights.half is not None else None
+        gradient = weights.gradient if self._widened is None else self._widened
+        kinds = [(slice(weights.decayed), 0.0), (slice(weights.decayed, None), weight_decay)]
+        vectors = (weights.vector, gradient, self.moments, self.squares)
+        parts = [Part(decay, self._zero(), *(vector[rows] for vector in vectors)) for rows, decay in kinds]
+        self._parts = [part for part in parts if len(part.weights)]
         self.scale = torch.tensor(INITIAL_SCALE, device=self.device) if loss_scaling else None
         self.good_steps = self._zero()  # since the scale last changed
         self._outcomes = torch.zeros(MAX_UNSEEN, device=self.device)  # of the steps since the last look
         self._unseen = torch.zeros(1, dtype=torch.int64, device=self.device)  # how many they are
         self.bad_streak = 0
         self.steps = self.bad = self.overflows = self.failed_at = 0  # of this epoch
-
-    def _vectors(self) -> tuple[Tensor, ...]:
-        return self.weights.vector, self.weights.working, self.weights.gradient, self.moments, self.squares
 
     def scaled(self, loss: Tensor) -> Tensor:
         """What the gradient is to be taken of: the loss, times the scale if there is one."""
@@ -113,18 +99,16 @@ class GuardedAdam:
 
     def _update(self, skip: Tensor) -> None:
         """Adam's step itself, which leaves everything as it is where `skip` is 1."""
+        if self._widened is not None:
+            self._widened.copy_(self.weights.gradient)
         for part in self._parts:
-            gradient = part.gradient
-            if self._widened is not None:
-                gradient = self._widened[: len(gradient)].copy_(gradient)
             adamw(
-                [part.weights], [gradient], [part.moments], [part.squares], [], [part.updates],
+                [part.weights], [part.gradient], [part.moments], [part.squares], [], [part.updates],
                 fused=True, capturable=self.device.type == "cuda", grad_scale=self.scale, found_inf=skip,
                 lr=self.learning_rate, beta1=BETA1, beta2=BETA2, eps=EPSILON, weight_decay=part.decay, amsgrad=False,
                 maximize=False,
             )  # fmt: skip
-            if self._widened is not None:
-                part.working.copy_(part.weights)
+        self.weights.refresh()
 
     def _adjust_scale(self, skip: Tensor, overflow: Tensor) -> None:
         assert self.scale is not None

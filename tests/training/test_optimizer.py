@@ -10,7 +10,6 @@ from torch import nn
 
 from cvae.errors import NonFiniteError
 from cvae.model.layers import MLP
-from cvae.training import optimizer as optimizer_module
 from cvae.training.optimizer import GROWTH_INTERVAL, INITIAL_SCALE, MAX_STREAK, MAX_UNSEEN, MIN_SCALE, GuardedAdam
 from cvae.training.weights import Weights
 
@@ -138,10 +137,8 @@ HALVES = pytest.mark.parametrize(("half", "loss_scaling"), [(torch.bfloat16, Fal
 
 
 @HALVES
-@pytest.mark.parametrize("at_once", [64, 1 << 20])
-def test_half_gradient_is_widened_and_the_copy_follows(monkeypatch, half, loss_scaling, at_once):
-    """Bit for bit the step on the same gradient in float32, however many weights are taken at a time."""
-    monkeypatch.setattr(optimizer_module, "WEIGHTS_AT_ONCE", at_once)
+def test_half_gradient_is_widened_and_the_copy_follows(half, loss_scaling):
+    """Bit for bit the step on the same gradient in float32."""
     weights, plain = (Weights(MLP((30, 33)), kind) for kind in (half, None))
     start = torch.randn(len(weights.vector), generator=torch.Generator().manual_seed(0))
     for one in (weights, plain):
@@ -149,7 +146,6 @@ def test_half_gradient_is_widened_and_the_copy_follows(monkeypatch, half, loss_s
         one.refresh()
     optimizer, reference = (GuardedAdam(one, 1e-2, 0.2, loss_scaling=loss_scaling) for one in (weights, plain))
     assert (weights.gradient.dtype, plain.gradient.dtype) == (half, torch.float32)
-    assert len(optimizer._parts) == (2 if at_once > 64 else 17)
     for step in range(20):
         torch.randn(len(plain.gradient), generator=torch.Generator().manual_seed(step), out=plain.gradient)
         weights.gradient.copy_(plain.gradient.mul_(scale_of(reference) / 100))
@@ -352,9 +348,8 @@ def test_state_of_another_kind_is_refused(loss_scaling, spoil):
         optimizer.load_state_dict(state)
 
 
-def test_every_part_goes_on_with_its_count_of_updates(monkeypatch):
+def test_every_part_goes_on_with_its_count_of_updates():
     """Adam corrects its averages by how many steps there were: a part that began anew would go too far."""
-    monkeypatch.setattr(optimizer_module, "WEIGHTS_AT_ONCE", 16)
     states = []
     for restored in (False, True):
         torch.manual_seed(0)
