@@ -62,9 +62,8 @@ def prepare(device: torch.device) -> None:
 
     A float32 product is one: CUDA's TF32, with ten bits of mantissa, is off, for convolutions too.
     """
-    torch.set_flush_denormal(
-        True
-    )  # numbers under 1e-38 count as zero: arithmetic with them takes a hundred times as long
+    # Numbers under 1e-38 count as zero: arithmetic with them takes a hundred times as long.
+    torch.set_flush_denormal(True)
     _keep_freed_memory()
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False

@@ -2,11 +2,12 @@
 
 import argparse
 import reprlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, NamedTuple, TypeVar
 
 Own = TypeVar("Own", bound="Settings")
+Item = TypeVar("Item")
 
 LARGEST_LAYER = 1 << 15
 MOST_LAYERS = 64
@@ -114,6 +115,13 @@ class Settings:
             kind, value = each.metadata["kind"], getattr(self, each.name)
             if not kind.is_good(value):
                 raise ValueError(f"{flag(each.name)[2:]} has to be {kind.wanted}, not {reprlib.repr(value)}")
+
+    def chosen(self, name: str, table: Mapping[str, Item]) -> Item:
+        """What the setting of this name stands for in a table. Raises ValueError if it is not in it."""
+        value = getattr(self, name)
+        if value not in table:
+            raise ValueError(f"{name} has to be one of {', '.join(table)}, not {value!r}")
+        return table[value]
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON writes them."""

@@ -55,9 +55,7 @@ def mask(s: Settings, height: int, width: int) -> Tensor:
     """
     if s.observed is None:
         return quadrants(s.quadrants, height, width)
-    if s.observed not in MASKS:
-        raise ValueError(f"observed has to be one of {', '.join(MASKS)}, not {s.observed!r}")
-    return MASKS[s.observed](height, width)
+    return s.chosen("observed", MASKS)(height, width)
 
 
 class Split:

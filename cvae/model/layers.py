@@ -138,7 +138,6 @@ class _IntoSlots(torch.autograd.Function):
         layers, count = ctx.layers, len(ctx.layers)
         inputs, weights = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
         grad = grads[0].to(weights[0].dtype)
-        found: Tensor | None = grad
         for i in reversed(range(count)):
             of_weight, of_bias = layers[i].slots
             if of_weight.gradients.wanted:
@@ -147,8 +146,5 @@ class _IntoSlots(torch.autograd.Function):
             if i > 0:
                 grad = torch.bmm(grad, weights[i])
                 torch.ops.aten.threshold_backward.grad_input(grad, inputs[i], 0, grad_input=grad)  # a ReLU's
-            elif ctx.needs_input_grad[0]:
-                found = torch.bmm(grad, weights[i]).to(ctx.dtype)
-            else:
-                found = None
-        return found, *[None] * (1 + 2 * count)
+        by_x = torch.bmm(grad, weights[0]).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        return by_x, *[None] * (1 + 2 * count)

@@ -102,8 +102,7 @@ def build(split: Split, s: Settings) -> CVAE:
     The same wherever one is needed: training, evaluation, tests, benchmarks. Raises ValueError for a network that
     there is not.
     """
-    if s.network not in NETWORKS:
-        raise ValueError(f"network has to be one of {', '.join(NETWORKS)}, not {s.network!r}")
+    builder = s.chosen("network", NETWORKS)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(runtime.derive_seed(s.seed, "weights"))
-        return NETWORKS[s.network](split, s)
+        return builder(split, s)

@@ -73,12 +73,8 @@ def iwae(model: CVAE, batch: Batch, eps: Tensor) -> Terms:
     if log_weights.requires_grad:
         differentiable = doubly_reparameterized(draw, log_likelihood, log_weights)
         bound = bound.detach() + (differentiable - differentiable.detach())
-    return {
-        "iwae": bound,
-        "elbo": (log_likelihood - draw.kl).mean(0).detach(),
-        "log_likelihood": log_likelihood.mean(0).detach(),
-        "kl": mean_of_samples(draw.kl).detach(),
-    }
+    reported, kl = log_likelihood.mean(0).detach(), mean_of_samples(draw.kl).detach()
+    return {"iwae": bound, "elbo": reported - kl, "log_likelihood": reported, "kl": kl}
 
 
 def doubly_reparameterized(draw: Draw, log_likelihood: Tensor, log_weights: Tensor) -> Tensor:
@@ -128,9 +124,7 @@ OBJECTIVES: dict[str, Objective] = {"elbo": elbo, "iwae": iwae, "gsnn": gsnn, "h
 
 def objective(s: Settings) -> Objective:
     """The objective of these settings, its own settings filled in. Raises ValueError for one that there is not."""
-    if s.objective not in OBJECTIVES:
-        raise ValueError(f"objective has to be one of {', '.join(OBJECTIVES)}, not {s.objective!r}")
-    function = OBJECTIVES[s.objective]
+    function = s.chosen("objective", OBJECTIVES)
     own = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
     return partial(function, **{name: getattr(s, name) for name in own})
 

@@ -100,7 +100,7 @@ class Weights(Generic[Model]):
                     slot.tensor.zero_()
 
     def refresh(self) -> None:
-        """Bring `working` up to date: needed when anything but the optimizer has changed the weights."""
+        """Bring `working` up to date: needed when the weights have changed; the optimizer does it after its steps."""
         if self.half is not None:
             self.working.copy_(self.vector)
 
