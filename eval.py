@@ -84,7 +84,7 @@ def evaluate_run(
 ) -> tables.Column:
     """The column of a run; draws its figure if one is asked for."""
     settings, model = read_settings(folder), load(folder, device)
-    test_images = load_test(settings.data)
+    test_images = load_test(settings).images
     if test_images.shape[1:] != model.split.observed.shape:
         sizes = ["×".join(map(str, shape)) for shape in (test_images.shape[1:], model.split.observed.shape)]
         raise DataError(f"{folder}: was trained on images of {sizes[1]} pixels; the test images have {sizes[0]}")

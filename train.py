@@ -39,7 +39,8 @@ from cvae.model.likelihood import noise
 from cvae.model.networks import build
 from cvae.model.objectives import Totals, log_likelihood, maximised, objective
 from cvae.report.figures import completions
-from cvae.run.folder import read_precision, refuse_existing
+from cvae.run.folder import find_run, read_precision, refuse_existing
+from cvae.run.load import start_from
 from cvae.run.plan import parse, plan
 from cvae.run.session import Progress, Run
 from cvae.training.optimizer import GuardedAdam, scheduled_rate
@@ -151,6 +152,8 @@ def train_epoch(
     permutation = runtime.permutation(len(step.images), s.seed, phase.name, epoch).to(run.device)
     runtime.seed_dropout(s.seed, phase.name, epoch, run.processes.rank)
     step.weights.model.train()
+    if s.targets == "binary":
+        step.images.redraw(s.seed, phase.name, epoch)
     optimizer.start_epoch()
     step.totals.zero()
     with run.progress_bar(where, steps * size) as bar:
@@ -173,11 +176,12 @@ def train_epoch(
 def train_run(run: Run, resume: bool, overwrite: bool) -> None:
     """Train the baseline, then the CVAE on top of it, from wherever the run has come to."""
     s, device = run.settings, run.device
-    images, held_out = load_train(s.data)
+    images, held_out, about, record = load_train(s, runtime.free_memory(device, run.processes.local_count))
+    run.say(about)
     images = images[: s.train_limit]
     run.processes.share_of_batch(min(s.batch_size, len(images)))  # refused before a folder is made
     split = make_split(s, *images.shape[1:])
-    last = run.claim(split, resume, overwrite)
+    last = run.claim(split, record, resume, overwrite)
     if run.is_finished(last):
         run.say(f"{run.folder} is finished: nothing is left to do")
         return
@@ -187,8 +191,10 @@ def train_run(run: Run, resume: bool, overwrite: bool) -> None:
     del images, held_out  # the image sets hold all that is needed
     x = split.split(digits.to(device) / 255)[0]
 
-    cvae = build(split, s).to(device)
-    baseline = cvae.baseline_net
+    cvae = build(split, s)
+    if run.init is not None and not last:
+        run.say(start_from(run.init, cvae))
+    baseline = cvae.to(device).baseline_net
 
     if last.get("phase") != "cvae":
         phase = Phase(
@@ -230,7 +236,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             for folder, settings in runs:
                 wanted = settings.precision if options.resume is None else read_precision(folder)
                 precision = processes.on_main(partial(runtime.resolve_precision, wanted, device))
-                with Run(folder, settings, device, precision, processes, interruption, options.quiet) as run:
+                init = None if options.init is None else find_run(options.init, options.runs)
+                with Run(folder, settings, device, precision, processes, interruption, options.quiet, init) as run:
                     train_run(run, options.resume is not None, options.overwrite)
         except CvaeError as error:
             if processes.is_main or isinstance(error, PeerLost):

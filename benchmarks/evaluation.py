@@ -54,7 +54,7 @@ TUTORIAL_BATCH = 128
 def load_run(folder: Path, count: int) -> tuple[CVAE, int, Tensor]:
     """The model of a run, its number of quadrants, and validation images uint8 `[count, height, width]`."""
     settings = read_settings(folder)
-    _, images = load_train(settings.data)
+    images = load_train(settings).validation
     return load(folder, DEVICE), settings.quadrants, images[:count]
 
 

@@ -119,7 +119,7 @@ def main() -> int:
     parser.add_argument("train_flags", nargs="*", metavar="FLAG", help="for train.py, after --")
     options = parser.parse_args()
     on = machine()
-    images, _ = load_train()
+    images = load_train().train
 
     theirs = TutorialEpochs(images, options.slice)
     before = (options.rounds + 1) // 2

@@ -82,6 +82,13 @@ def _keep_freed_memory() -> None:
     mallopt(m_trim_threshold, 1 << 30)
 
 
+def free_memory(device: torch.device, processes: int = 1) -> int | None:
+    """Bytes of the device's memory that each of so many processes on this machine may take; None: unknown."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return None
+
+
 def derive_seed(*key: object) -> int:
     """A seed of 63 bits that depends on the whole key: (seed, phase, epoch), say, so that there is no state to keep."""
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8]) >> 1

@@ -11,6 +11,7 @@ Item = TypeVar("Item")
 
 LARGEST_LAYER = 1 << 15
 MOST_LAYERS = 64
+LARGEST_SIDE = 1 << 12
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
@@ -73,7 +74,11 @@ class Settings:
     """The settings of one run. Raises ValueError, in one line, for a value that makes no sense."""
 
     quadrants: int = setting(1, whole(1, 3, "1, 2 or 3"), "observed quadrants; several numbers make several runs")
-    observed: str | None = setting(None, optional(NAME), "mask of the observed pixels, in place of quadrants")
+    observed: str | None = setting(
+        None,
+        optional(NAME),
+        "what is observed, in place of quadrants: 1, 2, 3, a mask's name, or a picture, white = given",
+    )
     network: str = setting("tutorial", NAME, "networks of the CVAE and of its baseline")
     objective: str = setting("elbo", NAME, "objective of the CVAE")
     alpha: float = setting(0.5, SHARE, "weight of the elbo in the hybrid objective; that of gsnn is the rest")
@@ -100,7 +105,24 @@ class Settings:
         500, whole(0, 1 << 31, "a whole number of at least 0"), "steps that the average of the weights spans; 0: none"
     )
     seed: int = setting(0, whole(-(1 << 63), 1 << 63, "a whole number"), "random seed")
-    data: str | None = setting(None, optional(FOLDER), "folder with the four IDX files of a data set other than MNIST")
+    data: str | None = setting(
+        None,
+        optional(NAME),
+        "images other than MNIST: a folder, an .npz file, or a name as torchvision's fashion-mnist",
+    )
+    data_root: str | None = setting(
+        None, optional(FOLDER), "folder of torchvision's data sets, in place of ~/.cache/torchvision and ./data"
+    )
+    size: int | None = setting(
+        None, optional(whole(2, LARGEST_SIDE, f"a whole number from 2 to {LARGEST_SIDE}")),
+        "height and width that pictures are scaled to"
+    )  # fmt: skip
+    transpose: bool = setting(False, SWITCH, "swap rows and columns of the images, as EMNIST's files need it")
+    targets: str = setting(
+        "grey",
+        one_of("grey", "binary", "binary-fixed"),
+        "grey: grey levels; binary: black or white, drawn anew each epoch; binary-fixed: drawn once",
+    )
     train_limit: int | None = setting(None, optional(COUNT), "number of training images to use, the first ones")
     device: str = setting("auto", NAME, "auto, cpu, cuda or cuda:n")
     precision: str = setting(
@@ -142,6 +164,9 @@ class Settings:
         return cls(**{**known, **given})
 
 
+METAVARS = {"data": "PATH", "data_root": "DIR", "observed": "MASK"}
+
+
 def flag(name: str) -> str:
     """The flag of a setting."""
     return "--" + name.replace("_", "-")
@@ -158,6 +183,11 @@ def add_flags(parser: argparse.ArgumentParser, choices: dict[str, Collection[str
         more: dict[str, Any] = {"action": "store_true"}
         if kind is not SWITCH:
             many = "+" if each.name == "quadrants" or isinstance(default, tuple) else None
-            metavar = "DIR" if each.name == "data" else {int: "N", float: "X"}.get(kind.parse, "NAME")
-            more = {"type": kind.parse, "nargs": many, "metavar": metavar, "choices": choices.get(each.name)}
+            metavar = METAVARS.get(each.name) or {int: "N", float: "X"}.get(kind.parse, "NAME")
+            more = {
+                "type": kind.parse,
+                "nargs": many,
+                "metavar": metavar,
+                "choices": None if each.name in METAVARS else choices.get(each.name),
+            }
         group.add_argument(flag(each.name), default=argparse.SUPPRESS, help=words, **more)

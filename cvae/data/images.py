@@ -48,6 +48,10 @@ class ImageSet:
         for rows, batch in zip(self.guesses.split(size), self.batches(size), strict=True):
             rows.copy_(baseline(batch.x))
 
+    def redraw(self, *key: object) -> None:
+        """Draw black or white pixels anew, each white with its grey level as probability; key: of the random seed."""
+        raise NotImplementedError
+
     def batch(self, rows: Tensor | slice) -> Batch:
         """The images at these rows: int64 `[B]` on the device, or a slice."""
         pixels = _rows(self.vectors, rows) / 255

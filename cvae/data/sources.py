@@ -4,15 +4,17 @@ All of MNIST comes with the package (Y. LeCun, C. Cortes, C. J. C. Burges; CC BY
 other images in the same format.
 """
 
+import hashlib
 import os
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
 from cvae.data.idx import SUFFIXES, read_idx
 from cvae.errors import DataError
+from cvae.settings import Settings
 
 Part = Literal["train", "t10k"]
 
@@ -24,22 +26,82 @@ SHA256 = {  # of the four files, uncompressed
 }
 
 
-def load_train(folder: str | Path | None = None) -> tuple[Tensor, Tensor]:
-    """The training images and the validation images, each uint8 `[N, height, width]`, 0 to 255.
+class TrainImages(NamedTuple):
+    """What a training takes of a source: images, each part uint8 `[N, height, width]`, 0 to 255.
+
+    about: one line for the user, what was taken: form, folder, counts, size. record: what identifies the images, as
+    `config.json` keeps it: `height` and `width`, and for each part (`train`, `validation`, `test`) its `count` and the
+    `sha256` of its bytes, or None for a part that there is not. The test images are hashed for it, and not used.
+    """
+
+    train: Tensor
+    validation: Tensor
+    about: str
+    record: dict[str, Any]
+
+
+class TestImages(NamedTuple):
+    """What an evaluation takes of a source; `about` and `record`, of the one part, as of `TrainImages`."""
+
+    images: Tensor
+    about: str
+    record: dict[str, Any]
+
+
+def load_train(s: Settings = Settings(), room: int | None = None) -> TrainImages:  # noqa: B008
+    """The training and validation images of the source that the settings name, MNIST where they name none.
 
     The last 10,000 of the 60,000 images of MNIST are for validation; of fewer images, the last sixth.
-    `folder`: as in `load_images`. Raises DataError.
+    room: bytes that the images may take on the device. Raises DataError, naming the file at fault.
     """
-    images = load_images(folder, "train")
+    images = load_images(s.data, "train")
     num_validation = 10_000 if len(images) >= 60_000 else len(images) // 6
     if num_validation == 0:
-        raise DataError(f"{folder}: {len(images)} training images are too few to hold out a sixth; give at least 6")
-    return images[:-num_validation], images[-num_validation:]
+        raise DataError(f"{s.data}: {len(images)} training images are too few to hold out a sixth; give at least 6")
+    train, validation = images[:-num_validation], images[-num_validation:]
+    parts = {"train": train, "validation": validation, "test": load_images(s.data, "t10k")}
+    return TrainImages(train, validation, "", record(**parts))
 
 
-def load_test(folder: str | Path | None = None) -> Tensor:
-    """The test images, uint8 `[N, height, width]`, 0 to 255: for `eval.py` alone. Raises DataError."""
-    return load_images(folder, "t10k")
+def load_test(s: Settings = Settings(), room: int | None = None) -> TestImages:  # noqa: B008
+    """The test images: for `eval.py` alone. room, errors: as in `load_train`."""
+    images = load_images(s.data, "t10k")
+    return TestImages(images, "", record(test=images))
+
+
+def named(word: str) -> str:
+    """What `--data` says, as the settings keep it: a path from the root, or the name of a data set."""
+    return str(Path(word).expanduser().resolve())
+
+
+def record(**parts: Tensor | None) -> dict[str, Any]:
+    """What identifies images: see `TrainImages`."""
+    sides = next(part.shape[1:] for part in parts.values() if part is not None)
+    found = {
+        name: None
+        if part is None
+        else {"count": len(part), "sha256": hashlib.sha256(part.numpy().tobytes()).hexdigest()}
+        for name, part in parts.items()
+    }
+    return {"height": sides[0], "width": sides[1], **found}
+
+
+def difference(recorded: dict[str, Any], found: dict[str, Any]) -> str | None:
+    """In what the images that were found differ from the recorded ones, in the parts that both have; None: in nothing.
+
+    Raises KeyError, TypeError or AttributeError for a record that is none.
+    """
+    sizes = [f"{each['height']}×{each['width']}" for each in (recorded, found)]
+    if sizes[0] != sizes[1]:
+        return f"images of {sizes[0]} pixels, and these have {sizes[1]}"
+    for part in ("train", "validation", "test"):
+        before, now = recorded.get(part), found.get(part)
+        if before is None or now is None or before == now:
+            continue
+        if before["count"] != now["count"]:
+            return f"{before['count']} {part} images, and here are {now['count']}"
+        return f"other {part} images of the same number and size (their SHA-256 differs)"
+    return None
 
 
 def load_images(folder: str | Path | None, part: Part) -> Tensor:

@@ -20,18 +20,17 @@ from typing import Any, TextIO
 
 import torch
 
-from cvae.data.masks import MASKS, Split, make_split
+from cvae.data.masks import Split, make_split
 from cvae.errors import CvaeError, DataError, DiskError, UsageError
 from cvae.model.networks import NETWORKS
 from cvae.model.objectives import OBJECTIVES
 from cvae.run.checkpoint import write_atomically
-from cvae.settings import PRECISIONS, Settings
+from cvae.settings import LARGEST_SIDE, PRECISIONS, Settings
 
 CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
 BEST, LAST, LOCK = "best.pt", "last.pt", ".lock"
-LARGEST_SIDE = 1 << 12
 
-CHOICES: dict[str, Collection[str]] = {"observed": MASKS, "network": NETWORKS, "objective": OBJECTIVES}
+CHOICES: dict[str, Collection[str]] = {"network": NETWORKS, "objective": OBJECTIVES}
 """Settings that are names of something in the code, each with the table in which it is found."""
 
 
@@ -115,7 +114,7 @@ def read_settings(path: Path) -> Settings:
     except ValueError as error:
         raise DataError(f"{file}: {error}") from None
     for name, choices in CHOICES.items():
-        if (chosen := getattr(settings, name)) not in (None, *choices):
+        if (chosen := getattr(settings, name)) not in choices:
             raise DataError(f"{file}: this version knows no {name} {reprlib.repr(chosen)}; was a later one here?")
     return settings
 

@@ -11,6 +11,27 @@ from cvae.run import checkpoint
 from cvae.run.folder import BEST, find_run, read_settings, read_split
 
 
+def start_from(folder: Path, model: CVAE) -> str:
+    """Put the best weights of the run in a folder into a model, where they fit it; says which do not, in one line.
+
+    Raises DataError if there are none that can be read, or not one fits.
+    """
+    state = checkpoint.load(folder / BEST).get("model")
+    own = model.state_dict()
+    fitting = {
+        name: tensor
+        for name, tensor in (state if isinstance(state, dict) else {}).items()
+        if name in own and isinstance(tensor, torch.Tensor) and tensor.shape == own[name].shape
+    }
+    if not fitting:
+        raise DataError(f"{folder / BEST}: has no weights that fit this network; leave --init out")
+    model.load_state_dict({**own, **fitting})
+    new = [name for name in own if name not in fitting]
+    return f"begun with the weights of {folder}" + (
+        f"; newly drawn, since these do not fit: {', '.join(new)}" if new else ""
+    )
+
+
 def load(run: str | Path, device: torch.device | str = "cpu", runs: str | Path = "runs") -> CVAE:
     """The CVAE of a run with its best weights, frozen, in evaluation mode.
 

@@ -60,9 +60,10 @@ class Run:
     processes: Processes
     interruption: Interruption
     quiet: bool = False
+    init: Path | None = None  # the run whose weights it begins with
     log: RunLog | None = None  # open in the main process
     lock: TextIO | None = None
-    images: dict[str, int] = field(default_factory=dict)  # their height and width
+    images: dict[str, Any] = field(default_factory=dict)  # what identifies them, as `data.sources.record` gives it
 
     def __enter__(self) -> "Run":
         return self
@@ -94,12 +95,12 @@ class Run:
         hidden = self.quiet or not self.processes.is_main or not sys.stderr.isatty()
         return tqdm(desc=where, total=total, unit="img", unit_scale=True, leave=False, disable=hidden)
 
-    def claim(self, split: Split, resume: bool, overwrite: bool) -> dict[str, Any]:
+    def claim(self, split: Split, images: dict[str, Any], resume: bool, overwrite: bool) -> dict[str, Any]:
         """Hold the folder, made now unless it is resumed; returns the checkpoint to go on from, {} for a fresh start.
 
         split: of the images. Raises UsageError if the folder is taken, DataError if it cannot go on, DiskError.
         """
-        self.images = {"height": split.height, "width": split.width}
+        self.images = images
         self.processes.on_main(lambda: self._claim(resume, overwrite))
         path = self.folder / LAST
         last = checkpoint.load(path) if path.exists() else {}

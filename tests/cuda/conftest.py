@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from simulation import CUDA, NO_GPU, Emulation, emulated_cuda
-from small import SIDE, SMALL, Convolutional
+from small import SIDE, SMALL, Convolutional, source
 
 import eval as evaluation
 import train
 from cvae import runtime
+from cvae.data.sources import TestImages
 from cvae.model.networks import NETWORKS
 
 
@@ -43,8 +44,8 @@ def run_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Ca
     """`train.py` in this process, on images of 8×8 pixels; returns the run's folder."""
     random = torch.Generator("cpu").manual_seed(0)
     images = torch.randint(256, (120, SIDE, SIDE), dtype=torch.uint8, generator=random)
-    monkeypatch.setattr(train, "load_train", lambda data: (images[:80], images[80:]))
-    monkeypatch.setattr(evaluation, "load_test", lambda data: images[80:])
+    monkeypatch.setattr(train, "load_train", lambda s, room: source(images[:80], images[80:]))
+    monkeypatch.setattr(evaluation, "load_test", lambda s: TestImages(images[80:], "", {}))
 
     def run(name: str, *words: str, code: int = 0) -> Path:
         begin = [*SMALL, "--name", name] if "--resume" not in words else []

@@ -293,7 +293,7 @@ def emulated_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulation]:
         "current_stream": lambda device=None: emulation.current_stream, "synchronize": synchronize,
         "empty_cache": lambda: None, "is_available": lambda: True, "device_count": lambda: 1,
         "set_device": lambda device: None, "get_device_name": lambda device=None: "emulated",
-        "is_bf16_supported": lambda including_emulation=True: True,
+        "is_bf16_supported": lambda including_emulation=True: True, "mem_get_info": lambda device=None: (1 << 30, 1 << 31),
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from cvae import runtime
 from cvae.data.images import ImageSet
 from cvae.data.masks import Split, quadrants
+from cvae.data.sources import TrainImages, record
 from cvae.distributed import Processes
 from cvae.model.cvae import CVAE, Draw, Latent
 from cvae.model.densities import Gaussian, widen
@@ -30,6 +31,11 @@ from train import Step
 PRECISIONS = ["fp32", "bf16", "fp16"]
 BATCH, COUNT, SIDE = 8, 40, 8
 SPLITS = {side: Split(quadrants(1, side, side)) for side in (SIDE, 28)}
+
+
+def source(train: Tensor, validation: Tensor) -> TrainImages:
+    """These images as a source gives them."""
+    return TrainImages(train, validation, "", record(train=train, validation=validation))
 
 
 class Convolutional(CVAE):

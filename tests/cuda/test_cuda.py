@@ -14,7 +14,19 @@ from typing import Any
 import pytest
 import torch
 from simulation import CPU, CUDA, on_gpu
-from small import BATCH, KINDS, NAMES, PRECISIONS, SMALL, Training, assert_equal, left_behind, make_training, numbers
+from small import (
+    BATCH,
+    KINDS,
+    NAMES,
+    PRECISIONS,
+    SMALL,
+    Training,
+    assert_equal,
+    left_behind,
+    make_training,
+    numbers,
+    source,
+)
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -248,7 +260,7 @@ def test_evaluation_is_that_of_the_cpu(device, run_training, monkeypatch):
     for where in (CPU, CUDA):
         monkeypatch.setattr(likelihood, "noise", lambda *arguments, where=where: draw(*arguments).to(where))
         model = load(run, where)
-        images = ImageSet(evaluation.load_test(None), model.split, where)
+        images = ImageSet(evaluation.load_test().images, model.split, where)
         portions = [torch.stack(portion).cpu() for portion in evaluate(model, images, 70, 0)]
         found.append(torch.cat(portions, 1))
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
@@ -277,7 +289,7 @@ def test_table_and_figure(device, run_training, tmp_path, capsys):
 def test_memory_is_flat_over_epochs(monkeypatch, tmp_path):
     """After the second epoch of each phase, not a byte more is allocated or reserved."""
     images = torch.randint(256, (400, 28, 28), dtype=torch.uint8)
-    monkeypatch.setattr(train, "load_train", lambda data: (images[:300], images[300:]))
+    monkeypatch.setattr(train, "load_train", lambda s, room: source(images[:300], images[300:]))
     allocated: dict[str, list[tuple[int, int]]] = {}
     train_epoch = train.train_epoch
 

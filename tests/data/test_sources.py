@@ -18,6 +18,7 @@ from cvae.data.images import ImageSet
 from cvae.data.masks import Split, quadrants
 from cvae.data.sources import load_images, load_test, load_train
 from cvae.errors import DataError
+from cvae.settings import Settings
 
 EMBEDDED = Path(sources.__file__).parent / "mnist"
 TRAIN_IMAGES, TRAIN_LABELS = NAMES["train"]
@@ -114,16 +115,16 @@ def test_flipped_byte_in_the_file_itself_is_seen(tmp_path: Path, position: int) 
 
 def test_last_ten_thousand_images_are_for_validation() -> None:
     everything = load_images(None, "train")
-    train, validation = load_train()
+    train, validation, *_ = load_train()
     assert (len(train), len(validation)) == (50_000, 10_000)
     assert torch.equal(torch.cat([train, validation]), everything)
-    assert torch.equal(load_test(), load_images(None, "t10k"))
+    assert torch.equal(load_test().images, load_images(None, "t10k"))
 
 
 @pytest.mark.parametrize(("count", "held_out"), [(6, 1), (11, 1), (12, 2), (59_999, 9_999), (60_001, 10_000)])
 def test_of_fewer_images_the_last_sixth_is_for_validation(tmp_path: Path, count: int, held_out: int) -> None:
     images = random_images(count, 2, 2)
-    train, validation = load_train(write_data(tmp_path, images, images[:1]))
+    train, validation, *_ = load_train(Settings(data=str(write_data(tmp_path, images, images[:1]))))
     assert torch.equal(train, images[: count - held_out])
     assert torch.equal(validation, images[count - held_out :])
 
@@ -132,7 +133,7 @@ def test_of_fewer_images_the_last_sixth_is_for_validation(tmp_path: Path, count:
 def test_too_few_images_to_split(tmp_path: Path, count: int) -> None:
     write_data(tmp_path, random_images(count, 4, 4), random_images(1, 4, 4))
     with pytest.raises(DataError, match="too few") as caught:
-        load_train(tmp_path)
+        load_train(Settings(data=str(tmp_path)))
     assert str(tmp_path) in str(caught.value)
 
 
@@ -145,7 +146,7 @@ def test_layouts_and_compressions(tmp_path: Path, below: str, suffix: str) -> No
     train, test = random_images(13, 17, 21), random_images(7, 17, 21, seed=1)
     write_data(tmp_path / below, train, test, suffix)
     assert torch.equal(load_images(tmp_path, "train"), train)
-    assert torch.equal(load_test(tmp_path), test)
+    assert torch.equal(load_test(Settings(data=str(tmp_path))).images, test)
 
 
 def test_mixed_compressions(tmp_path: Path) -> None:
@@ -308,4 +309,4 @@ def test_batches_hold_every_pixel_once_and_scaled(num_quadrants: int) -> None:
 def test_copy_of_the_embedded_files_is_a_data_folder_too(tmp_path: Path) -> None:
     for name in NAMES["t10k"]:
         shutil.copy(EMBEDDED / f"{name}.xz", tmp_path)
-    assert torch.equal(load_test(tmp_path), load_test())
+    assert torch.equal(load_test(Settings(data=str(tmp_path))).images, load_test().images)

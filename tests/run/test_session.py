@@ -49,7 +49,7 @@ def test_validated_weights_are_those_that_are_kept(place: Path, run: str) -> Non
     """The loaded model, validated once more, has the very numbers of the best epoch's line."""
     folder = place / run
     settings, model, summary = read_settings(folder), load(folder), read_json(folder / "summary.json")
-    images = ImageSet(load_train(settings.data)[1], model.split)
+    images = ImageSet(load_train(settings).validation, model.split)
     images.set_guesses(model.baseline_net)
     phase = Phase(
         "cvae", model, objective(settings), 1, images, images,
