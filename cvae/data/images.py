@@ -1,4 +1,4 @@
-"""Images on the device, split into what is observed and what is hidden, and batches of them."""
+"""Images on the device, split into what is observed and what is hidden, batches of them, and black or white draws."""
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -6,7 +6,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cvae.data.masks import Split
+from cvae import runtime
+from cvae.data.masks import Split, described
+from cvae.settings import Settings
+
+DRAWN_ONCE = {"grey": (), "binary": ("validation", "test"), "binary-fixed": ("train", "validation", "test")}
+"""The parts of the images that are black or white from the start, by the setting `targets`."""
 
 
 class Batch(NamedTuple):
@@ -23,34 +28,50 @@ class Batch(NamedTuple):
 class ImageSet:
     """Images on the device: uint8 vectors `[N, num_pixels]` with the observed pixels first, and batches of them.
 
+    images: uint8 `[N, height, width]` of the split's size, 0 to 255; ValueError for others.
     `guesses` `[N, num_hidden]`: the logits of a frozen baseline, once `set_guesses` has computed them.
     """
 
     def __init__(self, images: Tensor, split: Split, device: torch.device | str = "cpu"):
+        if images.dtype != torch.uint8 or images.dim() != 3:
+            raise ValueError(f"images are uint8 [N, height, width], 0 to 255, not {described(images)}")
         self.vectors = split.vectors(images.to(device))
         self.num_observed = split.num_observed
         self.guesses: Tensor | None = None
+        self._guess: Callable[[], None] = lambda: None  # computes the guesses
+        self._grey: Tensor | None = None  # the vectors before they were redrawn
 
     def __len__(self) -> int:
         return len(self.vectors)
 
-    @torch.no_grad()
     def set_guesses(
         self, baseline: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None, size: int = 1000
     ) -> None:
-        """Compute a baseline's logits once for all images, `size` at a time.
+        """Compute a baseline's logits once for all images, `size` at a time, and again whenever they are redrawn.
 
         baseline: x `[B, num_observed]` → logits `[B, num_hidden]`. dtype: to keep them in; those of a
         product in half precision are no more exact than its type.
         """
         shape = (len(self), self.vectors.shape[1] - self.num_observed)
-        self.guesses = torch.empty(shape, dtype=dtype, device=self.vectors.device)
-        for rows, batch in zip(self.guesses.split(size), self.batches(size), strict=True):
-            rows.copy_(baseline(batch.x))
+        self.guesses = guesses = torch.empty(shape, dtype=dtype, device=self.vectors.device)
+
+        @torch.no_grad()
+        def guess() -> None:
+            for rows, batch in zip(guesses.split(size), self.batches(size), strict=True):
+                rows.copy_(baseline(batch.x))
+
+        self._guess = guess
+        guess()
 
     def redraw(self, *key: object) -> None:
-        """Draw black or white pixels anew, each white with its grey level as probability; key: of the random seed."""
-        raise NotImplementedError
+        """Draw black or white pixels anew, each white with its grey level as probability; key: of the random seed.
+
+        The vectors and the guesses change in place, where a CUDA graph reads them.
+        """
+        if self._grey is None:
+            self._grey = self.vectors.clone()
+        self.vectors.copy_(binarized(self._grey, *key))
+        self._guess()
 
     def batch(self, rows: Tensor | slice) -> Batch:
         """The images at these rows: int64 `[B]` on the device, or a slice."""
@@ -66,3 +87,26 @@ class ImageSet:
 
 def _rows(table: Tensor, rows: Tensor | slice) -> Tensor:
     return table[rows] if isinstance(rows, slice) else table.index_select(0, rows)
+
+
+def binarized(images: Tensor, *key: object) -> Tensor:
+    """Images of black or white pixels, 0 or 255, each white with the probability grey / 255: black and white ones stay.
+
+    images: uint8, of any shape. key: of the random seed, as in `runtime.derive_seed`. A draw on the CPU is the same on
+    every machine. Raises ValueError for another type.
+    Source: Salakhutdinov and Murray 2008, who draw the pixels of MNIST so.
+    """
+    if images.dtype != torch.uint8:
+        raise ValueError(f"grey levels are uint8, 0 to 255, not {described(images)}")
+    random = runtime.generator(images.device, *key)
+    thresholds = torch.randint(255, images.shape, generator=random, dtype=torch.uint8, device=images.device)
+    return (thresholds < images).view(torch.uint8).mul_(255)
+
+
+def as_targets(s: Settings, part: str, images: Tensor) -> Tensor:
+    """One part of a source's images (`train`, `validation` or `test`; uint8), as the setting `targets` wants it.
+
+    What is drawn once is drawn by a seed of its own, the same in every run whatever its `seed`: runs of several seeds
+    are trained and evaluated on the same pictures.
+    """
+    return binarized(images, "targets", part) if part in DRAWN_ONCE[s.targets] else images

@@ -94,7 +94,12 @@ class Split:
         return self._moved[device]
 
     def vectors(self, images: Tensor) -> Tensor:
-        """Images `[..., height, width]` as vectors `[..., num_pixels]`, observed pixels first; any dtype."""
+        """Images `[..., height, width]` as vectors `[..., num_pixels]`, observed pixels first; any dtype.
+
+        Raises ValueError for images of another size.
+        """
+        if images.shape[-2:] != self.observed.shape:
+            raise ValueError(f"the split is of images [..., {self.height}, {self.width}], not of {described(images)}")
         return images.flatten(-2).index_select(-1, self._on(images.device)[0])
 
     def split(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,10 +111,20 @@ class Split:
         """The images `[..., height, width]` whose observed pixels are x and whose hidden pixels are y.
 
         The inverse of `split`; x `[..., num_observed]` and y `[..., num_hidden]` broadcast against each other.
+        Raises ValueError for another number of pixels.
         """
+        if (x.shape[-1:], y.shape[-1:]) != ((self.num_observed,), (self.num_hidden,)):
+            wanted = f"x [..., {self.num_observed}] and y [..., {self.num_hidden}]"
+            raise ValueError(f"the split is into {wanted}, not {list(x.shape)} and {list(y.shape)}")
         leading = torch.broadcast_shapes(x.shape[:-1], y.shape[:-1])
         vectors = torch.cat([x.expand(*leading, -1), y.expand(*leading, -1)], dim=-1)
         return vectors.index_select(-1, self._on(vectors.device)[1]).view(*leading, self.height, self.width)
+
+
+def described(tensor: Tensor) -> str:
+    """The type, shape and range of a tensor, for an error message."""
+    values = f" from {tensor.min():g} to {tensor.max():g}" if tensor.numel() and not tensor.is_complex() else ""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}{values}"
 
 
 def make_split(s: Settings, height: int, width: int) -> Split:

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor
 
 from cvae.data.idx import SUFFIXES, read_idx
+from cvae.data.images import as_targets
 from cvae.errors import DataError
 from cvae.settings import Settings
 
@@ -58,14 +59,15 @@ def load_train(s: Settings = Settings(), room: int | None = None) -> TrainImages
     num_validation = 10_000 if len(images) >= 60_000 else len(images) // 6
     if num_validation == 0:
         raise DataError(f"{s.data}: {len(images)} training images are too few to hold out a sixth; give at least 6")
-    train, validation = images[:-num_validation], images[-num_validation:]
-    parts = {"train": train, "validation": validation, "test": load_images(s.data, "t10k")}
+    train = as_targets(s, "train", images[:-num_validation])
+    validation = as_targets(s, "validation", images[-num_validation:])
+    parts = {"train": train, "validation": validation, "test": as_targets(s, "test", load_images(s.data, "t10k"))}
     return TrainImages(train, validation, "", record(**parts))
 
 
 def load_test(s: Settings = Settings(), room: int | None = None) -> TestImages:  # noqa: B008
     """The test images: for `eval.py` alone. room, errors: as in `load_train`."""
-    images = load_images(s.data, "t10k")
+    images = as_targets(s, "test", load_images(s.data, "t10k"))
     return TestImages(images, "", record(test=images))
 
 
