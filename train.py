@@ -27,7 +27,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cvae import runtime
 from cvae.data.images import ImageSet
@@ -55,12 +55,19 @@ class Step:
     """One step of AdamW on the loss, minus the objective per image; `totals` are the sums of its terms in an epoch.
 
     Nothing in it waits for the device, and all its results are updated in place: it can be captured in a CUDA graph.
+    `average`: of the weights over the steps, which is what is validated and kept.
     """
 
-    def __init__(self, phase: Phase, weights: Weights[nn.Module], optimizer: GuardedAdam, run: Run):
-        self.weights, self.optimizer, self.images, self.run = weights, optimizer, phase.train, run
-        self.objective = torch.compile(phase.objective) if run.settings.compile else phase.objective
-        self.batch_size = min(run.settings.batch_size, len(phase.train))
+    def __init__(self, phase: Phase, run: Run):
+        s = run.settings
+        half = None if s.compile else runtime.HALF.get(run.precision)
+        self.images, self.run = phase.train, run
+        self.weights = weights = Weights(phase.model, half, slots=not s.compile)
+        self.average = WeightAverage(phase.model, weights, s.average)
+        loss_scaling = run.precision == "fp16"
+        self.optimizer = GuardedAdam(weights, s.learning_rate, s.weight_decay, loss_scaling=loss_scaling)
+        self.objective = torch.compile(phase.objective) if s.compile else phase.objective
+        self.batch_size = min(s.batch_size, len(phase.train))
         self.count = len(phase.train) // self.batch_size  # of an epoch
         self.totals = Totals(run.device)
         self.precision = run.precision if weights.half is None else "fp32"  # weights in half precision need no autocast
@@ -85,21 +92,17 @@ def fit(phase: Phase, run: Run, last: dict[str, Any]) -> Progress:
     last: a checkpoint to go on from, if it is of this phase.
     """
     s = run.settings
-    half = None if s.compile else runtime.HALF.get(run.precision)
-    weights = Weights(phase.model, half, slots=not s.compile)
-    average = WeightAverage(phase.model, weights, s.average)  # what is validated and kept
-    optimizer = GuardedAdam(weights, s.learning_rate, s.weight_decay, loss_scaling=run.precision == "fp16")
-    progress = Progress()
+    step, progress = Step(phase, run), Progress()
+    average, optimizer = step.average, step.optimizer
     if last.get("phase") == phase.name:
         progress = run.restore(last, phase.model, average.model, optimizer)
-    step = Step(phase, weights, optimizer, run)
     graphed = run.device.type == "cuda" and run.processes.count == 1 and not s.compile
     take_step = runtime.GraphedStep(step, run.warn) if graphed else step
 
     while not progress.is_over(phase.epochs, s.patience):
         started = time.perf_counter()
         progress.epoch += 1
-        train_epoch(phase, step, take_step, average, progress.epoch)
+        train_epoch(phase, step, take_step, progress.epoch)
         run.processes.sum_on_host_(step.totals.sums)
         run.processes.average_(*phase.model.buffers(), *average.model.buffers())
         seconds = time.perf_counter() - started
@@ -133,13 +136,11 @@ def fit(phase: Phase, run: Run, last: dict[str, Any]) -> Progress:
         )
 
     run.load_best(phase.name, progress, phase.model)
-    weights.release()
+    step.weights.release()
     return progress
 
 
-def train_epoch(
-    phase: Phase, step: Step, take_step: Callable[..., None], average: WeightAverage[nn.Module], epoch: int
-) -> None:  # fmt: skip
+def train_epoch(phase: Phase, step: Step, take_step: Callable[..., None], epoch: int) -> None:
     """One epoch: a fresh permutation of the images, cut into full batches; the few images left over are not used in it.
 
     All randomness comes from (seed, phase, epoch) and is the same for any number of processes: each draws the noise of
@@ -162,7 +163,7 @@ def train_epoch(
             eps = phase.noise(size, random)
             optimizer.learning_rate.fill_(scheduled_rate(s, epoch - 1 + i / steps, phase.epochs))
             take_step(rows[share], *(each[:, share] for each in eps))
-            average.update((epoch - 1) * steps + i, last=i == steps - 1)
+            step.average.update((epoch - 1) * steps + i, last=i == steps - 1)
 
             bar.update(size)
             if i % REPORT_EVERY == 0:

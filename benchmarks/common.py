@@ -37,7 +37,6 @@ from cvae.run.session import Run
 from cvae.settings import Settings
 from cvae.training.optimizer import GuardedAdam
 from cvae.training.phase import Phase
-from cvae.training.weights import WeightAverage, Weights
 
 DEVICE = torch.device("cpu")
 PRECISION = runtime.resolve_precision("auto", DEVICE)
@@ -78,11 +77,10 @@ class Training:
             image_set.set_guesses(cvae.baseline_net, half)
             self.phase = Phase(phase, cvae, objective(s), noise=partial(one_noise, s.particles, cvae), **parts)
         self.model: nn.Module = self.phase.model
-        self.weights = Weights(self.model, half, slots=True)
-        self.average = WeightAverage(self.model, self.weights, s.average)
-        self.optimizer = optimizer(self.weights, s.learning_rate, s.weight_decay, loss_scaling=precision == "fp16")
         run = Run(Path(), s, DEVICE, precision, Processes(), runtime.Interruption(), quiet=True)  # writes nothing
-        self.step = train.Step(self.phase, self.weights, self.optimizer, run)
+        self.step = train.Step(self.phase, run)
+        if optimizer is not GuardedAdam:
+            self.step.optimizer = optimizer(self.step.weights, s.learning_rate, s.weight_decay)
         self.batch_size, self.steps_of_epoch = self.step.batch_size, self.step.count
         self.epoch = LATE
 
@@ -92,7 +90,7 @@ class Training:
         while steps > 0:
             self.epoch += 1
             self.step.count = min(steps, self.steps_of_epoch)
-            train.train_epoch(self.phase, self.step, self.step, self.average, self.epoch)
+            train.train_epoch(self.phase, self.step, self.step, self.epoch)
             steps -= self.step.count
         return time.perf_counter() - started
 

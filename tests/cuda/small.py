@@ -25,7 +25,6 @@ from cvae.run.session import Run
 from cvae.settings import Settings
 from cvae.training.optimizer import GuardedAdam
 from cvae.training.phase import Phase
-from cvae.training.weights import Weights
 from train import Step
 
 PRECISIONS = ["fp32", "bf16", "fp16"]
@@ -123,7 +122,14 @@ def make_training(
     have to be made where they are to be. settings: other than those of the smallest training.
     """
     is_baseline = objective_name == "log_likelihood"
-    smallest = {"hidden": (16, 16), "latent_dim": 4, "particles": 3, "batch_size": BATCH}
+    smallest = {
+        "hidden": (16, 16),
+        "latent_dim": 4,
+        "particles": 3,
+        "batch_size": BATCH,
+        "learning_rate": 1e-2,
+        "average": 0,
+    }
     s = Settings(network=network, objective="elbo" if is_baseline else objective_name, **{**smallest, **settings})
     split = SPLITS[size]
     with nullcontext() if move else device:
@@ -138,8 +144,6 @@ def make_training(
     else:
         images.set_guesses(model.baseline_net, half)
         trained = model
-    weights = Weights(trained, half, slots=True)
-    optimizer = GuardedAdam(weights, 1e-2, 0.2, loss_scaling=precision == "fp16")
     phase = Phase(
         "baseline" if is_baseline else "cvae", trained, log_likelihood if is_baseline else objective(s), 1,
         images, images,
@@ -147,8 +151,9 @@ def make_training(
         picture=lambda _: torch.empty(0),
     )  # fmt: skip
     run = Run(Path("no folder"), s, device, precision, Processes(), runtime.Interruption())
-    weights.model.train()
-    return Training(model, Step(phase, weights, optimizer, run), phase, optimizer)
+    step = Step(phase, run)
+    step.weights.model.train()
+    return Training(model, step, phase, step.optimizer)
 
 
 # Whole runs

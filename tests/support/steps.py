@@ -9,7 +9,6 @@ import torch
 from reference.networks import TEST_NETWORKS
 from torch import Tensor, nn
 
-import train
 from cvae import runtime
 from cvae.data.images import ImageSet
 from cvae.distributed import Processes
@@ -18,9 +17,7 @@ from cvae.model.networks import NETWORKS
 from cvae.model.objectives import OBJECTIVES, log_likelihood, objective
 from cvae.run.session import Run
 from cvae.settings import Settings
-from cvae.training.optimizer import GuardedAdam
 from cvae.training.phase import Phase
-from cvae.training.weights import Weights
 
 CPU = torch.device("cpu")
 ALL_NETWORKS = {**NETWORKS, **TEST_NETWORKS}
@@ -75,12 +72,3 @@ def make_phase(case: Case, toy: Any, particles: int = 2, cached: bool = True, pr
         return (noise(particles, count, toy.cvae, random),) if case.which == "cvae" else ()
 
     return Phase(case.which, model, case.function(), 9, images, images, draw_noise, lambda model: torch.zeros(1))
-
-
-def make_step(phase: Phase, run: Run, learning_rate: float = 1e-3, weight_decay: float = 0.0) -> train.Step:
-    """A step, its weights and its optimizer."""
-    s = run.settings
-    half = None if s.compile else runtime.HALF.get(run.precision)
-    weights = Weights(phase.model, half, slots=not s.compile)
-    optimizer = GuardedAdam(weights, learning_rate, weight_decay, loss_scaling=run.precision == "fp16")
-    return train.Step(phase, weights, optimizer, run)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from support.steps import CPU, Case, cases, make_phase, make_run, make_step
+from support.steps import CPU, Case, cases, make_phase, make_run
 from torch import nn
 
 import train
@@ -12,7 +12,6 @@ from cvae import runtime
 from cvae.settings import Settings
 from cvae.training import phase as phase_module
 from cvae.training.phase import validate
-from cvae.training.weights import WeightAverage
 
 RANDOM = Case("regularised", "elbo")  # with dropout and batch normalisation
 
@@ -132,19 +131,18 @@ def test_precision_is_the_run_s(make_toy, precision):
 
 def epoch(phase, run, number, step=None):
     """One epoch of training; the step that took it, and what it was called with."""
-    step = make_step(phase, run, 1e-2) if step is None else step
-    average = WeightAverage(phase.model, step.weights, run.settings.average)
+    step = train.Step(phase, run) if step is None else step
     seen = []
 
     def take_step(rows, *eps):
         seen.append((rows.clone(), *(each.clone() for each in eps)))
         step(rows, *eps)
 
-    train.train_epoch(phase, step, take_step, average, number)
+    train.train_epoch(phase, step, take_step, number)
     return step, seen
 
 
-SMALL = Settings(batch_size=6, average=3, warmup_epochs=0.0, learning_rate=1e-2)
+SMALL = Settings(batch_size=6, average=3, warmup_epochs=0.0, learning_rate=1e-2, weight_decay=0.0)
 
 
 def test_each_image_is_seen_at_most_once(make_toy):
@@ -247,10 +245,9 @@ def test_dropout_is_the_same_again(make_toy):
 def test_averages_take_batch_normalisation_in(make_toy):
     """What is validated and kept has statistics of the data, and not those that it was made with."""
     phase = toy_phase(make_toy, RANDOM)
-    step = make_step(phase, make_run(SMALL), 1e-2)
-    average = WeightAverage(phase.model, step.weights, 3)
-    train.train_epoch(phase, step, step, average, 1)
-    for name, buffer in average.model.named_buffers():
+    step = train.Step(phase, make_run(SMALL))
+    train.train_epoch(phase, step, step, 1)
+    for name, buffer in step.average.model.named_buffers():
         if not name.startswith("baseline_net"):
             own = dict(phase.model.named_buffers())[name]
             assert not torch.equal(buffer, torch.zeros_like(buffer)), name

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.steps import CPU, cases, make_phase, make_run, make_step
+from support.steps import CPU, cases, make_phase, make_run
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -16,7 +16,9 @@ from cvae.model.layers import Linear
 from cvae.model.networks import NETWORKS
 from cvae.model.objectives import maximised
 from cvae.settings import Settings
+from train import Step
 
+PLAIN = Settings(batch_size=8, learning_rate=1e-3, weight_decay=0.0)
 PRECISIONS = pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 
 
@@ -55,7 +57,7 @@ def test_step_never_waits_for_the_device(make_toy, case, precision, cached):
     """From the rows of a batch to the new weights and totals: no number read, no shape that hangs on data."""
     toy = case.make(make_toy, count=20, gain=1.0, dtype=torch.float32)
     phase = make_phase(case, toy, cached=cached, precision=precision)
-    step = make_step(phase, make_run(Settings(batch_size=8), precision))
+    step = Step(phase, make_run(PLAIN, precision))
     weights, optimizer = step.weights, step.optimizer
     trained = [
         layer for layer in phase.model.modules() if any(p.requires_grad for p in layer.parameters(recurse=False))
@@ -92,7 +94,7 @@ def test_terms_are_added_to_the_totals(make_toy, case):
     """Of each step that was taken, whole: sums over its images, and their number."""
     toy = case.make(make_toy, count=20, gain=1.0, dtype=torch.float32)
     phase = make_phase(case, toy)
-    step = make_step(phase, make_run(Settings(batch_size=8)))
+    step = Step(phase, make_run(PLAIN))
     model, random = step.weights.model.train(), runtime.generator(CPU, 0)
     rows, expected = torch.randperm(20), {}
     for i in range(4):
@@ -126,7 +128,8 @@ def test_loss_is_minus_the_objective_per_image(make_toy, case, shares):
     toy = case.make(make_toy, count=20, gain=1.0, dtype=torch.float32)
     phase = make_phase(case, toy)
     plain = copy.deepcopy(phase.model)
-    step = make_step(phase, make_run(Settings(batch_size=8)), learning_rate=0.0)
+    step = Step(phase, make_run(PLAIN))
+    step.optimizer.learning_rate.zero_()  # the weights stay
     rows, eps = torch.randperm(20)[:8], phase.noise(8, runtime.generator(CPU, 0))
     terms = phase.objective(plain, phase.train.batch(rows), *eps)
     (-maximised(terms).mean()).backward()
@@ -160,7 +163,7 @@ def test_mixed_precision_agrees_with_float32(make_toy, case, precision):
             make_toy, height=28, width=28, hidden=(100, 80), latent_dim=20, count=64, dtype=torch.float32,
             seed={"tutorial": 0, "paper": 2}[case.network],
         )  # fmt: skip
-        step = make_step(make_phase(case, toy), make_run(Settings(), name))
+        step = Step(make_phase(case, toy), make_run(Settings(), name))
         weights, optimizer, eps, accepted = step.weights, step.optimizer, case.noise(toy), False
         while not accepted:  # a scale that overflows is halved, and the weights stay as they were
             terms = case.function()(weights.model, toy.batch, *eps)
