@@ -39,7 +39,7 @@ from cvae.model.likelihood import noise
 from cvae.model.networks import build
 from cvae.model.objectives import Totals, log_likelihood, maximised, objective
 from cvae.report.figures import completions
-from cvae.run.folder import find_run, read_precision, refuse_existing
+from cvae.run.folder import find_run, read_precision, read_split, refuse_existing
 from cvae.run.load import start_from
 from cvae.run.plan import parse, plan
 from cvae.run.session import Progress, Run
@@ -178,10 +178,10 @@ def train_run(run: Run, resume: bool, overwrite: bool) -> None:
     """Train the baseline, then the CVAE on top of it, from wherever the run has come to."""
     s, device = run.settings, run.device
     images, held_out, about, record = load_train(s, runtime.free_memory(device, run.processes.local_count))
-    run.say(about)
     images = images[: s.train_limit]
     run.processes.share_of_batch(min(s.batch_size, len(images)))  # refused before a folder is made
-    split = make_split(s, *images.shape[1:])
+    split = read_split(run.folder) if resume else make_split(s, *images.shape[1:])
+    run.say("\n".join(filter(None, (about, split.about))))
     last = run.claim(split, record, resume, overwrite)
     if run.is_finished(last):
         run.say(f"{run.folder} is finished: nothing is left to do")

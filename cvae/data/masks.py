@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import torch
 from torch import Tensor
 
+from cvae.data.mask_pictures import read_mask
 from cvae.errors import DataError
 from cvae.settings import Settings
 
@@ -39,13 +41,47 @@ def columns(first: float, last: float, height: int, width: int) -> Tensor:
     return rows(first, last, width, height).T.contiguous()
 
 
+def center(height: int, width: int) -> Tensor:
+    """The mask of the middle half of the rows and columns, bool `[height, width]`.
+
+    A quarter of each side, (side + 1) // 4 pixels, is left out at both ends: the mask has the symmetries of the image,
+    and of 28 pixels it gives the middle 14, of 7 the middle 3.
+    """
+    above, left = (height + 1) // 4, (width + 1) // 4
+    given = torch.zeros(height, width, dtype=torch.bool)
+    given[above : height - above, left : width - left] = True
+    return given
+
+
+def border(height: int, width: int) -> Tensor:
+    """The mask of all that `center` leaves out, bool `[height, width]`."""
+    return ~center(height, width)
+
+
+def checkerboard(height: int, width: int) -> Tensor:
+    """The mask of every other pixel, bool `[height, width]`: those whose row and column, counted from 0, add up evenly.
+
+    The upper left pixel is given. Of an odd number of pixels, one more is given than hidden.
+    """
+    return (torch.arange(height)[:, None] + torch.arange(width)) % 2 == 0
+
+
+def every_second_row(height: int, width: int) -> Tensor:
+    """The mask of rows 0, 2, 4, …, bool `[height, width]`. Of an odd number of rows, one more is given than hidden."""
+    return (torch.arange(height)[:, None] % 2 == 0).expand(height, width).clone()
+
+
 MASKS: dict[str, Callable[[int, int], Tensor]] = {
     "left": partial(columns, 0, 0.5),
     "right": partial(columns, 0.5, 1),
     "top": partial(rows, 0, 0.5),
     "bottom": partial(rows, 0.5, 1),
+    "center": center,
+    "border": border,
+    "checkerboard": checkerboard,
+    "every-second-row": every_second_row,
 }
-"""Makers of masks, by name: height, width → bool `[height, width]`, True = given."""
+"""Makers of masks, by name: height, width → bool `[height, width]`, True = given. Halves are cut as `quadrants` are."""
 
 
 def mask(s: Settings, height: int, width: int) -> Tensor:
@@ -58,6 +94,20 @@ def mask(s: Settings, height: int, width: int) -> Tensor:
     return s.chosen("observed", MASKS)(height, width)
 
 
+def is_picture(s: Settings) -> bool:
+    """Whether `s.observed` is the path of a picture, from the root, on this or another system, and no name."""
+    paths = () if s.observed is None else (PurePosixPath(s.observed), PureWindowsPath(s.observed))
+    return any(path.is_absolute() for path in paths)
+
+
+def mask_name(s: Settings) -> str:
+    """What is observed, in words: "2 quadrants", a mask's name, or that of a picture's file without its ending."""
+    if s.observed is None:
+        return f"{s.quadrants} quadrant{'s' * (s.quadrants > 1)}"
+    name = PureWindowsPath(s.observed).stem if is_picture(s) else s.observed
+    return "".join(letter if letter.isprintable() else "?" for letter in name)
+
+
 class Split:
     """The split of an image into the observed pixels x and the hidden pixels y.
 
@@ -67,16 +117,17 @@ class Split:
     at each raster position. The rows and columns of the networks' weights that stand for pixels follow `order` too.
 
     observed: the mask, bool `[height, width]`, True = given. Raises ValueError unless it gives some pixels and not all.
-    Attributes: `observed`, `order` and `raster` int64 `[height * width]`; `height`, `width`; `num_observed`,
-    `num_hidden`, `num_pixels`: counts of pixels.
+    name: of the mask, for people. about: how a picture was read as the mask, in one line, if it was.
+    Attributes: these, `order` and `raster` int64 `[height * width]`; `height`, `width`; `num_observed`, `num_hidden`,
+    `num_pixels`: counts of pixels.
     """
 
-    def __init__(self, observed: Tensor):
+    def __init__(self, observed: Tensor, name: str = "", about: str = ""):
         if observed.dtype != torch.bool or observed.dim() != 2:
             raise ValueError(
                 f"a mask is bool [height, width], True = given, not {observed.dtype} {list(observed.shape)}"
             )
-        self.observed = observed
+        self.observed, self.name, self.about = observed, name, about
         self.height, self.width = observed.shape
         self.num_pixels = observed.numel()
         self.num_observed = int(observed.sum())
@@ -127,9 +178,15 @@ def described(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}{values}"
 
 
-def make_split(s: Settings, height: int, width: int) -> Split:
-    """The split of images of this size by the mask of the settings. Raises DataError where the two do not suit."""
+def make_split(s: Settings, height: int, width: int, picture: Path | None = None) -> Split:
+    """The split of images of this size by the mask of the settings. Raises DataError where the two do not suit.
+
+    picture: where the settings name a picture, the file to read in its place: the mask that a run has kept of it.
+    """
+    if is_picture(s):
+        found = read_mask(picture or Path(str(s.observed)), height, width, exact=picture is not None)
+        return Split(found[0], mask_name(s), found[1])
     try:
-        return Split(mask(s, height, width))
+        return Split(mask(s, height, width), mask_name(s))
     except ValueError as error:
         raise DataError(f"images of {height}×{width} pixels cannot be split: {error}") from None

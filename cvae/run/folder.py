@@ -2,7 +2,7 @@
 
 A run folder holds `config.json` (settings, versions, machine), `metrics.jsonl` (a line per epoch and phase),
 TensorBoard's events, `last.pt` (everything to go on from), `best.pt` (the best weights) and, once it is finished,
-`summary.json`.
+`summary.json`; where the mask was a picture, `observed.png`, the mask itself.
 """
 
 import errno
@@ -20,24 +20,25 @@ from typing import Any, TextIO
 
 import torch
 
-from cvae.data.masks import Split, make_split
+from cvae.data.mask_pictures import mask_png
+from cvae.data.masks import Split, is_picture, make_split
 from cvae.errors import CvaeError, DataError, DiskError, UsageError
 from cvae.model.networks import NETWORKS
 from cvae.model.objectives import OBJECTIVES
 from cvae.run.checkpoint import write_atomically
 from cvae.settings import LARGEST_SIDE, PRECISIONS, Settings
 
-CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
+CONFIG, METRICS, SUMMARY, OBSERVED = "config.json", "metrics.jsonl", "summary.json", "observed.png"
 BEST, LAST, LOCK = "best.pt", "last.pt", ".lock"
 
 CHOICES: dict[str, Collection[str]] = {"network": NETWORKS, "objective": OBJECTIVES}
 """Settings that are names of something in the code, each with the table in which it is found."""
 
 
-def create_run(path: Path, settings: Settings, about: dict[str, Any], overwrite: bool) -> TextIO:
+def create_run(path: Path, settings: Settings, about: dict[str, Any], overwrite: bool, split: Split) -> TextIO:
     """Make a run folder with its `config.json`, and return the lock on it, which holds while it is kept open.
 
-    about: as in `write_config`.
+    about: as in `write_config`. split: of the images; its mask is kept where the settings name a picture.
 
     Raises UsageError if the folder stands already (with `overwrite`: if it is no run folder, or a training holds it)
     and DiskError if it cannot be made.
@@ -48,6 +49,8 @@ def create_run(path: Path, settings: Settings, about: dict[str, Any], overwrite:
         staging.mkdir(parents=True)
         try:
             write_config(staging, settings, about)
+            if is_picture(settings):
+                write_atomically(staging / OBSERVED, mask_png(split.observed))
             lock = lock_run(staging)
             if overwrite and path.exists():
                 _remove_run(path)  # now that its successor could be written
@@ -131,7 +134,7 @@ def read_size(path: Path) -> tuple[int, int]:
 
 def read_split(path: Path) -> Split:
     """The split of the images that a run is trained on. Raises DataError."""
-    return make_split(read_settings(path), *read_size(path))
+    return make_split(read_settings(path), *read_size(path), picture=path / OBSERVED)
 
 
 def read_precision(path: Path) -> str:

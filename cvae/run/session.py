@@ -101,7 +101,7 @@ class Run:
         split: of the images. Raises UsageError if the folder is taken, DataError if it cannot go on, DiskError.
         """
         self.images = images
-        self.processes.on_main(lambda: self._claim(resume, overwrite))
+        self.processes.on_main(lambda: self._claim(split, resume, overwrite))
         path = self.folder / LAST
         last = checkpoint.load(path) if path.exists() else {}
         if resume and not last and (self.folder / BEST).exists():
@@ -116,7 +116,7 @@ class Run:
         self.processes.on_main(self._record_epochs)
         return last
 
-    def _claim(self, resume: bool, overwrite: bool) -> None:
+    def _claim(self, split: Split, resume: bool, overwrite: bool) -> None:
         if resume:
             self.lock = lock_run(self.folder)
             begun = read_size(self.folder)
@@ -124,7 +124,7 @@ class Run:
                 sizes = ["×".join(map(str, size)) for size in (begun, self.images.values())]
                 raise DataError(f"{self.folder}: was begun on images of {sizes[0]} pixels; these have {sizes[1]}")
         else:
-            self.lock = create_run(self.folder, self.settings, self._about(), overwrite)
+            self.lock = create_run(self.folder, self.settings, self._about(), overwrite, split)
 
     def _record_epochs(self) -> None:
         if self.settings != read_settings(self.folder):  # it goes on with other --epochs
