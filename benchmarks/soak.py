@@ -41,7 +41,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 import train
-from cvae.data.sources import load_images
+from cvae.data.names import mnist
 from cvae.run import checkpoint
 from cvae.run.folder import BEST, LAST, METRICS, read_metrics
 
@@ -61,7 +61,7 @@ def write_data(folder: Path) -> None:
     """A slice of MNIST as IDX files."""
     folder.mkdir()
     for part, length in IMAGES.items():
-        images = load_images(None, part)[:length]  # type: ignore[arg-type]
+        images = mnist(part)[:length]
         header = struct.pack(">HBB3I", 0, 8, 3, *images.shape)
         (folder / f"{part}-images-idx3-ubyte").write_bytes(header + images.numpy().tobytes())
         (folder / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">HBBI", 0, 8, 1, length) + bytes(length))

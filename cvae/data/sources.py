@@ -1,30 +1,34 @@
-"""The sources of images: find, verify and split them.
+"""The sources of images: what `--data` names is found, read, and divided into training, validation and test images.
 
-All of MNIST comes with the package (Y. LeCun, C. Cortes, C. J. C. Burges; CC BY-SA 3.0); `--data` names a folder with
-other images in the same format.
+All of MNIST comes with the package (Y. LeCun, C. Cortes, C. J. C. Burges; CC BY-SA 3.0).
 """
 
 import hashlib
 import os
-from importlib import resources
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from cvae.data.idx import SUFFIXES, read_idx
-from cvae.data.images import as_targets
+from cvae import runtime
+from cvae.data.arrays import find_arrays
+from cvae.data.idx import find_idx
+from cvae.data.masks import is_picture, make_split
+from cvae.data.names import MNIST, NAMES, find_named, named
+from cvae.data.parts import Images, Part, Source, resized
+from cvae.data.pictures import find_pictures
 from cvae.errors import DataError
 from cvae.settings import Settings
 
-Part = Literal["train", "t10k"]
+__all__ = ["READERS", "TestImages", "TrainImages", "difference", "load_test", "load_train", "named", "record"]
 
-SHA256 = {  # of the four files, uncompressed
-    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
-}
+READERS: tuple[Callable[[Path, Settings], Source | None], ...] = (find_idx, find_arrays, find_pictures)
+"""Each finds images of its form at a path, or returns None; the first that finds any is taken."""
+
+Rows = dict[str, tuple[Part, Tensor]]  # of training, validation and test images: where they are read from, and which
 
 
 class TrainImages(NamedTuple):
@@ -52,28 +56,180 @@ class TestImages(NamedTuple):
 def load_train(s: Settings = Settings(), room: int | None = None) -> TrainImages:  # noqa: B008
     """The training and validation images of the source that the settings name, MNIST where they name none.
 
-    The last 10,000 of the 60,000 images of MNIST are for validation; of fewer images, the last sixth.
-    room: bytes that the images may take on the device. Raises DataError, naming the file at fault.
+    The last 10,000 of the 60,000 images of MNIST are for validation. Other training images are permuted by
+    `s.seed`, so that it does not matter in which order they lie, and the last sixth of them, 10,000 at the most, is for
+    validation, unless the source has validation images. Of a source that is not divided, a sixth is taken for the
+    test first, the same one whatever the seed.
+
+    room: bytes that the images may take on the device. They need `(T + V) · (P + 4 · H)`, for T training (at most
+    `s.train_limit`) and V validation images of P pixels, a byte each, H of them hidden, for which the baseline's
+    guesses are kept in float32; `T · P` more where they are binarized anew each epoch. This is looked at before anything
+    is read whole. Raises DataError, naming the file at fault.
     """
-    images = load_images(s.data, "train")
-    num_validation = 10_000 if len(images) >= 60_000 else len(images) // 6
-    if num_validation == 0:
-        raise DataError(f"{s.data}: {len(images)} training images are too few to hold out a sixth; give at least 6")
-    train = as_targets(s, "train", images[:-num_validation])
-    validation = as_targets(s, "validation", images[-num_validation:])
-    parts = {"train": train, "validation": validation, "test": as_targets(s, "test", load_images(s.data, "t10k"))}
-    return TrainImages(train, validation, "", record(**parts))
+    with _one_line():
+        source = _find(s)
+        rows, notes = _divided(source)
+        if "train" not in rows:
+            raise DataError(f"{source.place}: has no training images")
+        _hold_out_validation(source, rows, notes, s)
+        (part, train), (_, validation) = rows["train"], rows["validation"]
+        height, width = _size(part, s)
+        used, hidden = min(len(train), s.train_limit or len(train)), height * width
+        if not is_picture(s):
+            hidden = make_split(s, height, width).num_hidden
+        sums = {
+            "pixels": (used + len(validation) + used * (s.targets == "binary")) * height * width,
+            "the baseline's guesses": (used + len(validation)) * hidden * 4,
+        }
+        _check_room(source, f"{used + len(validation):,} images of {height}×{width} pixels", sums, room)
+        pixels, about = _read_all(source, rows, notes, s)
+        parts = {name: pixels.get(name) for name in ("train", "validation", "test")}
+        return TrainImages(pixels["train"], pixels["validation"], about, record(**parts))
 
 
 def load_test(s: Settings = Settings(), room: int | None = None) -> TestImages:  # noqa: B008
-    """The test images: for `eval.py` alone. room, errors: as in `load_train`."""
-    images = as_targets(s, "test", load_images(s.data, "t10k"))
-    return TestImages(images, "", record(test=images))
+    """The test images: for `eval.py` alone. room: bytes for their pixels; errors: as in `load_train`."""
+    with _one_line():
+        source = _find(s)
+        rows, notes = _divided(source)
+        if "test" not in rows:
+            raise DataError(f"{source.place}: has no test images")
+        part, chosen = rows["test"]
+        height, width = _size(part, s)
+        sums = {"pixels": len(chosen) * height * width}
+        _check_room(source, f"{len(chosen):,} test images of {height}×{width} pixels", sums, room)
+        pixels, about = _read_all(source, {"test": rows["test"]}, notes, s)
+        return TestImages(pixels["test"], about, record(**pixels))
 
 
-def named(word: str) -> str:
-    """What `--data` says, as the settings keep it: a path from the root, or the name of a data set."""
-    return str(Path(word).expanduser().resolve())
+def _find(s: Settings) -> Source:
+    """What the settings name."""
+    word = MNIST if s.data is None else s.data
+    if word in NAMES:
+        return find_named(word, s)
+    path = Path(word).expanduser()
+    for reader in READERS:
+        if (source := reader(path, s)) is not None:
+            return source
+    problem = "holds no images" if os.path.exists(path) else "there is no such folder or file"
+    raise DataError(
+        f"{word}: {problem}; --data takes a folder of IDX files or of pictures, an .npz or .npy file, "
+        f"or one of {', '.join(NAMES)}"
+    )
+
+
+def _divided(source: Source) -> tuple[Rows, list[str]]:
+    """The parts of a source; of an undivided one, a sixth of its images are for the test. And what was chosen."""
+    rows = {name: (part, torch.arange(part.count)) for name, part in source.parts.items()}
+    notes = list(source.notes)
+    if "all" in rows:
+        part, _ = rows.pop("all")
+        train, test = _held_out(source, runtime.permutation(part.count, "test images"))
+        rows |= {"train": (part, train), "test": (part, test)}
+        notes.append("a sixth drawn for the test, the same for every seed")
+    return rows, notes
+
+
+def _hold_out_validation(source: Source, rows: Rows, notes: list[str], s: Settings) -> None:
+    """Permute the training images, and take those for validation from them if the source has none of its own."""
+    part, train = rows["train"]
+    if source.place:  # MNIST has no place, and stays in order
+        train = train[runtime.permutation(len(train), s.seed, "validation images")]
+    if "validation" not in rows:
+        train, held_out = _held_out(source, train)
+        rows["validation"] = part, held_out
+        notes.append(f"validation images drawn by seed {s.seed}" if source.place else "the last ones for validation")
+    rows["train"] = part, train
+    if "test" not in rows:
+        notes.append("no test images, so that eval.py will not be able to evaluate the run")
+
+
+def _held_out(source: Source, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows, and the last of them to be held out: a sixth, or 10,000 of 60,000 and more."""
+    count = 10_000 if len(rows) >= 60_000 else len(rows) // 6
+    if count == 0:
+        raise DataError(f"{source.place}: {len(rows)} images are too few to hold out a sixth; give at least 6")
+    return rows[:-count], rows[-count:]
+
+
+def _size(part: Part, s: Settings) -> tuple[int, int]:
+    """Height and width of the images that come of a part."""
+    if s.size is not None:
+        return s.size, s.size
+    return (part.width, part.height) if s.transpose else (part.height, part.width)
+
+
+def _check_room(source: Source, what: str, sums: dict[str, int], room: int | None) -> None:
+    """Raises DataError if the images need more bytes than there are."""
+    if room is not None and (total := sum(sums.values())) > room:
+        words = " + ".join(f"{number / 2**20:,.0f} MiB of {name}" for name, number in sums.items())
+        raise DataError(
+            f"{source.place}: {what} need {words} = {total / 2**20:,.0f} MiB, and {room / 2**20:,.0f} MiB are free; "
+            "use smaller ones (--size N), fewer (--train-limit N), or another --device"
+        )
+
+
+def _read_all(source: Source, rows: Rows, notes: list[str], s: Settings) -> tuple[dict[str, Tensor], str]:
+    """The pixels of these rows, uint8 `[n, height, width]`, and the one line that says what was taken."""
+    sizes = {name: _size(part, s) for name, (part, _) in rows.items()}
+    for name, size in sizes.items():
+        if size != sizes[first := next(iter(sizes))]:
+            words = " and ".join(f"{each} images of {sizes[each][0]}×{sizes[each][1]} pixels" for each in (first, name))
+            raise DataError(f"{source.place}: has {words}; --size N scales them all")
+    pixels: dict[str, Tensor] = {}
+    levels: dict[str, str] = {}
+    for part in dict.fromkeys(part for part, _ in rows.values()):  # each is read once
+        chosen = {name: own for name, (each, own) in rows.items() if each is part}
+        images = _read(part, torch.cat(list(chosen.values())), s)
+        pixels |= zip(chosen, images.pixels.split([len(own) for own in chosen.values()]), strict=True)
+        levels |= dict.fromkeys(chosen, images.levels)
+        notes += [*images.notes, images.levels]
+    if len(set(levels.values())) > 1:
+        words = "; ".join(f"{name} images: {words or 'levels as they are'}" for name, words in levels.items())
+        raise DataError(f"{source.place}: the parts are not alike ({words}); store them in the same way")
+    if s.transpose:
+        notes.append("rows and columns swapped")
+    elif any("emnist" in folder.lower() for folder in Path(source.place).parts[-3:]):
+        notes.append("EMNIST's files hold them transposed: --transpose turns them upright")
+    names = {"train": "training", "validation": "validation", "test": "test"}
+    counts = [f"{len(pixels[part]):,} {name}" for part, name in names.items() if part in pixels]
+    height, width = sizes[next(iter(sizes))]
+    taken = f"{source.form} {source.place}".strip() + f": {', '.join(counts)} images of {height}×{width} pixels"
+    return pixels, _printable("; ".join(dict.fromkeys(filter(None, [taken, *notes]))))
+
+
+def _read(part: Part, rows: Tensor, s: Settings) -> Images:
+    """The images at these rows as they are trained on. Raises DataError for one that is all of one level."""
+    pixels, levels, notes = part.read(rows)
+    if not levels and pixels.max() == 1:
+        pixels, levels = pixels * 255, "the brightest level is 1 of 255: taken as black and white, and scaled"
+    if s.transpose:
+        pixels = pixels.transpose(1, 2).contiguous()
+    if s.size is not None and pixels.shape[1:] != (s.size, s.size):
+        notes = [*notes, f"scaled from {pixels.shape[1]}×{pixels.shape[2]}"]
+        pixels = resized(pixels, s.size)
+    low, high = pixels.flatten(1).aminmax(dim=1)
+    if len(constant := (low == high).nonzero().flatten()):
+        first = int(constant[0])
+        others = f", and so are {len(constant) - 1} others" if len(constant) > 1 else ""
+        raise DataError(
+            f"{part.name(int(rows[first]))}: is of one level throughout, {int(low[first])} of 255{others}; leave it out"
+        )
+    return Images(pixels, levels, notes)
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """Errors in one line, whatever the names of files are."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(_printable(str(error))) from None
+
+
+def _printable(line: str) -> str:
+    """Without control characters, and without what no terminal can show."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in line)
 
 
 def record(**parts: Tensor | None) -> dict[str, Any]:
@@ -82,7 +238,7 @@ def record(**parts: Tensor | None) -> dict[str, Any]:
     found = {
         name: None
         if part is None
-        else {"count": len(part), "sha256": hashlib.sha256(part.numpy().tobytes()).hexdigest()}
+        else {"count": len(part), "sha256": hashlib.sha256(part.contiguous().numpy().data).hexdigest()}
         for name, part in parts.items()
     }
     return {"height": sides[0], "width": sides[1], **found}
@@ -104,40 +260,3 @@ def difference(recorded: dict[str, Any], found: dict[str, Any]) -> str | None:
             return f"{before['count']} {part} images, and here are {now['count']}"
         return f"other {part} images of the same number and size (their SHA-256 differs)"
     return None
-
-
-def load_images(folder: str | Path | None, part: Part) -> Tensor:
-    """The images of one part of a data set, uint8 `[N, height, width]`; its labels are read to be checked only.
-
-    `folder`: where the IDX files lie (plain, .gz or .xz), flat or in torchvision's layout, `MNIST/raw` below it;
-    None: the embedded MNIST. Raises DataError, naming the file at fault.
-    """
-    names = (f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte")
-    if folder is None:
-        embedded = resources.files("cvae.data") / "mnist"
-        with resources.as_file(embedded) as directory:
-            images, labels = (
-                read_idx(directory / f"{name}.xz", num_dims, SHA256[name])
-                for name, num_dims in zip(names, (3, 1), strict=True)
-            )
-        return images
-    paths = [_find(Path(folder), name) for name in names]
-    images, labels = read_idx(paths[0], 3), read_idx(paths[1], 1)
-    if len(images) != len(labels):
-        raise DataError(f"{paths[1]}: has {len(labels)} labels for the {len(images)} images of {paths[0].name}")
-    if min(images.shape[1:]) < 2:
-        raise DataError(f"{paths[0]}: images of {images.shape[1]}×{images.shape[2]} pixels have no four quadrants")
-    return images
-
-
-def _find(folder: Path, name: str) -> Path:
-    """The file of this name, in the folder itself or in torchvision's layout below it."""
-    if not os.path.isdir(folder):  # Path.is_dir raises for a name that is too long
-        raise DataError(f"{folder}: there is no such folder; --data names one with the four IDX files")
-    places = [folder, folder / "MNIST" / "raw", folder / "raw", *sorted(folder.glob("*/raw"))]
-    for place in places:
-        for suffix in SUFFIXES:
-            path = place / (name + suffix)
-            if os.path.isfile(path):
-                return path
-    raise DataError(f"{folder}: has no {name} (plain, .gz or .xz), nor has its MNIST/raw/")

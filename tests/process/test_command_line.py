@@ -24,7 +24,7 @@ from support.scripts import NAMES, PATIENCE, ROOT, run_script, small_mnist, writ
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cvae import runtime
-from cvae.data.sources import load_images
+from cvae.data.names import mnist
 from cvae.errors import DataError
 from cvae.model.likelihood import Likelihoods
 from cvae.report.tables import Column, render
@@ -259,7 +259,7 @@ def test_embedded_mnist_from_training_to_table(tmp_path: Path) -> None:
 
 
 def test_pictures_of_another_size(place: Path) -> None:
-    images = [load_images(place / "data", part)[:, 4:21, 3:24] for part in ("train", "t10k")]
+    images = [mnist(part)[:count, 4:21, 3:24] for part, count in (("train", 360), ("t10k", 60))]
     write_data(place / "odd" / "MNIST" / "raw", *images, suffix=".gz")
     succeeded(train("--data", "odd", "--runs", "odd-runs", "--quadrants", "3", "--particles", "3", *TINY, cwd=place))
     shapes = {tuple(tensor.shape) for tensor in weights(place / "odd-runs" / "q3").values()}

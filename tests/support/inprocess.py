@@ -14,7 +14,7 @@ import train
 from cvae.errors import Interrupted
 from cvae.run.folder import read_metrics
 from cvae.run.session import Run
-from support.scripts import write_data
+from support.scripts import write_contrary, write_data
 from support.trainings import checkpoints, untimed
 
 TINY = [
@@ -61,10 +61,7 @@ def make_tiny_data(folder: Path, height: int = 10, width: int = 9, contrary: boo
     """
     random = torch.Generator().manual_seed(height * width)
     images, test = (torch.randint(0, 256, (n, height, width), dtype=torch.uint8, generator=random) for n in (72, 12))
-    if contrary:
-        images = images // 4
-        images[60:] = 255 - images[60:]
-    return write_data(folder, images, test)
+    return write_contrary(folder, images // 4, test) if contrary else write_data(folder, images, test)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cvae.data.sources import load_images
+from cvae.data.names import mnist
+from cvae.data.sources import load_train
+from cvae.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = {part: (f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte") for part in ("train", "t10k")}
@@ -34,9 +36,16 @@ def write_data(folder: Path, train: Tensor, test: Tensor, suffix: str = "") -> P
     return folder
 
 
+def write_contrary(folder: Path, train: Tensor, test: Tensor) -> Path:
+    """The same, but those of the training images that are held out for validation are negatives."""
+    validation = load_train(Settings(data=str(write_data(folder, train, test)))).validation
+    held_out = (train[:, None] == validation).flatten(2).all(2).any(1)
+    return write_data(folder, torch.where(held_out[:, None, None], 255 - train, train), test)
+
+
 def small_mnist(folder: Path, num_train: int = 360, num_test: int = 60) -> Path:
     """A folder with the first images of MNIST."""
-    return write_data(folder, load_images(None, "train")[:num_train], load_images(None, "t10k")[:num_test])
+    return write_data(folder, mnist("train")[:num_train], mnist("t10k")[:num_test])
 
 
 def run_script(

@@ -15,10 +15,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from cvae.data.sources import load_images
+from cvae.data.names import mnist
 from cvae.run import checkpoint
 from cvae.run.folder import read_json, read_metrics
-from support.scripts import PATIENCE, ROOT, small_mnist, write_data
+from support.scripts import PATIENCE, ROOT, small_mnist, write_contrary
 
 SMALL = [
     "--hidden", "32", "32", "--latent-dim", "8", "--train-limit", "300", "--batch-size", "32",
@@ -43,9 +43,7 @@ def make_contrary_data(folder: Path) -> Path:
 
     No epoch after the first can be the best so far, on any machine.
     """
-    images = load_images(None, "train")[:600]
-    images[500:] = 255 - images[500:]
-    return write_data(folder, images, load_images(None, "t10k")[:60])
+    return write_contrary(folder, mnist("train")[:600], mnist("t10k")[:60])
 
 
 # What a training leaves behind

@@ -1,0 +1,79 @@
+"""Data sets by name: MNIST, which comes with the package, and those that torchvision has downloaded."""
+
+import json
+import os
+import shlex
+from importlib import resources
+from pathlib import Path
+
+from torch import Tensor
+
+from cvae.data.idx import idx_set, read_idx
+from cvae.data.parts import Images, Part, Source
+from cvae.errors import DataError
+from cvae.settings import Settings
+
+MNIST = "mnist"
+COUNTS = {"train": 60_000, "t10k": 10_000}
+SHA256 = {  # of the files of MNIST, uncompressed
+    "train": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    "t10k": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+}
+
+EMNIST = ("byclass", "bymerge", "balanced", "letters", "digits", "mnist")
+TORCHVISION: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "fashion-mnist": ("FashionMNIST", "", ("",)),
+    "kmnist": ("KMNIST", "", ("",)),
+    "qmnist": ("QMNIST", "qmnist", ('what="train", ', 'what="test", ')),
+    **{f"emnist-{split}": ("EMNIST", f"emnist-{split}", (f'split="{split}", ',)) for split in EMNIST},
+}
+"""torchvision's data sets, by the names that `--data` takes: class, prefix of the files, arguments of its downloads."""
+
+ROOTS = ("~/.cache/torchvision", "data")  # where they are looked for without --data-root
+NAMES = (MNIST, *TORCHVISION)
+
+
+def named(word: str) -> str:
+    """What `--data` says, as the settings keep it: a path from the root, or one of NAMES, however it is spelt.
+
+    What exists as a path is a path.
+    """
+    path = Path(word).expanduser()
+    if not os.path.lexists(path):
+        for name in NAMES:
+            if _letters(name) == _letters(word):
+                return name
+    return str(path.resolve())
+
+
+def _letters(name: str) -> str:
+    return "".join(filter(str.isalnum, name.lower()))
+
+
+def find_named(name: str, s: Settings) -> Source:
+    """The data set of one of NAMES. Raises DataError with the command that downloads it where it is not."""
+    if name == MNIST:
+        return Source("MNIST, which comes with the package", "", {"train": _mnist("train"), "test": _mnist("t10k")})
+    kind, prefix, arguments = TORCHVISION[name]
+    roots = [Path(root).expanduser() for root in ([s.data_root] if s.data_root is not None else ROOTS)]
+    for root in roots:
+        if (source := idx_set(root / kind / "raw", prefix)) is not None:
+            return source._replace(form=f"{name}, IDX files of torchvision in")
+    calls = "; ".join(f"D({json.dumps(str(roots[0]))}, {more}download=True)" for more in arguments)
+    command = f"python -c {shlex.quote(f'from torchvision.datasets import {kind} as D; {calls}')}"
+    raise DataError(
+        f"{name}: is not below {' or '.join(map(str, roots))} (--data-root names another); to download: {command}"
+    )
+
+
+def _mnist(part: str) -> Part:
+    """A part of the embedded MNIST, whose digest is checked when it is read."""
+    return Part(
+        COUNTS[part], 28, 28, lambda rows: Images(mnist(part)[rows]), lambda row: f"MNIST: image {row} of {part}"
+    )
+
+
+def mnist(part: str) -> Tensor:
+    """The images of the embedded MNIST, part `train` or `t10k`, uint8 `[N, 28, 28]`, as its files have them."""
+    with resources.as_file(resources.files("cvae.data") / "mnist" / f"{part}-images-idx3-ubyte.xz") as path:
+        return read_idx(path, 3, SHA256[part])
