@@ -247,7 +247,11 @@ def test_emulated_graph_computes_on_the_memory_of_its_capture(emulation: Emulati
 
 @pytest.mark.parametrize(
     "words",
-    [["--network", "paper", "--objective", "iwae", "--particles", "3"], ["--precision", "fp16"], []],
+    [
+        ["--network", "paper", "--objective", "iwae", "--particles", "3"],
+        ["--precision", "fp16"],
+        ["--targets", "binary"],
+    ],
     ids=" ".join,
 )
 def test_whole_run_is_that_without_graphs(emulation: Emulation, run_training, capsys, words):

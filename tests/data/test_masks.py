@@ -5,8 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cvae.data.images import ImageSet
-from cvae.data.masks import MASKS, Split, mask, quadrants
+from cvae.data.images import ImageSet, binarized
+from cvae.data.masks import MASKS, Split, make_split, mask, mask_name, quadrants
+from cvae.errors import DataError
 from cvae.settings import Settings
 
 PICTURES = {  # x: given, by hand
@@ -50,27 +51,79 @@ def test_images_without_quadrants_are_refused(height, width):
         quadrants(1, height, width)
 
 
-HALVES = {
+NAMED = {
     ("left", 4, 5): "xx...|xx...|xx...|xx...",
     ("right", 4, 5): "..xxx|..xxx|..xxx|..xxx",
     ("top", 5, 3): "xxx|xxx|...|...|...",
     ("bottom", 5, 3): "...|...|xxx|xxx|xxx",
+    ("center", 4, 5): ".....|.xxx.|.xxx.|.....",
+    ("center", 3, 7): ".......|..xxx..|.......",
+    ("border", 4, 5): "xxxxx|x...x|x...x|xxxxx",
+    ("border", 6, 3): "xxx|x.x|x.x|x.x|x.x|xxx",
+    ("checkerboard", 3, 5): "x.x.x|.x.x.|x.x.x",
+    ("checkerboard", 2, 4): "x.x.|.x.x",
+    ("every-second-row", 5, 2): "xx|..|xx|..|xx",
+    ("every-second-row", 4, 3): "xxx|...|xxx|...",
 }
 
 
-@pytest.mark.parametrize("case", HALVES, ids=str)
-def test_halves(case):
+@pytest.mark.parametrize("case", NAMED, ids=str)
+def test_named_masks(case):
     name, height, width = case
     found = MASKS[name](height, width)
-    assert found.tolist() == [[pixel == "x" for pixel in row] for row in HALVES[case].split("|")]
+    assert found.tolist() == [[pixel == "x" for pixel in row] for row in NAMED[case].split("|")]
 
 
 @pytest.mark.parametrize("name", MASKS)
-@pytest.mark.parametrize(("height", "width"), [(2, 2), (5, 8), (28, 28)])
+@pytest.mark.parametrize(("height", "width"), [(3, 3), (5, 8), (28, 28)])
 def test_all_named_masks_can_be_split_by(name, height, width):
     found = MASKS[name](height, width)
     assert (found.dtype, found.shape) == (torch.bool, (height, width))
     assert Split(found).num_pixels == height * width
+
+
+@given(st.integers(1, 40), st.integers(1, 40))
+def test_counts_and_symmetries_of_named_masks(height, width):
+    """Pairs that divide the image; half of the sides in the middle; and what is turned round stays as it is."""
+    found = {name: make(height, width) for name, make in MASKS.items()}
+    for one, other in (("left", "right"), ("top", "bottom"), ("center", "border")):
+        assert torch.equal(found[one], ~found[other])
+    assert [int(found[name].sum()) for name in ("checkerboard", "every-second-row")] == [
+        -(-height * width // 2), -(-height // 2) * width
+    ]  # fmt: skip
+    sides = [found["center"].any(1).sum(), found["center"].any(0).sum()]
+    assert found["center"].sum() == sides[0] * sides[1]
+    for side, middle in zip((height, width), sides, strict=True):
+        assert abs(middle - side / 2) <= 1
+    for name in ("center", "border"):
+        for side in (0, 1):
+            assert torch.equal(found[name].flip(side), found[name])
+    assert torch.equal(MASKS["checkerboard"](width, height).T, found["checkerboard"])
+    if height % 2:
+        assert torch.equal(found["every-second-row"].flip(0), found["every-second-row"])
+
+
+@pytest.mark.parametrize("name", ["center", "border"])
+def test_images_without_a_center_are_refused(name):
+    with pytest.raises(DataError, match=r"images of 2×2 pixels cannot be split: [04] of 4"):
+        make_split(Settings(observed=name), 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        (Settings(), "1 quadrant"),
+        (Settings(quadrants=3), "3 quadrants"),
+        (Settings(observed="every-second-row"), "every-second-row"),
+        (Settings(observed="/masks/a disc.v2.png"), "a disc.v2"),
+        (Settings(observed="C:\\masks\\disc.png"), "disc"),
+        (Settings(observed="/masks/a\nb\udcff.png"), "a?b?"),
+    ],
+    ids=str,
+)
+def test_names_of_masks(settings, name):
+    """A line, for a table and a picture, on whatever system the run was begun."""
+    assert mask_name(settings) == name
 
 
 def test_mask_of_the_settings():
@@ -107,6 +160,28 @@ def test_all_or_nothing_given_is_refused(given_pixels):
 def test_what_is_no_mask_is_refused(observed):
     with pytest.raises(ValueError, match="a mask is bool"):
         Split(observed)
+
+
+@pytest.mark.parametrize(
+    ("slip", "said"),
+    [
+        (lambda s: s.split(torch.zeros(3, 32, 32)), r"of images \[\.\.\., 28, 28\], not of float32 \[3, 32, 32\]"),
+        (lambda s: s.vectors(torch.zeros(3, 784)), r"not of float32 \[3, 784\]"),
+        (lambda s: s.vectors(torch.zeros(28)), r"not of float32 \[28\]"),
+        (lambda s: s.compose(torch.zeros(2, 588), torch.zeros(2, 196)), r"x \[\.\.\., 196\] and y .*588.*\[2, 588\]"),
+        (lambda s: s.compose(torch.zeros(196), torch.tensor(0.5)), r"not \[196\] and \[\]"),
+        (
+            lambda s: ImageSet(torch.full((2, 28, 28), 255.0), s),
+            r"are uint8 .* not float32 \[2, 28, 28\] from 255 to 255",
+        ),
+        (lambda s: ImageSet(torch.full((28, 28), 7, dtype=torch.uint8), s), r"not uint8 \[28, 28\] from 7 to 7"),
+        (lambda s: ImageSet(torch.zeros(2, 32, 32, dtype=torch.uint8), s), r"not of uint8 \[2, 32, 32\] from 0 to 0"),
+        (lambda s: binarized(torch.tensor([-0.5, 255])), r"uint8, 0 to 255, not float32 \[2\] from -0\.5 to 255"),
+    ],
+)
+def test_what_does_not_fit_is_named_with_shapes_and_ranges(slip, said):
+    with pytest.raises(ValueError, match=said):
+        slip(Split(quadrants(1)))
 
 
 @st.composite
