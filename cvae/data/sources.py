@@ -16,6 +16,7 @@ from torch import Tensor
 from cvae import runtime
 from cvae.data.arrays import find_arrays
 from cvae.data.idx import find_idx
+from cvae.data.images import as_targets
 from cvae.data.masks import is_picture, make_split
 from cvae.data.names import MNIST, NAMES, find_named, named
 from cvae.data.parts import Images, Part, Source, resized
@@ -195,6 +196,7 @@ def _read_all(source: Source, rows: Rows, notes: list[str], s: Settings) -> tupl
     counts = [f"{len(pixels[part]):,} {name}" for part, name in names.items() if part in pixels]
     height, width = sizes[next(iter(sizes))]
     taken = f"{source.form} {source.place}".strip() + f": {', '.join(counts)} images of {height}×{width} pixels"
+    pixels = {name: as_targets(s, name, images) for name, images in pixels.items()}
     return pixels, _printable("; ".join(dict.fromkeys(filter(None, [taken, *notes]))))
 
 
