@@ -4,14 +4,18 @@ import ctypes
 import hashlib
 import os
 import signal
+import sys
+import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cvae.errors import UsageError, first_line
+from cvae.memory import available_memory, keep_freed_memory
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -57,36 +61,62 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
     return torch.autocast(device.type, HALF[precision]) if precision in HALF else nullcontext()
 
 
-def prepare(device: torch.device) -> None:
+def prepare(device: torch.device) -> ExitStack:
     """Process-wide settings, before the first tensor of any size.
 
-    A float32 product is one: CUDA's TF32, with ten bits of mantissa, is off, for convolutions too.
+    What it returns is a context manager, at whose end all is as it was before, for the sake of notebooks: these
+    settings, and the default random generators.
+
+    A float32 product is one: TF32, with ten bits of mantissa, is off, for convolutions too.
     """
-    # Numbers under 1e-38 count as zero: arithmetic with them takes a hundred times as long.
-    torch.set_flush_denormal(True)
-    _keep_freed_memory()
+    before = ExitStack()
+    backends: Any = torch.backends
+    cudnn, mkldnn = backends.cudnn, backends.mkldnn
+    operations = (backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn)
+    for operation in operations:
+        before.callback(setattr, operation, "fp32_precision", operation.fp32_precision)
+    with suppress(RuntimeError):  # the older names of the same cannot be read where the user has set the newer ones
+        before.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+    with suppress(RuntimeError):
+        before.callback(setattr, cudnn, "allow_tf32", cudnn.allow_tf32)
     torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
+    cudnn.allow_tf32 = False
+    for operation in operations:
+        operation.fp32_precision = "ieee"
+    before.callback(torch.set_default_dtype, torch.get_default_dtype())
+    torch.set_default_dtype(torch.float32)
+    before.callback(torch.set_grad_enabled, torch.is_grad_enabled())
+    torch.set_grad_enabled(True)
+    before.callback(torch.set_rng_state, torch.get_rng_state())
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        before.enter_context(torch.cuda.device(device))
+    if device.type == "cuda" or torch.cuda.is_initialized():
+        current = torch.cuda.current_device()
+        before.callback(torch.cuda.set_rng_state, torch.cuda.get_rng_state(current), current)
+    before.callback(keep_freed_memory, False)
+    keep_freed_memory(True)
+    before.callback(_flush_denormals, sys.float_info.min / 2 == 0)
+    _flush_denormals(True)
+    return before
 
 
-def _keep_freed_memory() -> None:
-    """Have glibc keep freed memory instead of giving it back: each step needs it again, and new pages cost faults."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
-        return  # another C library: as it is
-    m_trim_threshold, m_mmap_threshold = -1, -3
-    mallopt(m_mmap_threshold, 32 << 20)  # the largest that glibc takes; whole data sets stay outside the heap
-    mallopt(m_trim_threshold, 1 << 30)
+def _flush_denormals(flush: bool) -> None:
+    """Whether numbers under 1e-38 count as zero: arithmetic with them takes a hundred times as long.
+
+    A thread has this from the one that made it: where OpenMP can end its idle threads, the next ones are made anew.
+    """
+    torch.set_flush_denormal(flush)
+    if sys.platform == "linux":
+        with suppress(AttributeError):
+            ctypes.CDLL(None).omp_pause_resource_all(2)  # omp_pause_hard
 
 
 def free_memory(device: torch.device, processes: int = 1) -> int | None:
     """Bytes of the device's memory that each of so many processes on this machine may take; None: unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return None
+    available = available_memory()
+    return None if available is None else available // processes
 
 
 def derive_seed(*key: object) -> int:
@@ -105,14 +135,18 @@ def permutation(length: int, *key: object) -> Tensor:
 
 
 def seed_dropout(*key: object) -> None:
-    """Seed what draws random numbers without being given a generator, as dropout does."""
-    torch.manual_seed(derive_seed(*key, "dropout"))
+    """Seed what draws random numbers without being given a generator, as dropout does: on the CPU, and on its GPU."""
+    seed = derive_seed(*key, "dropout")
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(seed)
 
 
 class Interruption:
     """While it is entered, Ctrl-C and SIGTERM are only remembered, in `signal_number`, for a good moment to leave.
 
-    A second Ctrl-C ends the process at once.
+    A second Ctrl-C does what it did before: it ends a script at once, and raises KeyboardInterrupt in a notebook. Only
+    the main thread is told of signals: in another one nothing is changed.
     """
 
     def __init__(self) -> None:
@@ -121,7 +155,8 @@ class Interruption:
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "Interruption":
-        for number in (signal.SIGINT, signal.SIGTERM):
+        in_main = threading.current_thread() is threading.main_thread()
+        for number in (signal.SIGINT, signal.SIGTERM) if in_main else ():
             self._previous[number] = signal.signal(number, self._remember)
         return self
 
@@ -132,7 +167,10 @@ class Interruption:
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
             if self._ctrl_c:
-                os._exit(128 + number)
+                before = self._previous[number]
+                if not callable(before):
+                    os._exit(128 + number)
+                before(number, frame)
             self._ctrl_c = True
         self.signal_number = self.signal_number or number
 

@@ -1,7 +1,9 @@
-"""What a script does before PyTorch is loaded, which looks at some of it only then."""
+"""What a script does before PyTorch is loaded, which looks at some of it only then, and what the user calls it."""
 
 import os
 import signal
+import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,8 +16,14 @@ def before_torch() -> None:
     libgomp's threads spin for some milliseconds before they sleep. On a processor of their own that is fastest; beside
     other programs they take the time that these, and the threads they wait for, are due: then they sleep at once.
     Measured: docs/speed.md. What the user has set of the two variables that say how threads wait is left alone.
+
+    A process that goes on after the script, as a notebook's, is left as it is.
     """
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    goes_on = hasattr(sys, "ps1") or sys.flags.interactive or threading.current_thread() is not threading.main_thread()
+    if goes_on or "torch" in sys.modules:
+        return
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys() and others_want_the_processors():
         os.environ["GOMP_SPINCOUNT"] = "0"
 
@@ -30,3 +38,13 @@ def others_want_the_processors() -> bool:
     except (OSError, AttributeError, ValueError, IndexError):
         return False
     return (os.cpu_count() or usable) - sorted(running)[LOOKS // 2] < usable
+
+
+def command(script: str) -> str:
+    """What runs a script, `train` or `eval`: `python train.py`, or `cvae-train` where the user has called that one."""
+    return f"cvae-{script}" if Path(sys.argv[0]).stem.startswith("cvae-") else f"python {script}.py"
+
+
+def program(script: str) -> str:
+    """The name by which a script speaks of itself: `train.py` or `cvae-train`."""
+    return command(script).removeprefix("python ")

@@ -104,5 +104,5 @@ def build(split: Split, s: Settings) -> CVAE:
     """
     builder = s.chosen("network", NETWORKS)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(runtime.derive_seed(s.seed, "weights"))
+        torch.default_generator.manual_seed(runtime.derive_seed(s.seed, "weights"))
         return builder(split, s)

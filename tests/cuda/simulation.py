@@ -8,7 +8,7 @@ its replay all of them, on the memory that was there at the capture.
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -292,8 +292,11 @@ def emulated_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulation]:
         "Stream": Stream, "CUDAGraph": Graph, "stream": StreamContext, "set_stream": set_stream,
         "current_stream": lambda device=None: emulation.current_stream, "synchronize": synchronize,
         "empty_cache": lambda: None, "is_available": lambda: True, "device_count": lambda: 1,
-        "set_device": lambda device: None, "get_device_name": lambda device=None: "emulated",
-        "is_bf16_supported": lambda including_emulation=True: True, "mem_get_info": lambda device=None: (1 << 30, 1 << 31),
+        "device": lambda device: nullcontext(), "current_device": lambda: 0,
+        "get_rng_state": lambda device: torch.get_rng_state(), "set_rng_state": lambda state, device: None,
+        "get_device_name": lambda device=None: "emulated",
+        "is_bf16_supported": lambda including_emulation=True: True,
+        "mem_get_info": lambda device=None: (1 << 30, 1 << 31),
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
