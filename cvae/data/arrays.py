@@ -55,8 +55,13 @@ class Member(NamedTuple):
     size: int
     packed: int
 
+    @property
+    def name(self) -> str:
+        """The array's name; "" for the file itself."""
+        return (self.member or "").removesuffix(".npy")
+
     def __str__(self) -> str:
-        return str(self.path) if self.member is None else f"{self.path}: {self.member.removesuffix('.npy')}"
+        return f"{self.path}: {self.name}" if self.name else str(self.path)
 
 
 def find_arrays(path: Path, s: Settings) -> Source | None:
@@ -73,18 +78,17 @@ def find_arrays(path: Path, s: Settings) -> Source | None:
     members = list(_members(path) if start.startswith(b"PK") else [_header(path, None)])
     named: dict[str | None, list[Member]] = {}
     for each in members:
-        words = set((each.member or "").lower().removesuffix(".npy").split("_"))
-        if not words & LABELS:
-            named.setdefault(part_named((each.member or "").removesuffix(".npy")), []).append(each)
+        if not LABELS.intersection(each.name.lower().split("_")):
+            named.setdefault(part_named(each.name), []).append(each)
     others = [each for each in named.pop(None, []) if len(each.shape) > 2 or len(members) == 1]
     if named:
         if several := next((found for found in named.values() if len(found) > 1), None):
-            raise DataError(f"{path}: holds several arrays for one part: {listed(each.member for each in several)}")
+            raise DataError(f"{path}: holds several arrays for one part: {listed(each.name for each in several)}")
         parts = {name: _part(each) for name, (each,) in named.items() if name is not None}
     elif len(others) == 1:
         parts = {"all": _part(others[0])}
     else:
-        shapes = listed(f"{each.member} {list(each.shape)}" for each in members) or "nothing"
+        shapes = listed(f"{each.name} {list(each.shape)}" for each in members) or "nothing"
         raise DataError(f"{path}: has to hold x_train and x_test, or one array of images; it holds {shapes}")
     return Source(".npz file" if start.startswith(b"PK") else ".npy file", path, parts)
 
@@ -120,18 +124,22 @@ def _read(member: Member, rows: Tensor, size: tuple[int, int, int]) -> Images:
     result = space(member, len(rows), height, width, np.uint16 if wide else np.uint8)
     places = np.full(count, -1)  # of each image in the result
     places[rows.numpy()] = np.arange(len(rows))
+    highest = 0
     for first, chunk in _chunks(member):
         images = levels(chunk, lambda i, first=first: f"{member}: image {first + i}")  # type: ignore[misc]
         if images.ndim == 4:
             images = np.moveaxis(images, 1, 3) if channels_first else images
             images = grey(images) if colour else images[..., 0]
+        highest = max(highest, int(images.max()))
         into = places[first : first + len(chunk)]
         result[into[into >= 0]] = images[into >= 0]
+    notes = [GREY] if colour else []
     words = "floats from 0 to 1" if member.dtype.kind == "f" else ""
-    if wide:
-        words = SIXTEEN_BIT if result.max() > 0xFF else ""
-        result = eight_bit(result) if words else result.astype(np.uint8)
-    return Images(torch.from_numpy(result), words, (GREY,) if colour else ())
+    if wide and highest > 0xFF:
+        words, result = SIXTEEN_BIT, eight_bit(result)
+    elif wide:
+        notes.append(f"{member.dtype} up to {highest} taken as levels of 0 to 255")
+    return Images(torch.from_numpy(result.astype(np.uint8, copy=False)), words, notes)
 
 
 def _chunks(member: Member) -> Iterator[tuple[int, Array]]:

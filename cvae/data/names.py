@@ -58,7 +58,7 @@ def find_named(name: str, s: Settings) -> Source:
     roots = [Path(root).expanduser() for root in ([s.data_root] if s.data_root is not None else ROOTS)]
     for root in roots:
         if (source := idx_set(root / kind / "raw", prefix)) is not None:
-            return source._replace(form=f"{name}, IDX files of torchvision in")
+            return source._replace(form=f"{name}, as torchvision has it in")
     calls = "; ".join(f"D({json.dumps(str(roots[0]))}, {more}download=True)" for more in arguments)
     command = f"python -c {shlex.quote(f'from torchvision.datasets import {kind} as D; {calls}')}"
     raise DataError(

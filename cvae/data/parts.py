@@ -124,7 +124,7 @@ def _out_of_range(low: float, high: float, most: int) -> str:
     if low != low or high != high:
         return "holds NaN; replace it or leave the image out"
     kind = "floats" if most == 1 else "whole numbers"
-    advice = "divide by the largest one" if low >= 0 else "shift and scale them"
+    advice = "divide them by 255, or by the largest" if low >= 0 else "shift and scale them"
     return f"holds numbers from {low:.6g} to {high:.6g}; {kind} have to be from 0 to {most}: {advice}"
 
 

@@ -62,9 +62,7 @@ def find_pictures(path: Path, s: Settings) -> Source | None:
         parts["all"] = found.pictures
     else:
         return None
-    return Source(
-        "folder of pictures", path, {name: _part(path, names, s.size) for name, names in parts.items()}, notes
-    )
+    return Source("pictures below", path, {name: _part(path, names, s.size) for name, names in parts.items()}, notes)
 
 
 def _part(folder: Path, names: Sequence[str], side: int | None) -> Part:

@@ -64,8 +64,8 @@ def load_train(s: Settings = Settings(), room: int | None = None) -> TrainImages
 
     room: bytes that the images may take on the device. They need `(T + V) · (P + 4 · H)`, for T training (at most
     `s.train_limit`) and V validation images of P pixels, a byte each, H of them hidden, for which the baseline's
-    guesses are kept in float32; `T · P` more where they are binarized anew each epoch. This is looked at before anything
-    is read whole. Raises DataError, naming the file at fault.
+    guesses are kept in float32; `T · P` more where they are binarized anew each epoch. This is looked at before
+    anything is read whole. Raises DataError, naming the file at fault.
     """
     with _one_line():
         source = _find(s)
@@ -212,11 +212,8 @@ def _read(part: Part, rows: Tensor, s: Settings) -> Images:
         pixels = resized(pixels, s.size)
     low, high = pixels.flatten(1).aminmax(dim=1)
     if len(constant := (low == high).nonzero().flatten()):
-        first = int(constant[0])
-        others = f", and so are {len(constant) - 1} others" if len(constant) > 1 else ""
-        raise DataError(
-            f"{part.name(int(rows[first]))}: is of one level throughout, {int(low[first])} of 255{others}; leave it out"
-        )
+        more = f" (and {len(constant) - 1} more)" if len(constant) > 1 else ""
+        raise DataError(f"{part.name(int(rows[constant].min()))}: is of one grey level throughout{more}; leave it out")
     return Images(pixels, levels, notes)
 
 
