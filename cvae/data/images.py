@@ -106,7 +106,7 @@ def binarized(images: Tensor, *key: object) -> Tensor:
 def as_targets(s: Settings, part: str, images: Tensor) -> Tensor:
     """One part of a source's images (`train`, `validation` or `test`; uint8), as the setting `targets` wants it.
 
-    What is drawn once is drawn by a seed of its own, the same in every run whatever its `seed`: runs of several seeds
-    are trained and evaluated on the same pictures.
+    What is drawn once is drawn by a seed of its own, the part's name, whatever the run's `seed`: runs of several seeds
+    are evaluated on the same pictures.
     """
     return binarized(images, "targets", part) if part in DRAWN_ONCE[s.targets] else images

@@ -2,19 +2,16 @@
 
 import io
 import os
-import warnings
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
-from cvae.errors import DataError, first_line
-from cvae.settings import LARGEST_SIDE
+from cvae.data.pictures import read_picture
+from cvae.errors import DataError
 
-FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 MOST_MIDDLE_GREY = 0.1  # share of the pixels: the edges of a drawn shape stay below it, photographs do not
 
 
@@ -22,12 +19,15 @@ def read_mask(path: Path, height: int, width: int, exact: bool = False) -> tuple
     """The mask that a picture shows, white = given: bool `[height, width]`, True = given; and how it was read.
 
     A picture of another size is scaled to this one, each pixel from the nearest one; with `exact` it is refused.
-    Colours count as their grey (ITU-R 601), what is transparent as black. If there are two levels, of which one is 0,
+    Colours count as their grey (ITU-R 601), transparent pixels as black. If there are two levels, of which one is 0,
     the other one is given, whatever it is; else the grey levels from 128 on, unless more than a tenth of the pixels
     lie between 64 and 191: that is no picture in black and white. The second result says in one line which of this was
     done. Raises DataError, naming the file, also if all pixels are given or none.
     """
-    levels, read = _read_grey(path)
+    if not os.path.isfile(path):
+        raise DataError(f"{path}: there is no such file, which would be the picture of the mask")
+    read: list[str] = []
+    levels = read_picture(path, notes=read)
     if levels.shape != (height, width):
         sizes = [f"{each[0]}×{each[1]}" for each in (levels.shape, (height, width))]
         if exact:
@@ -54,37 +54,6 @@ def read_mask(path: Path, height: int, width: int, exact: bool = False) -> tuple
         what = "nothing is white, and so nothing is given" if given == 0 else "all is white, and so nothing is hidden"
         raise DataError(f"{path}: {what}" + (f" ({'; '.join(read)})" if read else ""))
     return observed, "; ".join([f"observed: {given} of {count} pixels, white in {path}", *read])
-
-
-def _read_grey(path: Path) -> tuple[npt.NDArray[np.uint8], list[str]]:
-    """The grey levels of a picture, uint8 `[height, width]`, and what was done to have them. Raises DataError."""
-    if not os.path.isfile(path):
-        raise DataError(f"{path}: there is no such file, which would be the picture of the mask")
-    read = []
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata, which say nothing of the pixels
-            with Image.open(path, formats=FORMATS) as opened:
-                if max(opened.size) > LARGEST_SIDE:  # nothing is decoded before this is known
-                    raise DataError(f"{path}: has {opened.height}×{opened.width} pixels; at most {LARGEST_SIDE} a side")
-                image = ImageOps.exif_transpose(opened)
-                if image.mode.startswith("I;16"):
-                    return (np.asarray(image) // 257).astype(np.uint8), ["16 bits as 8"]
-                if image.has_transparency_data:
-                    image = image.convert("RGBA")
-                    if image.getchannel("A").getextrema() != (255, 255):
-                        read.append("transparent = black")
-                    image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
-                channels = np.asarray(image.convert("RGB"))
-                if (channels != channels[:, :, :1]).any():
-                    read.append("colours as grey")
-                return np.asarray(image.convert("L")), read
-    except DataError:
-        raise
-    except UnidentifiedImageError:
-        raise DataError(f"{path}: is no picture that can be read ({', '.join(FORMATS)})") from None
-    except Exception as error:  # whatever a decoder raises, the file is at fault
-        raise DataError(f"{path}: cannot be read as a picture ({first_line(error)})") from None
 
 
 def mask_png(observed: Tensor) -> bytes:
