@@ -43,11 +43,11 @@ def test_what_a_run_keeps_is_the_mask(folder: Path, data: st.DataObject) -> None
     height, width = data.draw(st.integers(1, 9)), data.draw(st.integers(2, 9))
     count = data.draw(st.integers(1, height * width - 1))
     observed = torch.tensor(data.draw(st.permutations(range(height * width)))).view(height, width) < count
-    png, path = mask_png(observed), folder / "mask.png"
-    image = Image.open(io.BytesIO(png))
-    assert image.size == (width, height)
-    assert np.unique(image).tolist() == [0, 255]
-    path.write_bytes(png)
+    path = folder / "mask.png"
+    path.write_bytes(mask_png(observed))
+    with Image.open(path) as image:
+        assert image.size == (width, height)
+        assert np.unique(image).tolist() == [0, 255]
     found, about = read_mask(path, height, width, exact=True)
     assert torch.equal(found, observed)
     assert about == f"observed: {count} of {height * width} pixels, white in {path}"
