@@ -159,7 +159,7 @@ def read_picture(
         with catch_warnings():
             simplefilter("ignore")
             simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
+            with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
                 return _decoded(image, str(path), side, expected, notes)
     except DataError:
         raise

@@ -1,33 +1,21 @@
-"""Every reader against ten thousand damaged and forged files: a DataError of one line, or the right answer."""
+"""What a run folder holds, damaged and forged: a DataError of one line, or the right answer."""
 
-import gzip
 import io
 import json
-import lzma
 import math
-import signal
 import struct
-import tempfile
 import tracemalloc
 import zipfile
-import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from support.scripts import PACKERS, PATIENCE, idx_bytes
+from support.fuzzing import EXAMPLES, edited, fuzz, outcome
 from test_checkpoint import repacked, saved_by_torch, sign
 
-from cvae.data.idx import MAX_COMPRESSION, read_idx
 from cvae.data.masks import MASKS
-from cvae.errors import DataError
 from cvae.model.networks import NETWORKS
 from cvae.model.objectives import OBJECTIVES
 from cvae.run import checkpoint
@@ -43,141 +31,12 @@ from cvae.run.folder import (
 )
 from cvae.settings import Settings
 
-EXAMPLES = {"idx": 4000, "checkpoint": 2500, "settings": 2000, "size": 500, "metrics": 1000, "json": 1000}
-
 
 def test_ten_thousand_inputs() -> None:
     assert sum(EXAMPLES.values()) >= 10_000
 
 
-# Mutations
-
-NUMBERS = [0, 1, 2, 0x7F, 0xFF, 0xFFFF, 0x7FFF_FFFF, 0x8000_0000, 0xFFFF_FFFF]
-EDITS = st.tuples(
-    st.sampled_from(["truncate", "flip", "insert", "duplicate", "delete", "number", "swap"]),
-    st.integers(0, 1 << 20),
-    st.integers(0, 1 << 20),
-    st.binary(min_size=1, max_size=6),
-)
-
-
-def edited(content: bytes, edit: tuple[str, int, int, bytes]) -> bytes:
-    """The content after one mutation."""
-    kind, first, second, new = edit
-    at = first % (len(content) + 1)
-    length = 1 + second % 64
-    before, after = content[:at], content[at:]
-    match kind:
-        case "truncate":
-            return before
-        case "flip":
-            return before + bytes([after[0] ^ (1 << second % 8)]) + after[1:] if after else content
-        case "insert":
-            return before + new + after
-        case "duplicate":
-            return before + after[:length] * (1 + second % 3) + after
-        case "delete":
-            return before + after[length:]
-        case "number":  # what a header's field may be forged to, at the start where headers are
-            at %= 24
-            order = "<" if second % 2 else ">"
-            return content[:at] + struct.pack(order + "I", NUMBERS[second % len(NUMBERS)]) + content[at + 4 :]
-        case _:
-            return after + before
-
-
-def mutations(seeds: list[Any]) -> st.SearchStrategy[tuple[Any, list[tuple[str, int, int, bytes]]]]:
-    return st.tuples(st.sampled_from(seeds), st.lists(EDITS, min_size=1, max_size=4))
-
-
-@contextmanager
-def time_limit() -> Iterator[None]:
-    def hangs(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError(f"the reader hangs: {PATIENCE} s and more")
-
-    previous = signal.signal(signal.SIGALRM, hangs)
-    signal.alarm(PATIENCE)  # for one example, of milliseconds in truth
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, previous)
-
-
-def outcome(read: Callable[[], Any], path: Path) -> Any:
-    """What the reader makes of a file: the result, or None for a refusal in one line that names the file."""
-    try:
-        with time_limit():
-            return read()
-    except DataError as error:
-        message = str(error)
-        assert str(path) in message
-        assert "\n" not in message
-        assert len(message) < 1000
-        return None
-
-
-def fuzz(kind: str, seeds: list[Any], check: Callable[[Path, Any, list[tuple[str, int, int, bytes]]], bool]) -> None:
-    """Have `check` look at so many mutations; it says of each whether the file was read. Both have to happen."""
-    read = refused = 0
-    with tempfile.TemporaryDirectory() as folder:
-
-        @settings(
-            max_examples=EXAMPLES[kind],
-            deadline=None,
-            derandomize=True,
-            database=None,
-            suppress_health_check=[HealthCheck.too_slow],
-        )
-        @given(mutations(seeds))
-        def run(mutation: tuple[Any, list[tuple[str, int, int, bytes]]]) -> None:
-            nonlocal read, refused
-            if check(Path(folder), *mutation):
-                read += 1
-            else:
-                refused += 1
-
-        run()
-    assert read + refused >= EXAMPLES[kind]
-    assert min(read, refused) >= EXAMPLES[kind] / 50, f"{read} read, {refused} refused"
-
-
 # The readers
-
-IMAGES = idx_bytes(torch.arange(60, dtype=torch.uint8).view(3, 4, 5))
-LABELS = idx_bytes(torch.tensor([5, 0, 4], dtype=torch.uint8))
-UNPACKERS: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.decompress, ".xz": lzma.decompress}
-
-
-def test_idx() -> None:
-    """Mutated outside and inside its compression. What is read is what the standard library and `struct` make of it."""
-
-    def check(folder: Path, seed: tuple[bytes, int, str, bool], edits: list[tuple[str, int, int, bytes]]) -> bool:
-        content, num_dims, suffix, inside = seed
-        packed = content if inside else PACKERS[suffix](content)
-        for edit in edits:
-            packed = edited(packed, edit)
-        packed = PACKERS[suffix](packed) if inside else packed
-        path = folder / f"file{suffix}"
-        path.write_bytes(packed)
-        array = outcome(lambda: read_idx(path, num_dims), path)
-        if array is None:
-            return False
-        unpacked = UNPACKERS[suffix](packed)
-        start = 4 + 4 * num_dims
-        assert unpacked[:4] == bytes([0, 0, 8, num_dims])
-        assert tuple(array.shape) == struct.unpack(f">{num_dims}I", unpacked[4:start])
-        assert bytes(array.flatten().tolist()) == unpacked[start:]
-        return True
-
-    seeds = [
-        (content, num_dims, suffix, inside)
-        for content, num_dims in ((IMAGES, 3), (LABELS, 1))
-        for suffix in PACKERS
-        for inside in (True, False)
-    ]
-    fuzz("idx", seeds, check)
-
 
 CHECKPOINT = {
     "format": checkpoint.FORMAT,
@@ -403,86 +262,6 @@ def test_settings_with_a_value_of_a_megabyte(tmp_path: Path) -> None:
     config = {"settings": {**Settings().to_dict(), "precision": "x" * 1_000_000}}
     (tmp_path / CONFIG).write_text(json.dumps(config))
     assert outcome(lambda: read_settings(tmp_path), tmp_path) is None
-
-
-# Memory: what a file takes depends on what it holds, not on what it says
-
-
-def peak_memory(path: Path, num_dims: int = 3) -> int:
-    """Bytes at the height of refusing a file, the decompressors' own among them."""
-    tracemalloc.start()
-    try:
-        assert outcome(lambda: read_idx(path, num_dims), path) is None
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-
-
-def test_measure_of_memory_sees_the_decompressors(tmp_path: Path) -> None:
-    """The control: a buffer and xz's dictionary both show in the measure."""
-    tracemalloc.start()
-    bytearray(5 << 20)
-    lzma.decompress(lzma.compress(b"x", filters=[{"id": lzma.FILTER_LZMA2, "dict_size": 20 << 20}]))
-    assert tracemalloc.get_traced_memory()[1] > 20 << 20
-    tracemalloc.stop()
-
-
-@pytest.mark.parametrize(
-    "dims", [(2**31, 1, 1), (2**31, 28, 28), (2**31 - 1, 1, 1), (2**32 - 1,) * 3, (60_000, 28, 28)]
-)
-@pytest.mark.parametrize("suffix", PACKERS)
-def test_sixteen_bytes_that_announce_gigabytes(tmp_path: Path, suffix: str, dims: tuple[int, int, int]) -> None:
-    path = tmp_path / f"file{suffix}"
-    path.write_bytes(PACKERS[suffix](struct.pack(">HBB3I", 0, 8, 3, *dims)))
-    assert peak_memory(path) < 16 << 20
-
-
-def packed_zeros(header: bytes, count: int, suffix: str) -> bytes:
-    """A compressed file of a header and so many zero bytes, made without holding them."""
-    packer = lzma.LZMACompressor(preset=0) if suffix == ".xz" else zlib.compressobj(9, wbits=31)
-    parts = [packer.compress(header)]
-    block = bytes(1 << 20)
-    parts += [packer.compress(block) for _ in range(count >> 20)]
-    return b"".join([*parts, packer.flush()])
-
-
-@pytest.mark.parametrize("suffix", [".gz", ".xz"])
-@pytest.mark.parametrize("dims", [(1, 2, 2), (100, 28, 28)])
-def test_bomb_behind_a_modest_header(tmp_path: Path, suffix: str, dims: tuple[int, int, int]) -> None:
-    size = 256 << 20
-    path = tmp_path / f"file{suffix}"
-    path.write_bytes(packed_zeros(struct.pack(">HBB3I", 0, 8, 3, *dims), size, suffix))
-    assert path.stat().st_size < size / 500
-    assert peak_memory(path) < 16 << 20
-
-
-def test_bomb_that_says_what_it_is(tmp_path: Path) -> None:
-    size = 256 << 20
-    path = tmp_path / "file.xz"
-    path.write_bytes(packed_zeros(struct.pack(">HBB3I", 0, 8, 3, size, 1, 1), size, ".xz"))
-    assert size > MAX_COMPRESSION * path.stat().st_size
-    assert peak_memory(path) < 16 << 20
-
-
-def xz_with_dictionary(code: int) -> bytes:
-    """An xz file whose header asks for a dictionary by its code, 0 (4 KiB) to 40 (4 GiB), all checksums being right."""
-    content = bytearray(lzma.compress(IMAGES))
-    header = 12  # of the stream; the first block's header begins here
-    length = 4 * (content[header] + 1)
-    position = content.index(b"\x21\x01", header, header + length) + 2  # LZMA2, one byte of properties: the size
-    content[position] = code
-    crc = zlib.crc32(content[header : header + length - 4])
-    content[header + length - 4 : header + length] = struct.pack("<I", crc)
-    return bytes(content)
-
-
-@pytest.mark.parametrize("code", [36, 38, 40])
-def test_xz_with_a_huge_dictionary(tmp_path: Path, code: int) -> None:
-    path = tmp_path / "file.xz"
-    path.write_bytes(xz_with_dictionary(22))  # 8 MiB, as `xz` makes it: the forgery is well made
-    assert read_idx(path, 3).shape == (3, 4, 5)
-    path.write_bytes(xz_with_dictionary(code))
-    assert peak_memory(path) < 16 << 20
 
 
 def test_checkpoint_of_a_few_bytes_that_announces_gigabytes(tmp_path: Path) -> None:
