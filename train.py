@@ -39,10 +39,10 @@ from cvae.model.likelihood import noise
 from cvae.model.networks import build
 from cvae.model.objectives import Totals, log_likelihood, maximised, objective
 from cvae.report.figures import completions
-from cvae.run.folder import find_run, read_precision, read_split, refuse_existing
-from cvae.run.load import start_from
+from cvae.run.folder import find_run, quoted, read_precision, read_split, refuse_existing
 from cvae.run.plan import parse, plan
-from cvae.run.session import Progress, Run
+from cvae.run.session import Run
+from cvae.run.state import Progress
 from cvae.training.optimizer import GuardedAdam, scheduled_rate
 from cvae.training.phase import Phase, validate
 from cvae.training.weights import WeightAverage, Weights
@@ -177,24 +177,25 @@ def train_epoch(phase: Phase, step: Step, take_step: Callable[..., None], epoch:
 def train_run(run: Run, resume: bool, overwrite: bool) -> None:
     """Train the baseline, then the CVAE on top of it, from wherever the run has come to."""
     s, device = run.settings, run.device
-    images, held_out, about, record = load_train(s, runtime.free_memory(device, run.processes.local_count))
+    room = runtime.free_memory(device, run.processes.local_count)
+    images, held_out, about, record = run.processes.on_all(partial(load_train, s, room))
     images = images[: s.train_limit]
     run.processes.share_of_batch(min(s.batch_size, len(images)))  # refused before a folder is made
     split = read_split(run.folder) if resume else make_split(s, *images.shape[1:])
     run.say("\n".join(filter(None, (about, split.about))))
-    last = run.claim(split, record, resume, overwrite)
-    if run.is_finished(last):
+    cvae = build(split, s)
+    if run.init is not None:
+        run.begin_with(run.init, cvae)
+    state = run.claim(split, record, resume, overwrite)
+    if run.is_finished(state):
         run.say(f"{run.folder} is finished: nothing is left to do")
         return
-    run.open_log(last)
+    last = state.last
     train, validation = (ImageSet(part, split, device) for part in (images, held_out))
     digits = held_out[:NUM_DIGITS].clone()
     del images, held_out  # the image sets hold all that is needed
     x = split.split(digits.to(device) / 255)[0]
 
-    cvae = build(split, s)
-    if run.init is not None and not last:
-        run.say(start_from(run.init, cvae))
     baseline = cvae.to(device).baseline_net
 
     if last.get("phase") != "cvae":
@@ -219,7 +220,7 @@ def train_run(run: Run, resume: bool, overwrite: bool) -> None:
     )  # fmt: skip
     progress = fit(phase, run, last)
     run.processes.on_main(lambda: run.finish(progress))
-    run.say(f"{run.folder}: trained. Next: python eval.py, or tensorboard --logdir {run.folder.parent}")
+    run.say(f"{run.folder}: trained. Next: python eval.py, or tensorboard --logdir {quoted(run.folder.parent)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

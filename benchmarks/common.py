@@ -32,7 +32,7 @@ from cvae.model.cvae import CVAE
 from cvae.model.likelihood import noise
 from cvae.model.networks import build
 from cvae.model.objectives import log_likelihood, objective
-from cvae.run.folder import processor
+from cvae.run.machine import processor
 from cvae.run.session import Run
 from cvae.settings import Settings
 from cvae.training.optimizer import GuardedAdam

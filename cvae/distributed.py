@@ -101,6 +101,23 @@ class Processes:
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return int(tensor)
 
+    def on_all(self, action: Callable[[], T]) -> T:
+        """What `action` returns in each process, its own. An expected failure in one of them is raised in all."""
+        if self.count == 1:
+            return action()
+        failures: list[CvaeError | None] = [None] * self.count
+        own: CvaeError | None = None
+        try:
+            result = action()
+        except CvaeError as error:
+            own = error
+        with exchange():
+            dist.all_gather_object(failures, own)
+        for failure in failures:
+            if failure is not None:
+                raise failure
+        return result
+
     def on_main(self, action: Callable[[], T]) -> T:
         """What `action` returns in the main process, in every one of them. An expected failure is raised in all."""
         if self.count == 1:

@@ -4,6 +4,7 @@ A file is what `torch.save` writes, followed by 40 bytes: `SHA-256\\0` and the d
 reads it too, since a zip file may have such a tail.
 """
 
+import errno
 import hashlib
 import io
 import os
@@ -154,9 +155,15 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the names in a folder on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    """Have the names in a folder on the disk, where the system does that for a folder."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # Windows opens no folders
+        return
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.ENOSYS):  # not on this file system
+            raise
     finally:
         os.close(descriptor)

@@ -1,103 +1,109 @@
-"""Run folders: made whole or not at all, held by one training at a time, found again by `eval.py`.
+"""Run folders: made, found again, and what their `config.json` says.
 
-A run folder holds `config.json` (settings, versions, machine), `metrics.jsonl` (a line per epoch and phase),
-TensorBoard's events, `last.pt` (everything to go on from), `best.pt` (the best weights) and, once it is finished,
-`summary.json`; where the mask was a picture, `observed.png`, the mask itself.
+A run folder holds `config.json` (settings, images, machine, and when it was resumed where), `metrics.jsonl` (a line
+per epoch and phase), TensorBoard's events, `last.pt` (everything to go on from), `best.pt` (the best weights) and, once
+it is finished, `summary.json`; where the mask was a picture, `observed.png`, the mask itself.
 """
 
-import errno
-import fcntl
 import json
 import os
-import platform
 import reprlib
-import shutil
-import subprocess
-import sys
-from collections.abc import Collection
+import shlex
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-import torch
+from filelock import BaseFileLock
 
 from cvae.data.mask_pictures import mask_png
-from cvae.data.masks import Split, is_picture, make_split
-from cvae.errors import CvaeError, DataError, DiskError, UsageError
+from cvae.data.masks import MASKS, Split, is_picture, make_split
+from cvae.errors import DataError, DiskError, UsageError
 from cvae.model.networks import NETWORKS
 from cvae.model.objectives import OBJECTIVES
-from cvae.run.checkpoint import write_atomically
+from cvae.run.checkpoint import atomic_file, write_atomically
+from cvae.run.lock import LOCK, hold
 from cvae.settings import LARGEST_SIDE, PRECISIONS, Settings
 
 CONFIG, METRICS, SUMMARY, OBSERVED = "config.json", "metrics.jsonl", "summary.json", "observed.png"
-BEST, LAST, LOCK = "best.pt", "last.pt", ".lock"
+BEST, LAST, EVENTS = "best.pt", "last.pt", "events.out.tfevents."
 
 CHOICES: dict[str, Collection[str]] = {"network": NETWORKS, "objective": OBJECTIVES}
 """Settings that are names of something in the code, each with the table in which it is found."""
 
 
-def create_run(path: Path, settings: Settings, about: dict[str, Any], overwrite: bool, split: Split) -> TextIO:
-    """Make a run folder with its `config.json`, and return the lock on it, which holds while it is kept open.
+def create_run(
+    path: Path, config: dict[str, Any], split: Split, overwrite: bool, warn: Callable[[str], None]
+) -> BaseFileLock | None:
+    """Make a run folder, or with `overwrite` begin the one that is there anew; returns the lock on it, as `hold` does.
 
-    about: as in `write_config`. split: of the images; its mask is kept where the settings name a picture.
+    config: what its `config.json` says, "settings" and the rest. split: of the images; its mask is kept where the
+    settings name a picture. Of a folder that is begun anew, the files of the run go, and all others stay; where `path`
+    is a link, it is the folder that it leads to.
 
-    Raises UsageError if the folder stands already (with `overwrite`: if it is no run folder, or a training holds it)
-    and DiskError if it cannot be made.
+    Raises UsageError if `refuse_existing` does, or a training holds the folder, and DiskError if it cannot be written:
+    then what stood there still does.
     """
-    staging = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
-        refuse_existing(path, overwrite)
-        staging.mkdir(parents=True)
-        try:
-            write_config(staging, settings, about)
-            if is_picture(settings):
-                write_atomically(staging / OBSERVED, mask_png(split.observed))
-            lock = lock_run(staging)
-            if overwrite and path.exists():
-                _remove_run(path)  # now that its successor could be written
-            os.rename(staging, path)
-        except (OSError, CvaeError) as error:
-            shutil.rmtree(staging, ignore_errors=True)
-            if isinstance(error, OSError) and error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
-                raise UsageError(f"{path} was just made by another training") from None
-            raise
+        is_new = not os.path.isdir(path)
+        path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DiskError(f"{path}: cannot be made ({error.strerror or error})") from None
+    lock, is_ours = None, False
+    try:
+        lock, is_ours = hold(path, warn), True
+        refuse_existing(path, overwrite)
+        with atomic_file(path / CONFIG) as file:
+            file.write(_json(config))
+            file.flush()  # there is room for it: now the old run may go
+            _clear(path)
+            if is_picture(Settings.from_dict(config["settings"])):
+                write_atomically(path / OBSERVED, mask_png(split.observed))
+    except (UsageError, DiskError):
+        with suppress(OSError):
+            if is_new and is_ours:
+                (path / LOCK).unlink()
+            if is_new:
+                path.rmdir()
+        if lock is not None:
+            lock.release()
+        raise
     return lock
+
+
+def quoted(path: Path) -> str:
+    """A path as it is to be pasted into a shell."""
+    return shlex.quote(str(path))
 
 
 def refuse_existing(path: Path, overwrite: bool) -> None:
-    """Raises UsageError if there is something at `path` that a new run must not replace."""
-    if os.path.lexists(path):
-        if not overwrite:
-            raise UsageError(f"{path} exists already: --resume {path} goes on with it, --overwrite starts it anew")
-        if not (path / CONFIG).is_file():
-            raise UsageError(f"{path} is no run folder and is left as it is; choose another --name")
+    """Raises UsageError if there is something at `path` that a new run must not replace.
+
+    An empty folder is none, nor is one that has only hidden files in it.
+    """
+    with suppress(OSError):
+        if not os.path.lexists(path) or {name for name in os.listdir(path) if name[0] != "."} <= {OBSERVED}:
+            return
+    if not _is_run(path):
+        raise UsageError(f"{path} is no run folder and is left as it is; choose another --name")
+    if not overwrite:
+        raise UsageError(f"{path} exists already: --resume {quoted(path)} goes on with it, --overwrite starts it anew")
 
 
-def _remove_run(path: Path) -> None:
-    with lock_run(path):
-        doomed = path.with_name(f".{path.name}.{os.getpid()}.old")
-        os.rename(path, doomed)
-        shutil.rmtree(doomed)
+def _is_run(path: Path) -> bool:
+    """Whether a folder is that of a run, by its `config.json`, or by the metrics beside a damaged one."""
+    with suppress(DataError):
+        config = read_json(path / CONFIG)
+        if isinstance(config, dict) and isinstance(config.get("settings"), dict):
+            return True
+    return os.path.isfile(path / CONFIG) and os.path.isfile(path / METRICS)
 
 
-def lock_run(path: Path) -> TextIO:
-    """Hold a run folder for this process; the lock dies with it. Raises UsageError if another training holds it."""
-    try:
-        lock = open(path / LOCK, "a")  # noqa: SIM115
-    except OSError as error:
-        raise DiskError(f"{path}: cannot be written to ({error.strerror or error})") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.close()
-        raise UsageError(f"{path} is held by another training; wait for it, or choose another --name") from None
-    return lock
-
-
-def write_config(path: Path, settings: Settings, about: dict[str, Any]) -> None:
-    """Write the `config.json` of a run; about: what else it says, by name. Raises DiskError."""
-    write_json(path / CONFIG, {"settings": settings.to_dict(), **about})
+def _clear(path: Path) -> None:
+    """Remove the files of a run, that by which it is known as one last."""
+    for file in [path / SUMMARY, path / LAST, path / BEST, *path.glob(EVENTS + "*"), path / METRICS, path / OBSERVED]:
+        file.unlink(missing_ok=True)
+    (path / CONFIG).unlink(missing_ok=True)
 
 
 def find_run(run: str | Path, runs: str | Path) -> Path:
@@ -116,7 +122,8 @@ def read_settings(path: Path) -> Settings:
         settings = Settings.from_dict(config.get("settings") if isinstance(config, dict) else None)
     except ValueError as error:
         raise DataError(f"{file}: {error}") from None
-    for name, choices in CHOICES.items():
+    named = settings.observed is not None and not is_picture(settings)
+    for name, choices in {**CHOICES, **({"observed": MASKS} if named else {})}.items():
         if (chosen := getattr(settings, name)) not in choices:
             raise DataError(f"{file}: this version knows no {name} {reprlib.repr(chosen)}; was a later one here?")
     return settings
@@ -130,6 +137,21 @@ def read_size(path: Path) -> tuple[int, int]:
     if not (type(height) is type(width) is int and 2 <= height <= LARGEST_SIDE and 2 <= width <= LARGEST_SIDE):
         raise DataError(f"{path / CONFIG}: does not say the size of the images; train anew with this version")
     return height, width
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What identifies the images that a run is trained on, as `data.sources.record` gives it.
+
+    That of an older run may have no more than their height and width. Raises DataError.
+    """
+    read_size(path)
+    images: dict[str, Any] = read_json(path / CONFIG)["images"]
+    for part in ("train", "validation", "test"):
+        found = images.get(part)
+        is_good = isinstance(found, dict) and (type(found.get("count")), type(found.get("sha256"))) == (int, str)
+        if found is not None and not is_good:
+            raise DataError(f"{path / CONFIG}: does not say what the {part} images are")
+    return images
 
 
 def read_split(path: Path) -> Split:
@@ -169,17 +191,19 @@ def read_json(path: Path) -> Any:
         raise DataError(f"{path}: is no valid JSON ({error})") from None
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path, size: int | None = None) -> list[dict[str, Any]]:
     """The lines of a `metrics.jsonl`, each a dict; a last line that is still being written is left out.
 
-    Raises DataError, naming the file, if it cannot be read.
+    size: bytes to read, all by default. Raises DataError, naming the file, if they cannot be read or are not there.
     """
     try:
-        lines = path.read_bytes().split(b"\n")[:-1]
+        content = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+    if size is not None and len(content) < size:
+        raise DataError(f"{path}: is cut off")
     records = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(content[:size].split(b"\n")[:-1], start=1):
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -192,36 +216,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def write_json(path: Path, value: object) -> None:
     """Write a JSON file atomically. Raises DiskError."""
-    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+    write_atomically(path, _json(value))
 
 
-def describe_machine(device: torch.device, precision: str, processes: int) -> dict[str, Any]:
-    """What a run's numbers and times may depend on beside its settings: versions, revision, hardware."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
-    return {
-        "git_revision": _git_revision(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "device": {"type": device.type, "name": name, "threads": torch.get_num_threads(), "processes": processes},
-        "precision": precision,
-        "command": ["train.py", *sys.argv[1:]],
-    }
-
-
-def processor() -> str:
-    """The processor's name, where Linux tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _git_revision() -> str | None:
-    """The commit of the source, `+` behind it where the source was changed since; None without git."""
-    here = Path(__file__).resolve().parent
-    git = ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
-    try:
-        result = subprocess.run(git, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return result.stdout.strip() or None
+def _json(value: object) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()

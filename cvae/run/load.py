@@ -1,6 +1,9 @@
 """A trained model, ready to use."""
 
+import hashlib
+from collections.abc import Container, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -8,28 +11,64 @@ from cvae.errors import DataError
 from cvae.model.cvae import CVAE
 from cvae.model.networks import build
 from cvae.run import checkpoint
-from cvae.run.folder import BEST, find_run, read_settings, read_split
+from cvae.run.folder import BEST, LAST, find_run, quoted, read_settings, read_split
 
 
-def start_from(folder: Path, model: CVAE) -> str:
-    """Put the best weights of the run in a folder into a model, where they fit it; says which do not, in one line.
+def start_from(folder: Path, model: CVAE) -> tuple[str, dict[str, Any]]:
+    """Put the best weights of the run in a folder into a model, those whose name and shape it has.
 
-    Raises DataError if there are none that can be read, or not one fits.
+    Returns what is said of it, in a line: which did not fit; and what `config.json` is to say: the folder, and the
+    SHA-256 of the file. Where there are no best weights that can be read, the last ones are taken. The weights of a
+    run whose baseline alone is trained so far go into the baseline. Raises DataError if none can be read, or none fit.
     """
-    state = checkpoint.load(folder / BEST).get("model")
+    path, key = folder / BEST, "model"
+    try:
+        content = checkpoint.load(path)
+    except DataError as error:
+        path, key = folder / LAST, "average"
+        try:
+            content = checkpoint.load(path)
+        except DataError:
+            raise error from None
+    prefix = "baseline_net." if content.get("phase") == "baseline" else ""
+    found = content.get(key)
+    state = {prefix + name: tensor for name, tensor in found.items()} if isinstance(found, dict) else {}
     own = model.state_dict()
     fitting = {
         name: tensor
-        for name, tensor in (state if isinstance(state, dict) else {}).items()
-        if name in own and isinstance(tensor, torch.Tensor) and tensor.shape == own[name].shape
+        for name, tensor in state.items()
+        if name in own and isinstance(tensor, torch.Tensor) and _kind(tensor) == _kind(own[name])
     }
     if not fitting:
-        raise DataError(f"{folder / BEST}: has no weights that fit this network; leave --init out")
+        raise DataError(f"{path}: has no weights that fit this network; leave --init out, or give that run's settings")
     model.load_state_dict({**own, **fitting})
-    new = [name for name in own if name not in fitting]
-    return f"begun with the weights of {folder}" + (
-        f"; newly drawn, since these do not fit: {', '.join(new)}" if new else ""
-    )
+    new = _groups(own, fitting)
+    line = f"begins with the weights of {path}" + (f"; drawn anew, as these do not fit: {new}" if new else "")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return line, {"run": str(folder.resolve()), "file": path.name, "sha256": digest, "not_fitting": new}
+
+
+def _kind(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype]:
+    return tensor.shape, tensor.dtype
+
+
+def _groups(names: Iterable[str], known: Container[str]) -> str:
+    """The names that are not known, in short: as many of their last parts left out as leaves no known one in."""
+    rest = list(names)
+    groups: list[str] = []
+    for name in rest:
+        if name in known or any(name.startswith(f"{group}.") for group in groups):
+            continue
+        parts = name.split(".")
+        prefixes = [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
+        groups.append(
+            next(
+                prefix
+                for prefix in prefixes
+                if not any(other in known and f"{other}.".startswith(f"{prefix}.") for other in rest)
+            )
+        )
+    return ", ".join(groups)
 
 
 def load(run: str | Path, device: torch.device | str = "cpu", runs: str | Path = "runs") -> CVAE:
@@ -42,7 +81,8 @@ def load(run: str | Path, device: torch.device | str = "cpu", runs: str | Path =
     settings, split = read_settings(folder), read_split(folder)
     state = checkpoint.load(folder / BEST)
     if state.get("phase") != "cvae":
-        raise DataError(f"{folder}: only its baseline is trained so far; go on with python train.py --resume {folder}")
+        resume = f"python train.py --resume {quoted(folder)}"
+        raise DataError(f"{folder}: only its baseline is trained so far; go on with {resume}")
     try:
         with torch.device("meta"):  # no memory is taken before the weights are known to fit
             wanted = build(split, settings).state_dict()

@@ -12,9 +12,10 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from cvae.errors import DiskError
-from cvae.run.folder import METRICS
+from cvae.run.folder import EVENTS, METRICS
 
-EVENTS = "events.out.tfevents."
+OURS = ".train"
+"""What the names of our event files end with."""
 
 
 class RunLog:
@@ -26,20 +27,22 @@ class RunLog:
 
     def __init__(self, folder: Path, position: dict[str, int]):
         self._folder = folder
-        threading.excepthook = _leave_to_flush
+        self._hook, threading.excepthook = threading.excepthook, _leave_to_flush
         try:
             self._rewind(position)
             self._metrics = open(folder / METRICS, "ab", buffering=0)  # noqa: SIM115
-            self._events = SummaryWriter(str(folder), max_queue=1000, flush_secs=3600)
+            self._events = SummaryWriter(str(folder), max_queue=1000, flush_secs=3600, filename_suffix=OURS)
         except OSError as error:
+            threading.excepthook = self._hook
             raise self._failure(error) from None
 
     def _rewind(self, position: dict[str, int]) -> None:
+        """Cut what was written after the position, at most an epoch; other event files are somebody else's."""
         for path in [self._folder / METRICS, *self._folder.glob(EVENTS + "*")]:
             size = position.get(path.name, 0)
-            if size == 0:
+            if size == 0 and (path.name == METRICS or path.name.endswith(OURS)):
                 path.unlink(missing_ok=True)
-            elif path.stat().st_size > size:
+            elif 0 < size < path.stat().st_size:
                 os.truncate(path, size)
 
     def describe(self, settings: dict[str, Any]) -> None:
@@ -83,7 +86,7 @@ class RunLog:
         sizes = {}
         try:
             for path in [self._folder / METRICS, *self._folder.glob(EVENTS + "*")]:
-                with open(path, "rb") as file:
+                with open(path, "r+b") as file:  # Windows has only what is open for writing written to the disk
                     os.fsync(file.fileno())
                     sizes[path.name] = os.fstat(file.fileno()).st_size
         except OSError as error:
@@ -97,6 +100,8 @@ class RunLog:
             self._events.close()
         except (OSError, ValueError) as error:
             raise self._failure(error) from None
+        finally:
+            threading.excepthook = self._hook
 
     def _failure(self, error: Exception) -> DiskError:
         return DiskError(f"{self._folder}: the log cannot be written ({getattr(error, 'strerror', None) or error})")

@@ -11,6 +11,7 @@ from cvae.data.masks import MASKS
 from cvae.data.sources import named
 from cvae.errors import UsageError
 from cvae.run.folder import CHOICES, find_run, read_settings
+from cvae.run.state import advice
 from cvae.settings import Settings, add_flags, flag
 
 MOVABLE = ("epochs", "data", "data_root", "device")
@@ -72,7 +73,10 @@ def plan(options: argparse.Namespace, given: dict[str, Any]) -> list[tuple[Path,
     quadrants = given.pop("quadrants", None)
     if options.resume is not None:
         folder = find_run(options.resume, options.runs)
-        settings = read_settings(folder)
+        with advice(folder):
+            settings = read_settings(folder)
+        if quadrants is not None and settings.observed is not None:
+            raise UsageError(f"{folder} was begun with --observed {settings.observed}; leave --quadrants out")
         wanted = (
             given if quadrants is None else given | {"quadrants": quadrants[0] if len(quadrants) == 1 else quadrants}
         )
