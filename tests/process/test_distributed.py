@@ -107,9 +107,11 @@ def test_two_processes_in_half_precision(work: Path, forked: Forked, precision: 
 
 @pytest.mark.parametrize(
     "words",
-    ["--network paper --objective iwae --particles 3", "--objective hybrid --network paper", "--objective gsnn"],
-)
+    ["--network paper --objective iwae --particles 3 --targets binary", "--objective hybrid --network paper",
+     "--objective gsnn"],
+)  # fmt: skip
 def test_two_processes_with_any_network_and_objective(work: Path, forked: Forked, words: str) -> None:
+    """On targets that both draw anew, too."""
     name = "-".join(words.replace("--", "").split())
     argv = [*STOPS, *words.split(), "--name"]
     assert forked(*argv, f"one-{name}")["code"] == 0
