@@ -36,7 +36,7 @@ class ImageSet:
         if images.dtype != torch.uint8 or images.dim() != 3:
             raise ValueError(f"images are uint8 [N, height, width], 0 to 255, not {described(images)}")
         self.vectors = split.vectors(images.to(device))
-        self.num_observed = split.num_observed
+        self.split, self.num_observed = split, split.num_observed
         self.guesses: Tensor | None = None
         self._guess: Callable[[], None] = lambda: None  # computes the guesses
         self._grey: Tensor | None = None  # the vectors before they were redrawn

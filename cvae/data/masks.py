@@ -174,7 +174,8 @@ class Split:
 
 def described(tensor: Tensor) -> str:
     """The type, shape and range of a tensor, for an error message."""
-    values = f" from {tensor.min():g} to {tensor.max():g}" if tensor.numel() and not tensor.is_complex() else ""
+    ordered = tensor.numel() and not tensor.is_complex() and not tensor.is_meta
+    values = f" from {tensor.min():g} to {tensor.max():g}" if ordered else ""
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}{values}"
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cvae.data.masks import Split
+from cvae.data.masks import Split, described
 from cvae.model.densities import Gaussian, bernoulli_log_prob, gaussian_kl, gaussian_log_prob
 
 
@@ -37,7 +37,8 @@ class Draw(NamedTuple):
     latents: tuple[Latent, ...]
 
     def log_likelihood(self, y: Tensor) -> Tensor:
-        """log p(y|x,z), nats `[L, B]`, for y `[B, num_hidden]` in [0, 1]."""
+        """log p(y|x,z), nats `[L, B]`, for y `[B, num_hidden]` in [0, 1]. Raises ValueError for another shape."""
+        check("y", y, self.logits.shape[1:], self.logits.device)
         return bernoulli_log_prob(y, self.logits)
 
     def log_weights(self, y: Tensor) -> Tensor:
@@ -79,6 +80,7 @@ class CVAE(nn.Module):
     ) -> Draw:  # fmt: skip
         """A draw of z from the recognition network, q(z|x,y). eps: the noise, N(0, 1), `[L, B, latent_dim]`.
 
+        Raises ValueError for tensors of other shapes, and for values that `known_guess` finds outside [0, 1].
         detach_z: what follows from each level's z takes it as a constant that a gradient can be taken for, as
         `objectives.iwae` needs it.
         """
@@ -88,12 +90,31 @@ class CVAE(nn.Module):
         """A draw of z from the prior network, p(z|x), which does not see y. eps: as in `from_posterior`."""
         raise NotImplementedError
 
-    def known_guess(self, x: Tensor, guess: Tensor | None) -> Tensor:
-        """The guess as it is given, or the baseline's for x."""
-        if guess is None:
-            with torch.no_grad():
-                guess = self.baseline_net(x)
-        return guess
+    def known_guess(
+        self, x: Tensor, guess: Tensor | None, eps: Tensor | None = None, y: Tensor | None = None
+    ) -> Tensor:  # fmt: skip
+        """The guess as it is given, or the baseline's for x.
+
+        Raises ValueError where one of the four is not of this model's images. Shapes are always looked at; values, and
+        the weights' device, where the guess is computed in evaluation mode: a training must not wait for its device.
+        """
+        count = len(x)
+        check("x", x, (count, self.split.num_observed), x.device)
+        if y is not None:
+            check("y", y, (count, self.split.num_hidden), x.device)
+        if eps is not None:  # of one image it serves for all
+            each = 1 if eps.dim() == 3 and eps.shape[1] == 1 else count
+            check("eps", eps, (len(eps), each, self.latent_dim), x.device, "N(0, 1)")
+        if guess is not None:
+            check("guess", guess, (count, self.split.num_hidden), x.device, "logits")
+            return guess
+        if not self.training:
+            check("x", x, x.shape, next(self.parameters()).device)
+            for name, tensor in (("x", x), ("y", y)):
+                if tensor is not None and not ((tensor >= 0) & (tensor <= 1)).all():
+                    raise ValueError(f"{name} has to be in [0, 1], not {described(tensor)}")
+        with torch.no_grad():
+            return self.baseline_net(x)  # type: ignore[no-any-return]
 
     def train(self, mode: bool = True) -> "CVAE":
         """As any module's, but the baseline stays as in evaluation: it is trained by itself, before."""
@@ -104,6 +125,14 @@ class CVAE(nn.Module):
     def complete(self, x: Tensor, eps: Tensor) -> Tensor:
         """Completions of x: the pixel means of p(y|x,z) at z ~ p(z|x), in [0, 1], `[S, B, num_hidden]`.
 
-        eps: the noise, `[S, B, latent_dim]`, or `[S, 1, latent_dim]` to use the same for all images.
+        eps: the noise, `[S, B, latent_dim]`, or `[S, 1, latent_dim]` to use the same for all images. Raises ValueError
+        for tensors of other shapes, and for values of x outside [0, 1].
         """
         return self.from_prior(x, None, eps).logits.sigmoid()
+
+
+def check(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device, values: str = "in [0, 1]") -> None:
+    """Raises ValueError unless a tensor has floats, this shape and this device. It does not wait for the device."""
+    if tensor.shape != shape or tensor.device != device or not tensor.is_floating_point():
+        wanted, found = f"{values}, {list(shape)} on {device}", f"{described(tensor)} on {tensor.device}"
+        raise ValueError(f"{name} has to be floats {wanted}, not {found}")

@@ -55,15 +55,29 @@ def estimate(values: Tensor) -> Estimate:
     return Estimate(values.mean().item(), stderr)
 
 
-@torch.inference_mode()
 def evaluate(
     model: CVAE, images: ImageSet, samples: int, seed: int, share: Callable[[int], slice] = slice
 ) -> Iterator[Likelihoods]:
     """The likelihoods of the images, `IMAGES_AT_ONCE` at a time and in order.
 
-    share: which of so many portions of images this process takes; all of them where it is not given.
+    share: which of so many portions of images this process takes; all of them where it is not given. Raises ValueError
+    for images with another split or on another device than the model's, and for fewer than one sample.
     Source: Sohn et al. 2015, the two estimates of the conditional log-likelihood; Burda et al. 2016 for the second.
     """
+    if samples < 1:
+        raise ValueError(f"at least one sample is needed, not {samples}")
+    if not torch.equal(images.split.observed, model.split.observed):
+        own, other = (f"{split.num_observed} of {split.num_pixels} pixels" for split in (model.split, images.split))
+        raise ValueError(f"the images have another split than the model: {other} observed, and not its {own}")
+    if images.vectors.device != (device := next(model.parameters()).device):
+        raise ValueError(f"the images are on {images.vectors.device}, and the model on {device}")
+    return _evaluated(model, images, samples, seed, share)
+
+
+@torch.inference_mode()
+def _evaluated(
+    model: CVAE, images: ImageSet, samples: int, seed: int, share: Callable[[int], slice]
+) -> Iterator[Likelihoods]:  # fmt: skip
     starts = range(0, len(images), IMAGES_AT_ONCE)
     for start in starts[share(len(starts))]:
         batch = images.batch(slice(start, start + IMAGES_AT_ONCE))

@@ -33,7 +33,7 @@ class OneLevel(CVAE):
     def from_posterior(
         self, x: Tensor, y: Tensor, guess: Tensor | None, eps: Tensor, detach_z: bool = False
     ) -> Draw:  # fmt: skip
-        guess = self.known_guess(x, guess)
+        guess = self.known_guess(x, guess, eps, y)
         completed = torch.empty(2, len(x), self.split.num_pixels, dtype=self.encoders.dtype, device=x.device)
         completed[:, :, : self.split.num_observed] = x
         completed[self.PRIOR, :, self.split.num_observed :] = guess.sigmoid()
@@ -46,7 +46,7 @@ class OneLevel(CVAE):
         return Draw(self.generation(z, x, guess), (Latent(z, eps, q, p),))
 
     def from_prior(self, x: Tensor, guess: Tensor | None, eps: Tensor) -> Draw:
-        guess = self.known_guess(x, guess)
+        guess = self.known_guess(x, guess, eps)
         encoded = self.encoders(torch.cat([x, guess.sigmoid().to(x.dtype)], dim=-1), copy=self.PRIOR)
         p = Gaussian(*encoded.chunk(2, dim=-1))
         z = p.sample(eps)
