@@ -14,6 +14,9 @@ DRAWN_ONCE = {"grey": (), "binary": ("validation", "test"), "binary-fixed": ("tr
 """The parts of the images that are black or white from the start, by the setting `targets`."""
 
 
+AT_ONCE = 10_000  # images that are redrawn at once, which takes two more bytes a pixel
+
+
 class Batch(NamedTuple):
     """Some images, split: x `[B, num_observed]` and y `[B, num_hidden]`, in [0, 1].
 
@@ -70,7 +73,8 @@ class ImageSet:
         """
         if self._grey is None:
             self._grey = self.vectors.clone()
-        self.vectors.copy_(binarized(self._grey, *key))
+        for i, (rows, grey) in enumerate(zip(self.vectors.split(AT_ONCE), self._grey.split(AT_ONCE), strict=True)):
+            rows.copy_(binarized(grey, *key, i))
         self._guess()
 
     def batch(self, rows: Tensor | slice) -> Batch:
