@@ -1,13 +1,16 @@
-"""Print the table of conditional log-likelihoods (CLL) of the finished runs on the test images, and draw completions.
+"""Print the table of conditional log-likelihoods (CLL) of runs on the test images, and draw completions.
 
     python eval.py                                    # all finished runs below runs/
-    python eval.py --runs runs/q1 --samples 1000      # one run, tighter estimates
+    python eval.py q1 runs/ablation other/run         # runs and folders of runs, by path or by name below runs/
+    python eval.py --runs q1 q2 --samples 1000        # the same as without the flag; tighter estimates
     python eval.py --format markdown                  # or json, csv
+    python eval.py q1 --figure completions.png --digits 3,17,42 --samples-to pictures
     torchrun --nproc-per-node 2 eval.py               # the images shared by two processes: the same table
 
-One column a run, in nats per image, lower is better, with the standard error over the images beside each number. The
-only place that reads the test images. Exit codes: 0 done, 1 another process of the job
-has ended, 2 usage, 3 data, checkpoint or no finished run, 5 disk.
+One column a run, in nats per image, lower is better, with the standard error over the images beside each number. A run
+that cannot be evaluated (not finished, damaged, its images missing or others) is left out with one line, and the exit
+code is then 3. The only place that reads the test images. Exit codes: 0 done, 1 another process of the job has ended,
+2 usage, 3 a run was left out or there is none, 5 disk.
 """
 
 if __name__ == "__main__":
@@ -18,23 +21,26 @@ if __name__ == "__main__":
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from cvae import runtime
 from cvae.data.images import ImageSet
-from cvae.data.sources import load_test
+from cvae.data.sources import load_test, named
 from cvae.distributed import Processes
-from cvae.errors import CvaeError, DataError, PeerLost
+from cvae.errors import CvaeError, DataError, PeerLost, UsageError
 from cvae.model.likelihood import Likelihoods, evaluate, noise
-from cvae.report import tables
-from cvae.report.figures import completions, encode_png
-from cvae.run import checkpoint
-from cvae.run.folder import finished_runs, read_settings
-from cvae.run.load import load
+from cvae.report import figures, tables
+from cvae.report.selection import Subject, find_runs, open_run, short_names
+from cvae.run.plan import absolute
+from cvae.settings import Settings
+from cvae.terminal import command, complain, say
 
+RUNS = Path("runs")
 NUM_DIGITS, NUM_SAMPLES = 10, 10  # of the figure
 MOST_SAMPLES = 1_000_000
 
@@ -42,34 +48,57 @@ MOST_SAMPLES = 1_000_000
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--runs",
-        type=Path,
-        default=Path("runs"),
-        metavar="DIR",
-        help="folder of runs, or one run (default: %(default)s)",
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    run: dict[str, Any] = {"type": Path, "metavar": "RUN", "default": []}
+    add("named", nargs="*", help="run or folder of runs, as a path or a name below runs/ (default: runs/)", **run)
+    add("--runs", nargs="+", action="extend", help="the same; may be repeated", **run)
+    add("--unfinished", action="store_true", help="evaluate the best weights so far of runs that are not finished")
+    add(
         "--samples",
         type=positive,
         default=100,
         metavar="S",
         help="samples of z per image and estimate (default: %(default)s)",
     )
-    parser.add_argument(
-        "--format", choices=tables.FORMATS, default="text", help="format of the table (default: %(default)s)"
-    )
-    parser.add_argument(
+    add("--format", choices=tables.FORMATS, default="text", help="format of the table (default: %(default)s)")
+    add(
         "--figure",
         type=Path,
         metavar="PATH",
-        help="write completions of ten test digits as PNG; of several runs, one file each",
+        help=f"write completions of ten test images, as the ending says ({', '.join(figures.ENDINGS)}); "
+        "of several runs, one file each",
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:n (default: %(default)s)")
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="random seed of the noise (default: %(default)s)"
+    add(
+        "--samples-to",
+        type=Path,
+        metavar="DIR",
+        help="write each completion as a PNG file of its own, of several runs in a folder each; replaces no file",
     )
-    return parser.parse_args(argv)
+    add(
+        "--digits",
+        type=indices,
+        metavar="N,N,…",
+        help="test images for --figure and --samples-to, counted from 0 (default: the first ten)",
+    )
+    add("--data", metavar="PATH", help="where the images of the runs are now, as for train.py")
+    add("--data-root", metavar="DIR", help="where torchvision's data sets are now, as for train.py")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:n (default: %(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="random seed of the noise (default: %(default)s)")
+    options = parser.parse_intermixed_args(argv)
+    if options.digits and not (options.figure or options.samples_to):
+        parser.error("--digits chooses test images for --figure and --samples-to: give one of them")
+    try:
+        places = {
+            "data": options.data and named(options.data),
+            "data_root": options.data_root and absolute(options.data_root),
+        }
+        options.moved = {name: place for name, place in places.items() if place}
+        Settings(**options.moved)
+        if options.figure:
+            figures.ending(options.figure)
+    except (ValueError, UsageError) as error:
+        parser.error(str(error))
+    return options
 
 
 def positive(word: str) -> int:
@@ -79,61 +108,123 @@ def positive(word: str) -> int:
     return value
 
 
-def evaluate_run(
-    folder: Path, figure: Path | None, options: argparse.Namespace, device: torch.device, processes: Processes
-) -> tables.Column:
-    """The column of a run; draws its figure if one is asked for."""
-    settings, model = read_settings(folder), load(folder, device)
-    test_images = load_test(settings).images
-    if test_images.shape[1:] != model.split.observed.shape:
-        sizes = ["×".join(map(str, shape)) for shape in (test_images.shape[1:], model.split.observed.shape)]
-        raise DataError(f"{folder}: was trained on images of {sizes[1]} pixels; the test images have {sizes[0]}")
-    images = ImageSet(test_images, model.split, device)
+def indices(word: str) -> list[int]:
+    """Whole numbers with commas between them, each once; whether there are such images is seen later."""
+    return list(dict.fromkeys(int(each) for each in word.split(",")))
 
-    if figure is not None and processes.is_main:
-        random = runtime.generator(device, options.seed, "figure")
-        x = images.batch(slice(NUM_DIGITS)).x
-        samples = model.complete(x, noise(NUM_SAMPLES, len(x), model, random))
-        picture = completions(test_images[:NUM_DIGITS], model.split, model.baseline_net(x).sigmoid(), samples)
-        checkpoint.write_atomically(figure, encode_png(picture))
 
+def open_runs(
+    options: argparse.Namespace, device: torch.device, processes: Processes
+) -> tuple[dict[str, Subject], list[str]]:
+    """The runs to be evaluated, by their names in the table, and a line about each that all processes leave out."""
+    folders, problems = processes.on_main(partial(find_runs, options.named + options.runs, RUNS))
+    room = runtime.free_memory(device, processes.local_count)
+    load_images = cache(lambda settings: load_test(settings, room))  # once for the runs that share them
+    found = []
+    for folder in folders:
+        try:
+            opening = partial(open_run, folder, options.unfinished, options.moved, device, load_images)
+            found.append(processes.on_all(opening))
+        except DataError as error:
+            own = str(error).startswith(str(folder))  # it says already which run it is about
+            problems.append(str(error) if own else f"{folder}: {error}")
+    return dict(zip(short_names([subject.folder for subject in found]), found, strict=True)), problems
+
+
+def draw(subject: Subject, figure: Path | None, samples: list[Path], options: argparse.Namespace) -> None:
+    """Write a run's figure, and its samples to these files, as far as they are asked for.
+
+    The noise for an image is the same whichever others are drawn beside it.
+    """
+    model, split, device = subject.model, subject.model.split, next(subject.model.parameters()).device
+    digits = chosen(subject, options)
+    images = subject.test.images[digits]
+    x = ImageSet(images, split, device).batch(slice(None)).x
+    random = [runtime.generator(device, options.seed, "figure", digit) for digit in digits]
+    eps = torch.cat([noise(NUM_SAMPLES, 1, model, each) for each in random], dim=1)
+    guess = model.baseline_net(x).sigmoid()
+    rows = figures.completion_rows(images, split, guess, model.complete(x, eps))
+    if figure is not None:
+        figures.write_picture(figure, figures.as_picture(figures.draw_rows(rows)))
+    figures.write_pieces(samples, rows)
+
+
+def chosen(subject: Subject, options: argparse.Namespace) -> list[int]:
+    """Which test images of a run are drawn."""
+    return options.digits or list(range(min(NUM_DIGITS, len(subject.test.images))))
+
+
+def draw_all(subjects: dict[str, Subject], options: argparse.Namespace) -> list[str]:
+    """Write the figures and samples that are asked for; a line about each. Raises UsageError and DiskError."""
+    if not (options.figure or options.samples_to):
+        return []
+    several = len(subjects) > 1
+    drawings = []
+    for name, subject in subjects.items():
+        name = name.replace("/", "-")
+        figure, folder = options.figure, options.samples_to
+        if several:
+            figure = figure and figure.with_stem(f"{figure.stem}-{name}")
+            folder = folder and folder / name
+        samples = figures.name_pieces(folder, name, chosen(subject, options), NUM_SAMPLES) if folder else []
+        drawings.append((subject, figure, samples))
+        if bad := [digit for digit in options.digits or () if not 0 <= digit < len(subject.test.images)]:
+            last = len(subject.test.images) - 1
+            raise UsageError(f"--digits {bad[0]}: the test images of {subject.folder} are numbered 0 to {last}")
+        figures.refuse_existing(samples)
+    lines = []
+    for subject, figure, samples in drawings:
+        draw(subject, figure, samples, options)
+        lines += [f"figure: {figure}"] if figure else []
+        lines += [f"samples: {samples[0].parent}"] if samples else []
+    return lines
+
+
+def likelihoods(
+    name: str, subject: Subject, options: argparse.Namespace, device: torch.device, processes: Processes
+) -> Likelihoods:
+    """A run's likelihoods of the test images, one by one; each process computes its share."""
+    images = ImageSet(subject.test.images, subject.model.split, device)
     portions = [torch.empty(len(Likelihoods._fields), 0, dtype=torch.float64, device=device)]
     hidden = not (processes.is_main and sys.stderr.isatty())
-    with tqdm(desc=str(folder), total=len(images) // processes.count, unit="img", leave=False, disable=hidden) as bar:
-        for portion in evaluate(model, images, options.samples, options.seed, processes.share):
+    with tqdm(desc=name, total=len(images) // processes.count, unit="img", leave=False, disable=hidden) as bar:
+        for portion in evaluate(subject.model, images, options.samples, options.seed, processes.share):
             portions.append(torch.stack(portion))
             bar.update(portions[-1].shape[1])
-    per_image = Likelihoods(*processes.gather(torch.cat(portions, dim=1)))
-    return tables.Column(folder.name, settings, options.samples, per_image)
+    return Likelihoods(*processes.gather(torch.cat(portions, dim=1)))
 
 
+@command("eval.py")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = parse(argv)
     processes = Processes()
     try:
         device = runtime.resolve_device(options.device, processes.local_rank, processes.local_count)
-        runtime.prepare(device)
-        processes.connect(device)
-        folders = finished_runs(options.runs)
-        figures = {folder: figure_path(options.figure, folder, len(folders)) for folder in folders}
-        columns = [evaluate_run(folder, figures[folder], options, device, processes) for folder in folders]
-        if processes.is_main:
-            print(tables.render(columns, options.format), end="")
-            if options.figure and options.format == "text":
-                print("\n" + "\n".join(f"figure: {path}" for path in figures.values()))
+        with runtime.prepare(device), processes.connected(device):
+            subjects, problems = open_runs(options, device, processes)
+            if processes.is_main:
+                for line in problems:
+                    complain(f"eval.py: {line}")
+                if options.format == "text":
+                    for line in dict.fromkeys(subject.test.about for subject in subjects.values()):
+                        say(line)
+            drawn = processes.on_main(partial(draw_all, subjects, options))
+            columns = []
+            for name, subject in subjects.items():
+                per_image = likelihoods(name, subject, options, device, processes)
+                test = subject.test.record["test"]["sha256"]
+                columns.append(tables.Column(name, subject.settings, options.samples, per_image, test, subject.epochs))
+            if processes.is_main and columns:
+                table = tables.render(columns, options.format)
+                if options.format == "text":
+                    table = "\n".join(["", table, *drawn, ""] if drawn else ["", table])
+                say(table, end="")
     except CvaeError as error:
         if processes.is_main or isinstance(error, PeerLost):
-            print(f"eval.py: {error}", file=sys.stderr)
+            complain(f"eval.py: {error}")
         return error.exit_code
-    finally:
-        processes.disconnect()
-    return 0
-
-
-def figure_path(wanted: Path | None, folder: Path, count: int) -> Path | None:
-    """Where the figure of a run goes: of several runs, each gets the run's name into its own."""
-    return wanted.with_stem(f"{wanted.stem}-{folder.name}") if wanted is not None and count > 1 else wanted
+    return DataError.exit_code if problems else 0
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ from cvae.run.folder import find_run, quoted, read_precision, read_split, refuse
 from cvae.run.plan import parse, plan
 from cvae.run.session import Run
 from cvae.run.state import Progress
+from cvae.terminal import command, complain
 from cvae.training.optimizer import GuardedAdam, scheduled_rate
 from cvae.training.phase import Phase, validate
 from cvae.training.weights import WeightAverage, Weights
@@ -223,6 +224,7 @@ def train_run(run: Run, resume: bool, overwrite: bool) -> None:
     run.say(f"{run.folder}: trained. Next: python eval.py, or tensorboard --logdir {quoted(run.folder.parent)}")
 
 
+@command("train.py")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options, given = parse(argv, __doc__)
@@ -231,22 +233,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             runs = plan(options, given)
             device = runtime.resolve_device(runs[0][1].device, processes.local_rank, processes.local_count)
-            runtime.prepare(device)
-            processes.connect(device)
-            for folder, _ in runs if options.resume is None else []:  # before the first one is begun
-                processes.on_main(partial(refuse_existing, folder, options.overwrite))
-            for folder, settings in runs:
-                wanted = settings.precision if options.resume is None else read_precision(folder)
-                precision = processes.on_main(partial(runtime.resolve_precision, wanted, device))
-                init = None if options.init is None else find_run(options.init, options.runs)
-                with Run(folder, settings, device, precision, processes, interruption, options.quiet, init) as run:
-                    train_run(run, options.resume is not None, options.overwrite)
+            with runtime.prepare(device), processes.connected(device):
+                for folder, _ in runs if options.resume is None else []:  # before the first one is begun
+                    processes.on_main(partial(refuse_existing, folder, options.overwrite))
+                for folder, settings in runs:
+                    wanted = settings.precision if options.resume is None else read_precision(folder)
+                    precision = processes.on_main(partial(runtime.resolve_precision, wanted, device))
+                    init = None if options.init is None else find_run(options.init, options.runs)
+                    with Run(folder, settings, device, precision, processes, interruption, options.quiet, init) as run:
+                        train_run(run, options.resume is not None, options.overwrite)
         except CvaeError as error:
             if processes.is_main or isinstance(error, PeerLost):
-                print(f"train.py: {error}", file=sys.stderr)
+                complain(f"train.py: {error}")
             return error.exit_code
-        finally:
-            processes.disconnect()
     return 0
 
 

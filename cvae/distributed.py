@@ -19,31 +19,48 @@ T = TypeVar("T")
 TIMEOUT = timedelta(minutes=5)
 
 
+ALONE = "several processes are started by torchrun; for one, unset RANK and WORLD_SIZE"
+
+
 class Processes:
-    """The processes of this training: this one's `rank`, and how many there are, `count`."""
+    """The processes of this training: this one's `rank`, and how many there are, `count`.
+
+    Raises UsageError where the environment, in which torchrun says so, contradicts itself.
+    """
 
     def __init__(self) -> None:
-        self.rank = int(os.environ.get("RANK", "0"))
-        self.count = int(os.environ.get("WORLD_SIZE", "1"))
-        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        self.local_count = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        rank, count = _number("RANK"), _number("WORLD_SIZE")
+        if (rank is None and count not in (None, 1)) or (rank is not None and count is None):
+            given, missing = ("WORLD_SIZE", "RANK") if rank is None else ("RANK", "WORLD_SIZE")
+            raise UsageError(f"{given} is set to {os.environ[given]} and {missing} is not set: {ALONE}")
+        self.rank, self.count = rank or 0, 1 if count is None else count
+        self.local_rank, local_count = _number("LOCAL_RANK") or 0, _number("LOCAL_WORLD_SIZE")
+        self.local_count = local_count or 1
+        for prefix, number, limit in (("", self.rank, self.count), ("LOCAL_", self.local_rank, local_count)):
+            if limit is not None and number >= limit:
+                values = f"{prefix}RANK is {number}, and {prefix}WORLD_SIZE {limit}"
+                raise UsageError(f"{values}: ranks are counted from 0; {ALONE}")
+        if self.count > 1 and not (os.environ.get("MASTER_ADDR") and _number("MASTER_PORT")):
+            raise UsageError(f"MASTER_ADDR and MASTER_PORT do not say where the {self.count} processes meet: {ALONE}")
 
     @property
     def is_main(self) -> bool:
         """Whether this process is the one that writes and prints."""
         return self.rank == 0
 
-    def connect(self, device: torch.device) -> None:
-        """Meet the others: by gloo, which notices when one of them ends; on CUDA by NCCL too, for the gradients."""
-        if self.count > 1:
-            try:
-                dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
-            except RuntimeError as error:
-                raise PeerLost(f"the processes of this job could not meet ({first_line(error)})") from None
-
-    def disconnect(self) -> None:
-        """Part from the others."""
-        if dist.is_initialized():
+    @contextmanager
+    def connected(self, device: torch.device) -> Iterator[None]:
+        """Within it they reach each other: by gloo, which notices when one ends; on CUDA by NCCL too, for gradients."""
+        if self.count == 1:
+            yield
+            return
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+        except RuntimeError as error:
+            raise PeerLost(f"the processes of this job could not meet ({first_line(error)})") from None
+        try:
+            yield
+        finally:
             dist.destroy_process_group()
 
     def share(self, length: int) -> slice:
@@ -133,6 +150,14 @@ class Processes:
         if isinstance(outcome[0], CvaeError):
             raise outcome[0]
         return outcome[0]  # type: ignore[return-value]
+
+
+def _number(name: str) -> int | None:
+    """A whole number from the environment; None where it is not set, or empty. Raises UsageError for anything else."""
+    word = os.environ.get(name, "").strip()
+    if word and not (word.isascii() and word.isdecimal() and len(word) < 10):
+        raise UsageError(f"{name} is set to {word!r}, which is no whole number of at least 0: {ALONE}")
+    return int(word) if word else None
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from cvae.data.masks import mask_name
 from cvae.model.likelihood import ELBO_SAMPLES, Estimate, Likelihoods, estimate
 from cvae.settings import Settings
 
@@ -22,26 +23,53 @@ ROWS = {
 
 # Pyro's tutorial on the CVAE, its table of results: published figures, by the number of quadrants.
 TUTORIAL = {1: (100.4, 71.8), 2: (61.9, 51.0), 3: (25.4, 24.2)}
-
+MNIST = "6d87418db22cc8025d05968bec9bd5c3932904b23485740db143a061a2c9d161"
+"""The SHA-256 of the pixels of MNIST's test images, wherever they come from."""
 
 # What the objective gsnn does not train: estimates that take z from the recognition network say nothing of its runs.
 OF_RECOGNITION = ("cvae_neg_elbo", "cvae_is_nll", "gap")
 
 
 class Column(NamedTuple):
-    """One run's results: its settings, the samples S per estimate, the values per image."""
+    """One run's results: its settings, the samples S per estimate, the values per image.
+
+    images: the SHA-256 of the test images. epochs: how many an unfinished run has had; None for a finished one.
+    """
 
     run: str
     settings: Settings
     samples: int
     per_image: Likelihoods
+    images: str | None = None
+    epochs: int | None = None
 
     @property
     def observed(self) -> str:
         """What its models are given, in words."""
-        if self.settings.observed is not None:
-            return self.settings.observed
-        return f"{self.settings.quadrants} quadrant{'s' * (self.settings.quadrants > 1)}"
+        return mask_name(self.settings)
+
+    @property
+    def heading(self) -> str:
+        """The run, and what sets its numbers apart."""
+        marks = [self.observed]
+        marks += [] if self.is_grey else ["binarized"]
+        marks += [] if self.epochs is None else [f"epoch {self.epochs} so far"]
+        return f"{self.name} ({', '.join(marks)})"
+
+    @property
+    def name(self) -> str:
+        """The run as a line of text can show it."""
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in self.run)
+
+    @property
+    def is_grey(self) -> bool:
+        """Whether its pixels are grey levels, and not drawn black or white."""
+        return self.settings.targets == "grey"
+
+    @property
+    def is_of_the_tutorial(self) -> bool:
+        """Whether the tutorial's figures are of the same: quadrants of MNIST in grey levels."""
+        return self.images == MNIST and self.settings.observed is None and self.is_grey
 
     def has(self, key: str) -> bool:
         """Whether the estimate of this name says something of the run."""
@@ -63,7 +91,7 @@ def render(columns: Sequence[Column], form: str) -> str:
 
 def _cells(columns: Sequence[Column]) -> list[list[str]]:
     """The header and the rows, as strings."""
-    header = ["nats per image, lower is better", *(f"{column.run} ({column.observed})" for column in columns)]
+    header = ["nats per image, lower is better", *(column.heading for column in columns)]
     return [header] + [[label, *(_cell(column, key) for column in columns)] for label, key in ROWS.items()]
 
 
@@ -75,19 +103,25 @@ def _cell(column: Column, key: str) -> str:
 def _notes(columns: Sequence[Column]) -> list[str]:
     counts = sorted({len(column.per_image.nn_nll) for column in columns})
     samples = sorted({column.samples for column in columns})
-    floors = ", ".join(f"{column.estimates()['floor'].mean:.1f} for {column.run}" for column in columns)
     notes = [
         f"± is the standard error over the {_listed(counts)} test images. Samples of z per image: "
-        f"{ELBO_SAMPLES} for −ELBO, {_listed(samples)} for Monte Carlo and importance sampling.",
-        "Grey levels under a Bernoulli are no normalised density; their own entropy is a floor under every row "
-        f"but the gap: {floors}.",
-        "Monte Carlo samples z from the prior network: with so few samples it is far from tight (with one quadrant "
-        "and 100 samples, about 82 where importance sampling gives 64); importance sampling is the one to quote.",
+        f"{ELBO_SAMPLES} for −ELBO, {_listed(samples)} for Monte Carlo and importance sampling."
     ]
+    if grey := [column for column in columns if column.is_grey]:
+        floors = ", ".join(f"{column.estimates()['floor'].mean:.1f} for {column.name}" for column in grey)
+        notes.append(
+            "Grey levels under a Bernoulli are no normalised density; their own entropy is a floor under every row "
+            f"but the gap: {floors}."
+        )
+    known = {column.settings.quadrants: column.observed for column in columns if column.is_of_the_tutorial}
+    example = " (with one quadrant of MNIST and 100 samples, about 82 where importance sampling gives 64)"
+    notes.append(
+        "Monte Carlo samples z from the prior network: with so few samples it is far from tight"
+        f"{example * (1 in known)}; importance sampling is the one to quote."
+    )
     if not all(column.has(key) for column in columns for key in OF_RECOGNITION):
         notes.append("–: the objective gsnn trains no recognition network, which these estimates take z from.")
-    tutorials = [column for column in columns if column.settings.data is None and column.settings.observed is None]
-    if known := {column.settings.quadrants: column.observed for column in tutorials}:
+    if known:
         figures = ((*TUTORIAL[quadrants], observed) for quadrants, observed in sorted(known.items()))
         tutorial = "; ".join(f"NN {nn}, CVAE {cvae} for {observed}" for nn, cvae, observed in figures)
         notes.append(
@@ -119,7 +153,8 @@ def _text(columns: Sequence[Column]) -> str:
 def _markdown(columns: Sequence[Column]) -> str:
     cells = _cells(columns)
     rule = ["---", *["---:"] * len(columns)]
-    lines = ["| " + " | ".join(row) + " |" for row in [cells[0], rule, *cells[1:]]]
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in [cells[0], rule, *cells[1:]]]
+    lines = ["| " + " | ".join(row) + " |" for row in escaped]
     return (
         "\n".join(lines) + "\n\n" + "\n".join(f"{i}. {note}" for i, note in enumerate(_notes(columns), start=1)) + "\n"
     )
@@ -132,6 +167,8 @@ def _record(column: Column) -> dict[str, Any]:
         "run": column.run,
         "quadrants": column.settings.quadrants if column.settings.observed is None else None,
         "observed": column.observed,
+        "targets": column.settings.targets,
+        "unfinished_at_epoch": column.epochs,
         "network": column.settings.network,
         "objective": column.settings.objective,
         "samples": column.samples,

@@ -166,21 +166,6 @@ def read_precision(path: Path) -> str:
     return begun if begun in PRECISIONS else read_settings(path).precision
 
 
-def finished_runs(folder: Path) -> list[Path]:
-    """The finished runs right below a folder, or the folder itself if it is one, by name. Raises DataError if none."""
-    if not os.path.isdir(folder):
-        raise DataError(f"{folder}: there is no such folder; train first: python train.py")
-    try:
-        names = sorted(name for name in os.listdir(folder) if not name.startswith("."))  # hidden: half made or removed
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be read ({error.strerror or error})") from None
-    candidates = [folder, *(folder / name for name in names)]
-    found = [path for path in candidates if os.path.isfile(path / SUMMARY) and os.path.isfile(path / BEST)]
-    if not found:
-        raise DataError(f"{folder}: has no finished run; train one: python train.py")
-    return found
-
-
 def read_json(path: Path) -> Any:
     """What a JSON file says. Raises DataError, naming the file, if it cannot be read."""
     try:

@@ -11,7 +11,7 @@ from small import SIDE, SMALL, Convolutional, source
 import eval as evaluation
 import train
 from cvae import runtime
-from cvae.data.sources import TestImages
+from cvae.data.sources import TestImages, record
 from cvae.model.networks import NETWORKS
 
 
@@ -45,7 +45,7 @@ def run_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Ca
     random = torch.Generator("cpu").manual_seed(0)
     images = torch.randint(256, (120, SIDE, SIDE), dtype=torch.uint8, generator=random)
     monkeypatch.setattr(train, "load_train", lambda s, room: source(images[:80], images[80:]))
-    monkeypatch.setattr(evaluation, "load_test", lambda *_: TestImages(images[80:], "", {}))
+    monkeypatch.setattr(evaluation, "load_test", lambda *_: TestImages(images[80:], "", record(test=images[80:])))
 
     def run(name: str, *words: str, code: int = 0) -> Path:
         begin = [*SMALL, "--name", name] if "--resume" not in words else []

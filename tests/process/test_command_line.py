@@ -1,6 +1,5 @@
 """`train.py` and `eval.py` as a user starts them: what they write, what they print, and how they fail."""
 
-import csv
 import io
 import json
 import math
@@ -11,7 +10,6 @@ import shutil
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,11 +23,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from cvae import runtime
 from cvae.data.names import mnist
-from cvae.errors import DataError
-from cvae.model.likelihood import Likelihoods
-from cvae.report.tables import Column, render
 from cvae.run import checkpoint
-from cvae.run.folder import finished_runs, read_metrics
+from cvae.run.folder import read_metrics
 from cvae.settings import Settings
 
 TINY = [
@@ -37,7 +32,6 @@ TINY = [
     *("--average", "0", "--device", "cpu"),
 ]
 SAMPLES = ["--samples", "5", "--device", "cpu"]
-LIKELIHOODS = ["nn_nll", "cvae_neg_elbo", "cvae_mc_nll", "cvae_is_nll"]
 
 
 def train(*words: str | Path, cwd: Path, **more: Any) -> subprocess.CompletedProcess[str]:
@@ -294,100 +288,6 @@ def test_any_network_and_objective_from_training_to_table(place: Path, network: 
         assert bool(re.search(r" \d+\.\d\d ± \d+\.\d\d$", rows[label])) == known, rows[label]
 
 
-# The table
-
-
-@pytest.fixture(scope="session")
-def table(place: Path, trained: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
-    records: list[dict[str, Any]] = json.loads(succeeded(evaluate("--format", "json", *SAMPLES, cwd=place)))
-    return records
-
-
-def test_json(table: list[dict[str, Any]]) -> None:
-    assert [(record["run"], record["quadrants"], record["samples"]) for record in table] == [
-        ("q1", 1, 5), ("q2", 2, 5), ("q3", 3, 5)
-    ]  # fmt: skip
-    for record in table:
-        for key in LIKELIHOODS:
-            assert record[key].keys() == {"mean", "stderr"}
-            assert 0 < record[key]["stderr"] < record[key]["mean"] < math.inf
-        assert record["gap"] == pytest.approx(record["nn_nll"]["mean"] - record["cvae_is_nll"]["mean"], abs=1e-9)
-        assert record["floor"]["mean"] < min(record[key]["mean"] for key in LIKELIHOODS)
-    means = [record["nn_nll"]["mean"] for record in table]
-    assert means[0] > means[1] > means[2], "the fewer pixels are hidden, the fewer nats they cost"
-
-
-def test_csv(place: Path, table: list[dict[str, Any]]) -> None:
-    rows = list(csv.DictReader(io.StringIO(succeeded(evaluate("--format", "csv", *SAMPLES, cwd=place)))))
-    assert [row["run"] for row in rows] == ["q1", "q2", "q3"]
-    for row, record in zip(rows, table, strict=True):
-        for key in LIKELIHOODS:
-            assert float(row[f"{key}_mean"]) == record[key]["mean"]
-            assert float(row[f"{key}_stderr"]) == record[key]["stderr"]
-        assert float(row["gap"]) == record["gap"]
-
-
-@pytest.mark.parametrize("form", ["text", "markdown"])
-def test_table_to_read(place: Path, table: list[dict[str, Any]], form: str) -> None:
-    printed = succeeded(evaluate("--format", form, "--figure", f"{form}.png", *SAMPLES, cwd=place))
-    labels = {
-        "NN (baseline)": "nn_nll",
-        "CVAE (−ELBO)": "cvae_neg_elbo",
-        "CVAE (Monte Carlo)": "cvae_mc_nll",
-        "CVAE (importance sampling)": "cvae_is_nll",
-    }
-    for label, key in labels.items():
-        (line,) = (line for line in printed.splitlines() if line.removeprefix("| ").startswith(label))
-        numbers = re.findall(r"(\d+\.\d\d) ± (\d+\.\d\d)", line)
-        assert numbers == [(f"{record[key]['mean']:.2f}", f"{record[key]['stderr']:.2f}") for record in table]
-    assert "Performance gap" in printed
-    assert "100.4" not in printed, "the tutorial's figures are for MNIST"
-    assert sorted(path.name for path in place.glob(f"{form}*")) == [f"{form}-q{k}.png" for k in (1, 2, 3)]
-
-
-def test_tables_on_mnist_show_the_published_figures_beside() -> None:
-    values = Likelihoods(*torch.rand(5, 4, dtype=torch.float64))
-    columns = [Column(f"q{k}", Settings(quadrants=k), 100, values) for k in (1, 2, 3)]
-    for form in ("text", "markdown"):
-        printed = render(columns, form)
-        for published in ("100.4", "61.9", "25.4", "71.8", "51.0", "24.2"):
-            assert published in printed
-
-
-def test_one_run_by_its_folder_and_its_figure(place: Path, table: list[dict[str, Any]]) -> None:
-    figure = place / "figure.png"
-    printed = succeeded(evaluate("--runs", "runs/q2", "--format", "json", "--figure", figure, *SAMPLES, cwd=place))
-    assert json.loads(printed) == table[1:2]
-    with Image.open(figure) as image:
-        image.load()
-        assert image.format == "PNG"
-        pixels = np.asarray(image.convert("RGB"))
-    rows, columns = 3 + 10, 10
-    assert pixels.shape[0] >= rows * 28
-    assert pixels.shape[1] >= columns * 28
-    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50, "digits have many greys"
-
-
-def test_seed_of_the_noise(place: Path, table: list[dict[str, Any]]) -> None:
-    (record,) = json.loads(
-        succeeded(evaluate("--runs", "runs/q1", "--format", "json", "--seed", "1", *SAMPLES, cwd=place))
-    )
-    assert record["nn_nll"] == table[0]["nn_nll"], "no noise is in it"
-    assert record["cvae_is_nll"] != table[0]["cvae_is_nll"]
-    one, other = record["cvae_is_nll"], table[0]["cvae_is_nll"]
-    assert abs(one["mean"] - other["mean"]) < 3 * (one["stderr"] + other["stderr"])
-
-
-def test_single_test_image_has_no_standard_error_and_json_says_so() -> None:
-    values = Likelihoods(*torch.rand(5, 1, dtype=torch.float64))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's, of the standard deviation of one number
-        text = render([Column("q1", Settings(), 5, values)], "json")
-    (record,) = json.loads(text, parse_constant=pytest.fail)
-    assert record["nn_nll"] == {"mean": values.nn_nll.item(), "stderr": None}
-    assert record["gap_stderr"] is None
-
-
 # Usage: exit 2
 
 
@@ -448,16 +348,6 @@ def test_train_refuses_what_makes_no_sense(
     if len(words) > 1:
         assert words[0].lstrip("-") in lines[-1]
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("words", [["--samples", "0"], ["--samples", "x"], ["--format", "xml"], ["--seed", "1.5"]])
-def test_eval_refuses_what_makes_no_sense(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    import eval as script
-
-    with pytest.raises(SystemExit) as caught:
-        script.main(words)
-    assert caught.value.code == 2
-    assert f"argument {words[0]}: " in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_usage_error_of_the_real_process(tmp_path: Path) -> None:
@@ -573,44 +463,6 @@ def test_flipped_byte_in_the_embedded_files(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
-def test_eval_with_damaged_test_images(finished: Path) -> None:
-    path = finished / "runs" / "q1" / "config.json"
-    config = json.loads(path.read_text())
-    config["settings"]["data"] = "gone"
-    path.write_text(json.dumps(config))
-    assert failed(evaluate(*SAMPLES, cwd=finished), 3).startswith("gone: there is no such folder")
-
-
-def test_eval_without_a_finished_run(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no such folder"):
-        finished_runs(tmp_path / "runs")
-    for name in ("q1", ".q1.123.old"):  # one not begun, and one that was being removed
-        (tmp_path / "runs" / name).mkdir(parents=True)
-    for name in ("config.json", "best.pt", "summary.json"):
-        (tmp_path / "runs" / ".q1.123.old" / name).touch()
-    assert failed(evaluate(cwd=tmp_path), 3).startswith("runs: has no finished run")
-
-
-def test_eval_with_an_unreadable_checkpoint(finished: Path) -> None:
-    best = finished / "runs" / "q1" / "best.pt"
-    best.write_bytes(best.read_bytes()[:-100])
-    assert failed(evaluate(*SAMPLES, cwd=finished), 3).startswith("runs/q1/best.pt: is damaged")
-
-
-def test_eval_with_an_unreadable_config(finished: Path) -> None:
-    for content in ("{", "[]", '{"settings": []}', '{"settings": {}}'):
-        (finished / "runs" / "q1" / "config.json").write_text(content)
-        assert failed(evaluate(*SAMPLES, cwd=finished), 3).startswith("runs/q1/config.json: ")
-
-
-def test_eval_with_weights_of_another_shape(finished: Path) -> None:
-    path = finished / "runs" / "q1" / "config.json"
-    config = json.loads(path.read_text())
-    config["settings"]["hidden"] = [32, 33]
-    path.write_text(json.dumps(config))
-    assert failed(evaluate(*SAMPLES, cwd=finished), 3).startswith("runs/q1/best.pt: does not hold the weights")
-
-
 # Disk: exit 5
 
 
@@ -703,8 +555,3 @@ def test_folder_that_is_moved_away_while_training(place: Path, tmp_path: Path) -
     assert process.returncode == 5
     assert re.fullmatch(rf"train.py: {tmp_path / 'q1'}[^\n]+\n", stderr)
     assert checkpoint.load(tmp_path / "away" / "last.pt")["phase"] in ("baseline", "cvae")
-
-
-def test_figure_into_a_folder_that_is_not_there(place: Path, trained: subprocess.CompletedProcess[str]) -> None:
-    words = ["--runs", "runs/q1", "--figure", "nowhere/figure.png", *SAMPLES]
-    assert failed(evaluate(*words, cwd=place), 5).startswith("nowhere/figure.png: cannot be written")

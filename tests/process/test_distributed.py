@@ -1,13 +1,9 @@
 """Training and evaluating on two processes, by torchrun: the same as on one, and no process is left waiting."""
 
-import csv
-import io
 import os
 import signal
 import socket
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from support.trainings import (
@@ -231,25 +227,3 @@ def test_batch_that_cannot_be_shared(work: Path) -> None:
     reason = "train.py: a batch of 33 images cannot be shared evenly by 2 processes\n"
     assert results == [(2, "", reason), (2, "", "")]
     assert not (work / "runs/odd").exists()
-
-
-# Evaluation
-
-
-def test_evaluation_on_two_processes(work: Path, on_one: Path) -> None:
-    words = ["--runs", "runs/one", "--samples", "7", "--format", "csv"]
-    processes = [start(torchrun("eval.py", *words), work), start([sys.executable, ROOT / "eval.py", *words], work)]
-    tables: list[list[dict[str, Any]]] = []
-    for code, out, err in map(finish, processes):
-        assert (code, err) == (0, "")
-        tables.append(list(csv.DictReader(io.StringIO(out))))
-    [[two], [one]] = tables
-    assert one.keys() == two.keys()
-    assert len(one) > 8
-    for key, word in one.items():
-        try:
-            number = float(word)
-        except ValueError:
-            assert two[key] == word
-        else:
-            assert float(two[key]) == pytest.approx(number, rel=1e-6), key

@@ -13,19 +13,18 @@ import torch
 from cvae.distributed import Processes
 
 processes = Processes()
-processes.connect(torch.device("cpu"))
-rank = processes.rank
-half = torch.full((3,), 2.0 ** rank).bfloat16()
-statistics, counter = torch.tensor([1.0 + rank, 5.0]), torch.tensor(rank)
-total = torch.tensor([0.1, rank], dtype=torch.float64)
-loss = torch.tensor(1.5 + rank)
-processes.sum_(half, loss)
-processes.average_(statistics, counter)
-processes.sum_on_host_(total)
-print(json.dumps([half.tolist(), loss.item(), statistics.tolist(), counter.item(), total.tolist(),
-                  processes.maximum(10 * rank), processes.on_main(lambda: "of " + str(rank)),
-                  processes.gather(torch.tensor([[float(rank)]])).tolist()]))
-processes.disconnect()
+with processes.connected(torch.device("cpu")):
+    rank = processes.rank
+    half = torch.full((3,), 2.0 ** rank).bfloat16()
+    statistics, counter = torch.tensor([1.0 + rank, 5.0]), torch.tensor(rank)
+    total = torch.tensor([0.1, rank], dtype=torch.float64)
+    loss = torch.tensor(1.5 + rank)
+    processes.sum_(half, loss)
+    processes.average_(statistics, counter)
+    processes.sum_on_host_(total)
+    print(json.dumps([half.tolist(), loss.item(), statistics.tolist(), counter.item(), total.tolist(),
+                      processes.maximum(10 * rank), processes.on_main(lambda: "of " + str(rank)),
+                      processes.gather(torch.tensor([[float(rank)]])).tolist()]))
 """
 
 

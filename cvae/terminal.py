@@ -1,0 +1,89 @@
+"""Standard output and standard error, whatever they lead to: a terminal that is not UTF-8, a pipe, nothing at all."""
+
+import codecs
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from io import TextIOWrapper
+from typing import ParamSpec, TextIO
+
+from cvae.errors import CvaeError, DiskError
+
+Arguments = ParamSpec("Arguments")
+ASCII = {"±": "+-", "−": "-", "–": "-", "─": "-", "×": "x", "→": "->", "≤": "<=", "≥": ">=", "…": "...", "ŷ": "y"}
+"""How characters are written where they cannot be shown; any other one by its number, as \\u00e9."""
+
+
+def _written_in_ascii(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    characters = error.object[error.start : error.end]
+    return "".join(ASCII.get(c) or c.encode("ascii", "backslashreplace").decode() for c in characters), error.end
+
+
+codecs.register_error("cvae.ascii", _written_in_ascii)
+
+
+def command(script: str) -> Callable[[Callable[Arguments, int]], Callable[Arguments, int]]:
+    """Makes `main` of a script one that any terminal can show, and that ends in one line where it fails as expected."""
+
+    def decorate(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
+        @wraps(main)
+        def safe_main(*args: Arguments.args, **kwargs: Arguments.kwargs) -> int:
+            with safe_output():
+                try:
+                    return main(*args, **kwargs)
+                except CvaeError as error:
+                    complain(f"{script}: {error}")
+                    return error.exit_code
+
+        return safe_main
+
+    return decorate
+
+
+@contextmanager
+def safe_output() -> Iterator[None]:
+    """Within it, all that is printed can be encoded, and there is somewhere to print it; all is put back after it."""
+    streams = sys.stdout, sys.stderr
+    with open(os.devnull, "w") as nowhere:
+        sys.stdout, sys.stderr = (nowhere if stream is None else stream for stream in streams)  # None: it was closed
+        errors = [(each, each.errors) for each in streams if isinstance(each, TextIOWrapper)]
+        for stream, _ in errors:
+            stream.reconfigure(errors="cvae.ascii")
+        try:
+            yield
+        finally:
+            for stream, before in errors:
+                try:
+                    stream.reconfigure(errors=before)  # flushes it
+                except OSError:
+                    _lead_nowhere(stream)
+            sys.stdout, sys.stderr = streams
+
+
+def say(text: str, end: str = "\n") -> None:
+    """Print on standard output, at once; where nobody reads it any more, nothing. Raises DiskError if it is full."""
+    try:
+        print(text, end=end, flush=True)
+    except OSError as error:
+        _lead_nowhere(sys.stdout)
+        if not isinstance(error, BrokenPipeError):
+            raise DiskError(f"standard output: cannot be written ({error.strerror or error})") from None
+
+
+def complain(line: str) -> None:
+    """Print a line on standard error, at once, if that can be written."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:
+        _lead_nowhere(sys.stderr)
+
+
+def _lead_nowhere(stream: TextIO) -> None:
+    """Drop what is still to be written to a stream, and what will be: else it fails once more when Python ends."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
