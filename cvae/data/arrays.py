@@ -22,7 +22,6 @@ from cvae.data.parts import (
     Images,
     Part,
     Source,
-    check_size,
     eight_bit,
     grey,
     levels,
@@ -105,7 +104,6 @@ def _part(member: Member) -> Part:
             )
     if member.dtype.kind not in "buif":
         raise DataError(f"{member}: is of type {str(member.dtype)[:40]}; images are bytes, whole numbers or floats")
-    check_size(str(member), height, width)
     size = member.dtype.itemsize * math.prod(shape)
     if count < 1 or member.start + size != member.size or size > MAX_COMPRESSION * member.packed:
         raise DataError(f"{member}: its header announces {size} bytes, and it has {member.size - member.start}")
@@ -138,7 +136,7 @@ def _read(member: Member, rows: Tensor, size: tuple[int, int, int]) -> Images:
     if wide and highest > 0xFF:
         words, result = SIXTEEN_BIT, eight_bit(result)
     elif wide:
-        notes.append(f"{member.dtype} up to {highest} taken as levels of 0 to 255")
+        notes.append(f"{member.dtype.name} up to {highest} taken as levels of 0 to 255")
     return Images(torch.from_numpy(result.astype(np.uint8, copy=False)), words, notes)
 
 

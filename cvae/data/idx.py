@@ -21,7 +21,7 @@ from typing import BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from cvae.data.parts import PARTS, Images, Part, Source, check_size, listed
+from cvae.data.parts import PARTS, Images, Part, Source, listed
 from cvae.errors import DataError
 from cvae.settings import Settings
 
@@ -107,7 +107,6 @@ def _stem(name: str) -> str:
 def _part(path: Path, labels: Path | None) -> Part:
     """The images in a file; the labels are only counted."""
     count, height, width = _announced(path, 3)
-    check_size(str(path), height, width)
     if labels is not None and (number := _announced(labels, None)[0]) != count:
         raise DataError(f"{labels}: has {number} labels for the {count} images of {path.name}")
     return Part(

@@ -47,7 +47,7 @@ def named(word: str) -> str:
 
 
 def _letters(name: str) -> str:
-    return "".join(filter(str.isalnum, name.lower()))
+    return name.lower().replace("-", "").replace("_", "")
 
 
 def find_named(name: str, s: Settings) -> Source:

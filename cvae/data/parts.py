@@ -14,7 +14,6 @@ from PIL import Image
 from torch import Tensor
 
 from cvae.errors import DataError
-from cvae.settings import LARGEST_SIDE
 
 Array = npt.NDArray[Any]
 
@@ -71,13 +70,6 @@ def part_named(name: str) -> str | None:
     """The part that a name speaks of, as `x_train` and `Testing` do; None: of no part, or of several."""
     found = {PARTS[word] for word in name.lower().replace("-", "_").split("_") if word in PARTS}
     return found.pop() if len(found) == 1 else None
-
-
-def check_size(name: str, height: int, width: int) -> None:
-    """Raises DataError for a size that no images can have here."""
-    if not (2 <= height <= LARGEST_SIDE and 2 <= width <= LARGEST_SIDE):
-        advice = "--size N scales larger pictures" if max(height, width) > LARGEST_SIDE else "they cannot be split"
-        raise DataError(f"{name}: images of {height}×{width} pixels; each side can have 2 to {LARGEST_SIDE} ({advice})")
 
 
 def listed(names: Iterable[object]) -> str:

@@ -19,7 +19,6 @@ from cvae.data.parts import (
     Images,
     Part,
     Source,
-    check_size,
     eight_bit,
     levels,
     listed,
@@ -69,7 +68,6 @@ def _part(folder: Path, names: Sequence[str], side: int | None) -> Part:
     """These pictures; all of the size of the first one, unless they are scaled."""
     paths = [os.path.join(folder, name) for name in names]
     height, width = (side, side) if side else read_picture(paths[0]).shape
-    check_size(paths[0], height, width)
     expected = None if side else Expected(paths[0], height, width)
 
     def read(rows: Tensor) -> Images:

@@ -22,7 +22,7 @@ from cvae.data.names import MNIST, NAMES, find_named, named
 from cvae.data.parts import Images, Part, Source, resized
 from cvae.data.pictures import find_pictures
 from cvae.errors import DataError
-from cvae.settings import Settings
+from cvae.settings import LARGEST_SIDE, Settings
 
 __all__ = ["READERS", "TestImages", "TrainImages", "difference", "load_test", "load_train", "named", "record"]
 
@@ -154,9 +154,14 @@ def _held_out(source: Source, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _size(part: Part, s: Settings) -> tuple[int, int]:
-    """Height and width of the images that come of a part."""
+    """Height and width of the images that come of a part. Raises DataError if they are none to train on."""
     if s.size is not None:
         return s.size, s.size
+    if not (2 <= part.height <= LARGEST_SIDE and 2 <= part.width <= LARGEST_SIDE):
+        raise DataError(
+            f"{part.name(0)}: has {part.height}×{part.width} pixels; 2 to {LARGEST_SIDE} a side can be trained on "
+            "(--size N scales the images)"
+        )
     return (part.width, part.height) if s.transpose else (part.height, part.width)
 
 

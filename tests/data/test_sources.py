@@ -1,101 +1,88 @@
-"""The images: the embedded MNIST, folders of other images, and what is wrong with damaged ones."""
+"""The sources of images: the embedded MNIST, what is for validation, names of data sets, and what a run records."""
 
-import gzip
 import hashlib
+import inspect
 import lzma
-import shutil
-import struct
+import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from support.scripts import NAMES, PACKERS, idx_bytes, small_mnist, write_data
+from support.images import everything, in_order, random_images, refusal
+from support.scripts import NAMES, idx_bytes, write_data
 from torch import Tensor
 
 from cvae.data import sources
 from cvae.data.idx import read_idx
 from cvae.data.images import ImageSet
 from cvae.data.masks import Split, quadrants
-from cvae.data.sources import load_images, load_test, load_train
+from cvae.data.names import SHA256, TORCHVISION, mnist
+from cvae.data.sources import difference, load_test, load_train, named
 from cvae.errors import DataError
 from cvae.settings import Settings
 
 EMBEDDED = Path(sources.__file__).parent / "mnist"
-TRAIN_IMAGES, TRAIN_LABELS = NAMES["train"]
-
-
-def random_images(count: int, height: int, width: int, seed: int = 0) -> Tensor:
-    random = torch.Generator().manual_seed(seed)
-    return torch.randint(256, (count, height, width), generator=random, dtype=torch.uint8)
-
-
-def refusal(folder: Path, part: sources.Part = "train") -> str:
-    """The one line with which the folder is refused."""
-    with pytest.raises(DataError) as caught:
-        load_images(folder, part)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return write_data(tmp_path / "data", random_images(12, 4, 5), random_images(6, 4, 5))
+PUBLISHED = {  # of the four files, uncompressed
+    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+}
 
 
 # The embedded MNIST
 
 
 def test_embedded_mnist_is_the_published_one() -> None:
-    train, test = load_images(None, "train"), load_images(None, "t10k")
+    train, test = mnist("train"), mnist("t10k")
     assert (train.shape, test.shape) == ((60_000, 28, 28), (10_000, 28, 28))
     assert train.dtype == test.dtype == torch.uint8
     # The means that everybody normalises MNIST with.
     assert train.double().mean().item() / 255 == pytest.approx(0.1307, abs=5e-5)
     assert train.double().std().item() / 255 == pytest.approx(0.3081, abs=5e-5)
-    labels = read_idx(EMBEDDED / f"{TRAIN_LABELS}.xz", 1)
+    labels = read_idx(EMBEDDED / "train-labels-idx1-ubyte.xz", 1)
     assert labels[:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]
     assert torch.bincount(labels).tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
 
 
 def test_embedded_files_have_the_digests_of_the_originals() -> None:
-    for name, digest in sources.SHA256.items():
-        content = lzma.decompress((EMBEDDED / f"{name}.xz").read_bytes())
-        assert hashlib.sha256(content).hexdigest() == digest
+    for name, digest in PUBLISHED.items():
+        assert hashlib.sha256(lzma.decompress((EMBEDDED / f"{name}.xz").read_bytes())).hexdigest() == digest
 
 
 @pytest.mark.parametrize("part", NAMES)
-@pytest.mark.parametrize("kind", [0, 1], ids=["images", "labels"])
-def test_embedded_mnist_is_checked_when_it_is_loaded(monkeypatch: pytest.MonkeyPatch, part: str, kind: int) -> None:
-    name = NAMES[part][kind]
-    monkeypatch.setitem(sources.SHA256, name, "0" * 64)
-    with pytest.raises(DataError, match=f"{name}.xz: is damaged"):
-        load_images(None, part)
+def test_embedded_mnist_is_checked_when_it_is_loaded(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    monkeypatch.setitem(SHA256, part, "0" * 64)
+    with pytest.raises(DataError, match=f"{NAMES[part][0]}.xz: is damaged"):
+        load_train()
 
 
-@pytest.mark.parametrize("part", NAMES)
-def test_embedded_mnist_is_decompressed_once(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
-    """Each of the two files of a part, and none of the other part's."""
+def test_embedded_mnist_is_decompressed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of the files of a training, and for an evaluation those of the test alone."""
     read: list[str] = []
 
-    def counting(path: Path, num_dims: int, sha256: str | None = None) -> Tensor:
+    def counting(path: Path, *more: Any) -> Tensor:
         read.append(path.name)
-        return read_idx(path, num_dims, sha256)
+        return read_idx(path, *more)
 
-    monkeypatch.setattr(sources, "read_idx", counting)
-    load_images(None, part)
-    assert read == [f"{name}.xz" for name in NAMES[part]]
+    monkeypatch.setattr("cvae.data.names.read_idx", counting)
+    load_train()
+    assert sorted(read) == sorted(f"{names[0]}.xz" for names in NAMES.values())
+    read.clear()
+    load_test()
+    assert read == ["t10k-images-idx3-ubyte.xz"]
 
 
 def test_flipped_byte_that_xz_cannot_see_is_seen(tmp_path: Path) -> None:
-    name = NAMES["t10k"][1]
-    content = bytearray(lzma.decompress((EMBEDDED / f"{name}.xz").read_bytes()))
+    content = bytearray(idx_bytes(mnist("t10k")[:9]))
+    digest = hashlib.sha256(content).hexdigest()
     content[-1] ^= 1
-    path = tmp_path / f"{name}.xz"
+    path = tmp_path / "images.xz"
     path.write_bytes(lzma.compress(content))
-    assert len(read_idx(path, 1)) == 10_000
+    assert len(read_idx(path, 3)) == 9
     with pytest.raises(DataError, match="is damaged") as caught:
-        read_idx(path, 1, sources.SHA256[name])
+        read_idx(path, 3, digest)
     assert str(path) in str(caught.value)
 
 
@@ -107,185 +94,198 @@ def test_flipped_byte_in_the_file_itself_is_seen(tmp_path: Path, position: int) 
     path = tmp_path / f"{name}.xz"
     path.write_bytes(content)
     with pytest.raises(DataError, match=name):
-        read_idx(path, 1, sources.SHA256[name])
+        read_idx(path, 1, PUBLISHED[name])
 
 
-# The split
+def test_last_ten_thousand_images_of_mnist_are_for_validation() -> None:
+    """Whatever the seed: the numbers of the README depend on it."""
+    images = load_train(Settings(seed=3))
+    assert (len(images.train), len(images.validation)) == (50_000, 10_000)
+    assert torch.equal(torch.cat([images.train, images.validation]), mnist("train"))
+    assert torch.equal(load_test(Settings(data="mnist")).images, mnist("t10k"))
+    assert images.about == (
+        "MNIST, which comes with the package: 50,000 training, 10,000 validation, 10,000 test images of 28×28 pixels; "
+        "the last ones for validation"
+    )
 
 
-def test_last_ten_thousand_images_are_for_validation() -> None:
-    everything = load_images(None, "train")
-    train, validation, *_ = load_train()
-    assert (len(train), len(validation)) == (50_000, 10_000)
-    assert torch.equal(torch.cat([train, validation]), everything)
-    assert torch.equal(load_test().images, load_images(None, "t10k"))
+# Which images are for validation
 
 
 @pytest.mark.parametrize(("count", "held_out"), [(6, 1), (11, 1), (12, 2), (59_999, 9_999), (60_001, 10_000)])
-def test_of_fewer_images_the_last_sixth_is_for_validation(tmp_path: Path, count: int, held_out: int) -> None:
-    images = random_images(count, 2, 2)
-    train, validation, *_ = load_train(Settings(data=str(write_data(tmp_path, images, images[:1]))))
-    assert torch.equal(train, images[: count - held_out])
-    assert torch.equal(validation, images[count - held_out :])
+def test_a_sixth_is_for_validation(tmp_path: Path, count: int, held_out: int) -> None:
+    images = random_images(count, 2, 3)
+    images[:, 0, :2] = torch.tensor([0, 255])
+    found = load_train(Settings(data=str(write_data(tmp_path, images, images[:1]))))
+    assert (len(found.train), len(found.validation)) == (count - held_out, held_out)
+    assert in_order(torch.cat([found.train, found.validation])) == in_order(images)
+
+
+def test_set_that_is_sorted_by_class(tmp_path: Path) -> None:
+    """Validation images, and the first training images too, are of all classes; others for another seed."""
+    images = random_images(600, 4, 4)
+    images[:, 0, 0] = torch.arange(600) // 60
+    data = str(write_data(tmp_path, images, images[:6]))
+    found = [load_train(Settings(data=data, seed=seed)) for seed in (0, 0, 1)]
+    for each in found:
+        for part in (each.validation, each.train[:100]):
+            counts = torch.bincount(part[:, 0, 0].int(), minlength=10)
+            assert counts.min() > 0
+            assert counts.max() < 30
+    assert found[0].record == found[1].record
+    assert found[0].record["validation"] != found[2].record["validation"]
+    assert found[0].record["test"] == found[2].record["test"]
+    assert "validation images drawn by seed 1" in found[2].about
 
 
 @pytest.mark.parametrize("count", [1, 5])
 def test_too_few_images_to_split(tmp_path: Path, count: int) -> None:
     write_data(tmp_path, random_images(count, 4, 4), random_images(1, 4, 4))
-    with pytest.raises(DataError, match="too few") as caught:
-        load_train(Settings(data=str(tmp_path)))
-    assert str(tmp_path) in str(caught.value)
+    assert refusal(tmp_path) == f"{tmp_path}: {count} images are too few to hold out a sixth; give at least 6"
 
 
-# Folders
+# The record of the images
 
 
-@pytest.mark.parametrize("suffix", PACKERS)
-@pytest.mark.parametrize("below", ["", "MNIST/raw", "FashionMNIST/raw", "raw"])
-def test_layouts_and_compressions(tmp_path: Path, below: str, suffix: str) -> None:
-    train, test = random_images(13, 17, 21), random_images(7, 17, 21, seed=1)
-    write_data(tmp_path / below, train, test, suffix)
-    assert torch.equal(load_images(tmp_path, "train"), train)
-    assert torch.equal(load_test(Settings(data=str(tmp_path))).images, test)
-
-
-def test_mixed_compressions(tmp_path: Path) -> None:
-    train, test = random_images(13, 4, 4), random_images(7, 4, 4, seed=1)
-    write_data(tmp_path, train, test, ".gz")
-    plain = tmp_path / TRAIN_LABELS
-    plain.write_bytes(gzip.decompress((tmp_path / f"{TRAIN_LABELS}.gz").read_bytes()))
-    (tmp_path / f"{TRAIN_LABELS}.gz").unlink()
-    assert torch.equal(load_images(tmp_path, "train"), train)
-
-
-def test_torchvision_reads_the_same_folder_alike(tmp_path: Path) -> None:
-    torchvision = pytest.importorskip("torchvision")
-    small_mnist(tmp_path / "MNIST" / "raw")
-    expected = torchvision.datasets.MNIST(tmp_path, train=True).data
-    assert torch.equal(load_images(tmp_path, "train"), expected)
-
-
-def test_rows_and_columns_are_not_swapped(tmp_path: Path) -> None:
-    image = torch.arange(15, dtype=torch.uint8).view(1, 3, 5).expand(6, 3, 5)
-    images = load_images(write_data(tmp_path, image, image), "train")
-    assert images[0].tolist() == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11, 12, 13, 14]]
-
-
-# Damaged folders: one line that names what is at fault
-
-
-def test_missing_folder(tmp_path: Path) -> None:
-    assert refusal(tmp_path / "nowhere").startswith(f"{tmp_path / 'nowhere'}: there is no such folder")
-
-
-def test_file_in_the_place_of_the_folder(folder: Path) -> None:
-    assert "no such folder" in refusal(folder / TRAIN_IMAGES)
-
-
-def test_folder_name_beyond_what_the_system_takes(tmp_path: Path) -> None:
-    assert "no such folder" in refusal(tmp_path / ("x" * 5000))
-
-
-@pytest.mark.parametrize("name", [name for names in NAMES.values() for name in names])
-def test_missing_file(folder: Path, name: str) -> None:
-    (folder / name).unlink()
-    message = refusal(folder, "train" if name.startswith("train") else "t10k")
-    assert message.startswith(f"{folder}: has no {name} ")
-
-
-def test_folder_in_the_place_of_a_file(folder: Path) -> None:
-    (folder / TRAIN_IMAGES).unlink()
-    (folder / TRAIN_IMAGES).mkdir()
-    assert f"has no {TRAIN_IMAGES}" in refusal(folder)
-
-
-@pytest.mark.parametrize("suffix", PACKERS)
-@pytest.mark.parametrize("kept", [0, 3, 7, 15, 16, 40, -8, -1])
-def test_truncated_file(tmp_path: Path, suffix: str, kept: int) -> None:
-    write_data(tmp_path, random_images(12, 4, 5), random_images(6, 4, 5), suffix)
-    path = tmp_path / (TRAIN_IMAGES + suffix)
-    path.write_bytes(path.read_bytes()[:kept])
-    message = refusal(tmp_path)
-    assert message.startswith(f"{path}: ")
-    if suffix == "":
-        assert "truncated" in message
-
-
-@pytest.mark.parametrize("suffix", [".gz", ".xz"])
-def test_truncated_content_in_a_whole_archive(tmp_path: Path, suffix: str) -> None:
-    write_data(tmp_path, random_images(12, 4, 5), random_images(6, 4, 5), suffix)
-    path = tmp_path / (TRAIN_IMAGES + suffix)
-    path.write_bytes(PACKERS[suffix](idx_bytes(random_images(12, 4, 5))[:-1]))
-    assert refusal(tmp_path) == (
-        f"{path}: is truncated, it holds {16 + 239} of the {16 + 240} bytes that its header announces"
-    )
-
-
-@pytest.mark.parametrize("suffix", PACKERS)
-def test_file_that_is_too_long(tmp_path: Path, suffix: str) -> None:
-    write_data(tmp_path, random_images(12, 4, 5), random_images(6, 4, 5), suffix)
-    path = tmp_path / (TRAIN_IMAGES + suffix)
-    path.write_bytes(PACKERS[suffix](idx_bytes(random_images(12, 4, 5)) + b"\0"))
-    assert refusal(tmp_path) == f"{path}: holds more than the 256 bytes that its header announces"
-
-
-@pytest.mark.parametrize("suffix", [".gz", ".xz"])
-def test_bytes_after_the_archive(tmp_path: Path, suffix: str) -> None:
-    write_data(tmp_path, random_images(12, 4, 5), random_images(6, 4, 5), suffix)
-    path = tmp_path / (TRAIN_IMAGES + suffix)
-    path.write_bytes(path.read_bytes() + b"more")
-    assert refusal(tmp_path).startswith(f"{path}: cannot be read")
-
-
-@pytest.mark.parametrize("suffix", [".gz", ".xz"])
-def test_plain_file_that_is_called_compressed(folder: Path, suffix: str) -> None:
-    path = (folder / TRAIN_IMAGES).rename(folder / (TRAIN_IMAGES + suffix))
-    assert refusal(folder).startswith(f"{path}: cannot be read")
-
-
-def test_compressed_file_that_is_called_plain(folder: Path) -> None:
-    path = folder / TRAIN_IMAGES
-    path.write_bytes(gzip.compress(path.read_bytes()))
-    assert refusal(folder).startswith(f"{path}: is no IDX file of 3-dimensional bytes")
+def test_record_identifies_each_part(tmp_path: Path) -> None:
+    images, test = random_images(12, 4, 5), random_images(6, 4, 5, 1)
+    found = load_train(Settings(data=str(write_data(tmp_path, images, test))))
+    assert found.record == {
+        "height": 4, "width": 5,
+        "train": {"count": 10, "sha256": hashlib.sha256(found.train.numpy().tobytes()).hexdigest()},
+        "validation": {"count": 2, "sha256": hashlib.sha256(found.validation.numpy().tobytes()).hexdigest()},
+        "test": {"count": 6, "sha256": hashlib.sha256(test.numpy().tobytes()).hexdigest()},
+    }  # fmt: skip
+    assert load_test(Settings(data=str(tmp_path))).record == {
+        "height": 4, "width": 5, "test": found.record["test"],
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    "magic",
+    ("change", "words"),
     [
-        pytest.param(bytes([0, 0, 8, 1]), id="labels"),
-        pytest.param(bytes([0, 0, 13, 3]), id="floats"),
-        pytest.param(bytes([3, 8, 0, 0]), id="little-endian"),
-        pytest.param(b"\x89PNG", id="PNG"),
+        (lambda images, test: (images[:10], test), "10 train images, and here are 9"),
+        (lambda images, test: (images[:, :3], test[:, :3]), "images of 4×5 pixels, and these have 3×5"),
+        (lambda images, test: (255 - images, test), "other train images of the same number and size"),
+        (lambda images, test: (images, 255 - test), "other test images of the same number and size"),
+        (lambda images, test: (images, test), None),
     ],
 )
-def test_wrong_magic(folder: Path, magic: bytes) -> None:
-    path = folder / TRAIN_IMAGES
-    path.write_bytes(magic + path.read_bytes()[4:])
-    message = refusal(folder)
-    assert message.startswith(f"{path}: is no IDX file")
-    assert f"magic {int.from_bytes(magic)}, not 2051" in message
+def test_difference(tmp_path: Path, change: Any, words: str | None) -> None:
+    images, test = random_images(12, 4, 5), random_images(6, 4, 5, 1)
+    records = [
+        load_train(Settings(data=str(write_data(tmp_path / name, *parts)))).record
+        for name, parts in (("before", (images, test)), ("now", change(images, test)))
+    ]
+    found = difference(*records)
+    assert found is None if words is None else words in str(found)
 
 
-@pytest.mark.parametrize("part", ["train", "t10k"])
-def test_counts_that_disagree(folder: Path, part: sources.Part) -> None:
-    images, labels = (folder / name for name in NAMES[part])
-    count = len(read_idx(images, 3))
-    labels.write_bytes(idx_bytes(torch.zeros(count - 1, dtype=torch.uint8)))
-    assert refusal(folder, part) == f"{labels}: has {count - 1} labels for the {count} images of {images.name}"
+# Settings
 
 
-@pytest.mark.parametrize("dims", [(0, 4, 5), (12, 0, 5), (12, 4, 0), (2**31, 28, 28), (2**32 - 1,) * 3])
-def test_header_that_announces_nothing_or_far_too_much(folder: Path, dims: tuple[int, int, int]) -> None:
-    path = folder / TRAIN_IMAGES
-    path.write_bytes(struct.pack(">HBB3I", 0, 8, 3, *dims) + path.read_bytes()[16:])
-    assert refusal(folder).startswith(f"{path}: its header announces {'×'.join(map(str, dims))} elements")
+def test_transposed(tmp_path: Path) -> None:
+    images = random_images(12, 4, 5)
+    write_data(tmp_path / "emnist" / "raw", images, images)
+    found = load_train(Settings(data=str(tmp_path), transpose=True))
+    assert in_order(torch.cat([found.train, found.validation])) == in_order(images.transpose(1, 2).contiguous())
+    assert found.record["height"] == 5
+    assert "rows and columns swapped" in found.about
+    assert "--transpose turns them upright" in load_train(Settings(data=str(tmp_path))).about
 
 
-@pytest.mark.parametrize(("height", "width"), [(1, 28), (28, 1), (1, 1)])
-def test_images_without_four_quadrants(tmp_path: Path, height: int, width: int) -> None:
-    images = random_images(6, height, width)
-    write_data(tmp_path, images, images)
-    assert refusal(tmp_path).startswith(f"{tmp_path / TRAIN_IMAGES}: images of {height}×{width} pixels")
+def test_more_images_than_the_memory_holds(tmp_path: Path) -> None:
+    """Found before anything is read whole; the sum is that of the docstring, to the byte."""
+    images = random_images(72, 4, 6)
+    write_data(tmp_path, images, images[:10])
+    path = tmp_path / NAMES["train"][0]
+    hidden = {1: 18, 3: 6}
+    for more, count, byte in (
+        ({}, 72, 24 + 4 * hidden[1]),
+        ({"quadrants": 3}, 72, 24 + 4 * hidden[3]),
+        ({"train_limit": 8}, 20, 24 + 4 * hidden[1]),
+        ({"size": 2}, 72, 4 + 4 * 3),
+    ):
+        load_train(Settings(data=str(tmp_path), **more), count * byte)  # type: ignore[arg-type]
+        assert f": {count} images of " in refusal(tmp_path, room=count * byte - 1, **more)
+    load_train(Settings(data=str(tmp_path), targets="binary"), 72 * (24 + 4 * 18) + 60 * 24)
+    refusal(tmp_path, room=72 * (24 + 4 * 18) + 60 * 24 - 1, targets="binary")
+    load_test(Settings(data=str(tmp_path)), 240)
+    refusal(tmp_path, test=True, room=239)
+    path.write_bytes(path.read_bytes()[:-1])  # what would be found if it were read whole
+    message = refusal(tmp_path, room=1 << 10)
+    assert message.startswith(f"{tmp_path}: 72 images of 4×6 pixels need 0 MiB of pixels + 0 MiB of the baseline")
+    assert message.endswith("use smaller ones (--size N), fewer (--train-limit N), or another --device")
+
+
+# Names of data sets
+
+
+def test_torchvision_data_sets(tmp_path: Path) -> None:
+    """Below --data-root, as torchvision leaves them; what it names so is found by our name."""
+    torchvision = pytest.importorskip("torchvision")
+    for name, (kind, prefix, _) in TORCHVISION.items():
+        raw = tmp_path / kind / "raw"
+        raw.mkdir(parents=True, exist_ok=True)
+        start = f"{prefix}-" if prefix else ""
+        test = "test" if prefix else "t10k"
+        images = random_images(12, 4, 5, len(name))
+        (raw / f"{start}train-images-idx3-ubyte").write_bytes(idx_bytes(images))
+        (raw / f"{start}train-labels-idx1-ubyte").write_bytes(idx_bytes(torch.zeros(12, dtype=torch.uint8)))
+        (raw / f"{start}{test}-images-idx3-ubyte").write_bytes(idx_bytes(images[:6]))
+        s = Settings(data=name, data_root=str(tmp_path))
+        found = load_train(s)
+        assert in_order(torch.cat([found.train, found.validation])) == in_order(images)
+        assert torch.equal(load_test(s).images, images[:6])
+        assert found.about.startswith(f"{name}, as torchvision has it in {raw}")
+        assert hasattr(torchvision.datasets, kind)
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_command_that_downloads(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message has one that a shell takes; it calls torchvision as it wants to be called."""
+    datasets = pytest.importorskip("torchvision.datasets")
+    root = tmp_path / "it's here"
+    message = refusal(name, data_root=str(root))
+    assert message.startswith(f"{name}: is not below {root}")
+    command, _, code = shlex.split(message.partition("; to download: ")[2])
+    assert command == "python"
+    kind = TORCHVISION[name][0]
+    calls: list[tuple[Any, ...]] = []
+    signature = inspect.signature(getattr(datasets, kind).__init__)
+
+    def called(*words: Any, **named: Any) -> None:
+        calls.append((signature.bind(None, *words, **named), words[0], named["download"]))
+
+    monkeypatch.setattr(datasets, kind, called)
+    exec(code)
+    assert [call[1:] for call in calls] == [(str(root), True)] * (2 if name == "qmnist" else 1)
+
+
+def test_default_roots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert f"is not below {tmp_path}/.cache/torchvision or data" in refusal("kmnist")
+    for root in ("data", ".cache/torchvision"):
+        write_data(tmp_path / root / "KMNIST" / "raw", random_images(12, 4, 5, len(root)), random_images(6, 4, 5))
+        assert everything("kmnist") == in_order(random_images(12, 4, 5, len(root)))
+        assert f"{root}/KMNIST/raw" in load_train(Settings(data="kmnist")).about
+
+
+def test_words_of_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names however they are spelt; what is there as a path is a path; ~ is the home."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    for word, name in (
+        ("FashionMNIST", "fashion-mnist"), ("fashion_mnist", "fashion-mnist"), ("EMNIST-Letters", "emnist-letters"),
+        ("MNIST", "mnist"), ("./mnist", str(tmp_path / "mnist")), ("~/pictures", str(tmp_path / "home" / "pictures")),
+        ("pictures", str(tmp_path / "pictures")),
+    ):  # fmt: skip
+        assert named(word) == name
+    (tmp_path / "mnist").mkdir()
+    assert named("mnist") == str(tmp_path / "mnist")
+    write_data(tmp_path / "home" / "pictures", random_images(12, 4, 5), random_images(6, 4, 5))
+    assert everything("~/pictures") == in_order(random_images(12, 4, 5))
 
 
 # What the networks see of them
@@ -304,9 +304,3 @@ def test_batches_hold_every_pixel_once_and_scaled(num_quadrants: int) -> None:
     assert torch.equal(split.compose(x, y), images.float() / 255)
     rows = torch.tensor([7, 0, 7])
     assert torch.equal(image_set.batch(rows).y, y[rows])
-
-
-def test_copy_of_the_embedded_files_is_a_data_folder_too(tmp_path: Path) -> None:
-    for name in NAMES["t10k"]:
-        shutil.copy(EMBEDDED / f"{name}.xz", tmp_path)
-    assert torch.equal(load_test(Settings(data=str(tmp_path))).images, load_test().images)

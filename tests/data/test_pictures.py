@@ -1,0 +1,316 @@
+"""Folders of pictures: all that people have in them, and what is refused."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support.images import everything, in_order, random_images, refusal, write_pictures
+from support.scripts import write_data
+
+from cvae.data.pictures import read_picture
+from cvae.data.sources import load_test, load_train
+from cvae.settings import Settings
+
+IMAGES = random_images(20, 6, 5)
+GREY = IMAGES[0].numpy()
+
+
+def about(folder: Path, **more: object) -> str:
+    return load_train(Settings(data=str(folder), **more)).about  # type: ignore[arg-type]
+
+
+# What they look like
+
+
+@pytest.mark.parametrize("suffix", [".png", ".bmp", ".gif", ".tif", ".TIFF", ".pgm", ".PNG"])
+def test_formats_without_loss(tmp_path: Path, suffix: str) -> None:
+    """All that is stored is read: the three parts together are the pictures."""
+    folder = write_pictures(tmp_path, IMAGES, suffix)
+    images, test = load_train(Settings(data=str(folder))), load_test(Settings(data=str(folder)))
+    assert in_order(torch.cat([images.train, images.validation, test.images])) == in_order(IMAGES)
+    assert images.record["test"] == test.record["test"]
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".jpeg", ".webp", ".JPG"])
+def test_formats_with_loss(tmp_path: Path, suffix: str) -> None:
+    smooth = (torch.arange(16)[:, None] * 9 + torch.arange(16) * 3).to(torch.uint8)
+    folder = write_pictures(tmp_path, smooth.expand(12, 16, 16), suffix)
+    read = load_train(Settings(data=str(folder))).train[0]
+    assert (read.int() - smooth.int()).abs().max() <= 6
+
+
+def saved(path: Path, picture: Image.Image, **more: object) -> Path:
+    picture.save(path, **more)
+    return path
+
+
+def test_colours_become_luminance(tmp_path: Path) -> None:
+    """By the weights of ITU-R 601, as an array of the same colours does."""
+    colours = np.random.default_rng(0).integers(0, 256, (20, 6, 5, 3), dtype=np.uint8)
+    for i, picture in enumerate(colours):
+        saved(tmp_path / f"{i:02}.png", Image.fromarray(picture))
+    images = load_train(Settings(data=str(tmp_path)))
+    assert "colour made grey by ITU-R 601" in images.about
+    np.savez(tmp_path / "colours.npz", colours)
+    arrays = load_train(Settings(data=str(tmp_path / "colours.npz")))
+    assert "colour made grey by ITU-R 601" in arrays.about
+    assert torch.equal(images.train, arrays.train)
+    expected = np.rint(colours @ np.array([0.299, 0.587, 0.114]))
+    for i, picture in enumerate(expected):
+        assert (read_picture(tmp_path / f"{i:02}.png") == picture).all()
+    red = saved(tmp_path / "red.png", Image.new("RGB", (5, 6), (255, 0, 0)))
+    assert (read_picture(red) == round(0.299 * 255)).all()
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [("1", np.where(GREY > 127, 255, 0)), ("P", GREY), ("LA", GREY), ("RGBA", GREY), ("CMYK", GREY), ("RGB", GREY)],
+)
+def test_modes(tmp_path: Path, mode: str, expected: np.ndarray) -> None:
+    picture = Image.fromarray(GREY)
+    picture = picture.convert(mode, dither=Image.Dither.NONE) if mode == "1" else picture.convert(mode)
+    path = saved(tmp_path / ("a.tif" if mode == "CMYK" else "a.png"), picture)
+    assert (read_picture(path) == expected).all()
+
+
+def test_transparent_is_black(tmp_path: Path) -> None:
+    alpha = Image.merge("LA", [Image.new("L", (5, 6), 200), Image.fromarray(GREY)])
+    notes: list[str] = []
+    read = read_picture(saved(tmp_path / "a.png", alpha), notes=notes)
+    assert np.abs(read - GREY * (200 / 255)).max() <= 1
+    assert "transparent pixels made black" in notes
+    palette = Image.fromarray(GREY // 2).convert("P")
+    read = read_picture(saved(tmp_path / "b.png", palette, transparency=int(GREY[2, 2] // 2)))
+    assert (read == np.where(GREY[2, 2] // 2 == GREY // 2, 0, GREY // 2)).all()
+
+
+def test_sixteen_bits_and_floats_are_scaled(tmp_path: Path) -> None:
+    wide = Image.fromarray(GREY.astype(np.uint16) * 257)
+    for name in ("a.png", "a.tif"):
+        notes: list[str] = []
+        assert (read_picture(saved(tmp_path / name, wide), notes=notes) == GREY).all()
+        assert notes == ["16-bit levels scaled to 8"]
+    floats = Image.fromarray(GREY.astype(np.float32) / 255)
+    assert (read_picture(saved(tmp_path / "b.tif", floats)) == GREY).all()
+
+
+def test_pictures_whose_brightest_level_is_one_are_black_and_white(tmp_path: Path) -> None:
+    folder = write_pictures(tmp_path, (IMAGES > 99).to(torch.uint8))
+    images = load_train(Settings(data=str(folder)))
+    assert images.train.unique().tolist() == [0, 255]
+    assert "the brightest level is 1 of 255: taken as black and white" in images.about
+    assert load_test(Settings(data=str(folder))).record["test"] == images.record["test"]
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif"])
+@pytest.mark.parametrize(("orientation", "turns"), [(3, 2), (6, 3), (8, 1)])
+def test_orientation(tmp_path: Path, suffix: str, orientation: int, turns: int) -> None:
+    """As cameras store it: turned by quarters, and said."""
+    picture = np.zeros((16, 24), np.uint8)
+    picture[:, :8] = 255
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for i in range(8):
+        saved(tmp_path / f"{i}{suffix}", Image.fromarray(picture), exif=exif)
+    images = load_train(Settings(data=str(tmp_path)))
+    expected = np.rot90(picture, turns)
+    assert np.abs(images.validation[0].numpy().astype(int) - expected.astype(int)).max() < 20
+    assert "turned as their EXIF orientation says" in images.about
+
+
+def test_first_frame(tmp_path: Path) -> None:
+    for name in ("a.gif", "a.tif", "a.webp"):
+        more = {"lossless": True} if name == "a.webp" else {}
+        frames = [Image.fromarray(image.numpy()) for image in IMAGES[1:3]]
+        notes: list[str] = []
+        path = saved(tmp_path / name, Image.fromarray(GREY), save_all=True, append_images=frames, **more)
+        assert (read_picture(path, notes=notes) == GREY).all()
+        assert "of several frames the first one taken" in notes
+
+
+def test_content_decides_what_a_picture_is(tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    Image.fromarray(GREY).save(path, "PNG")
+    assert (read_picture(path) == GREY).all()
+
+
+# Where they lie
+
+
+def test_parts_and_classes(tmp_path: Path) -> None:
+    for part, first, last in (("train", 0, 12), ("val", 12, 15), ("test", 15, 20)):
+        for i in range(first, last):
+            write_pictures(tmp_path / part / f"class {i % 3}", IMAGES[i : i + 1], f"-{i}.png")
+    write_pictures(tmp_path / "more", IMAGES[:2])
+    images = load_train(Settings(data=str(tmp_path)))
+    assert in_order(images.train) == in_order(IMAGES[:12])
+    assert in_order(images.validation) == in_order(IMAGES[12:15])
+    assert in_order(load_test(Settings(data=str(tmp_path))).images) == in_order(IMAGES[15:])
+    assert images.about.startswith(f"pictures below {tmp_path}: 12 training, 3 validation, 5 test images of 6×5 pixels")
+    assert "2 pictures beside train and test passed over" in images.about
+
+
+def test_train_without_test(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "Training", IMAGES)
+    assert everything(tmp_path) == in_order(IMAGES)
+    assert "no test images" in about(tmp_path)
+    assert refusal(tmp_path, test=True) == f"{tmp_path}: has no test images"
+
+
+def test_two_folders_for_one_part(tmp_path: Path) -> None:
+    for name in ("train", "training"):
+        write_pictures(tmp_path / name, IMAGES[:6])
+    assert refusal(tmp_path) == f"{tmp_path}: has several folders for one part: train, training"
+
+
+def test_parts_do_not_depend_on_the_file_system(tmp_path: Path) -> None:
+    """Nor on in which order they were written; a link to the folder is the folder."""
+    write_pictures(tmp_path / "a", IMAGES)
+    (tmp_path / "b").mkdir()
+    for path in sorted((tmp_path / "a").iterdir(), key=lambda path: path.name[::-1], reverse=True):
+        shutil.copy(path, tmp_path / "b")
+    (tmp_path / "c").symlink_to(tmp_path / "b")
+    records = [load_train(Settings(data=str(tmp_path / name))).record for name in "abc"]
+    assert records[0] == records[1] == records[2]
+
+
+def test_what_is_no_picture_is_counted_and_never_opened(tmp_path: Path) -> None:
+    """A pipe would have to be waited for; what begins with a dot is no picture even if it is called one."""
+    write_pictures(tmp_path, IMAGES)
+    for name in ("Thumbs.db", "labels.csv"):
+        (tmp_path / name).write_text("no picture")
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "._0001.png").write_text("no picture")
+    for name in (".thumbnails", "__MACOSX"):
+        write_pictures(tmp_path / name, IMAGES)
+    images = load_train(Settings(data=str(tmp_path)))
+    assert sum(part["count"] for part in images.record.values() if isinstance(part, dict)) == len(IMAGES)
+    assert "3 files that are no pictures passed over" in images.about
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("../outside.png", "which is not in the folder"),
+        ("nowhere.png", "which is not in the folder"),
+        ("link.png", "which is not in the folder"),
+        ("..", "is a symbolic link to a folder"),
+        (".", "is a symbolic link to a folder"),
+    ],
+)
+def test_links_that_lead_out_or_nowhere(tmp_path: Path, target: str, words: str) -> None:
+    folder = write_pictures(tmp_path / "folder", IMAGES)
+    saved(tmp_path / "outside.png", Image.fromarray(GREY))
+    (folder / "link.png").symlink_to(target)
+    message = refusal(folder)
+    assert message.startswith(f"{folder / 'link.png'}: is a symbolic link to ")
+    assert words in message
+
+
+def test_link_within_the_folder(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "train", IMAGES)
+    (tmp_path / "train" / "copy.png").symlink_to("0000.png")
+    assert len(everything(tmp_path)) == len(IMAGES) + 1
+
+
+def test_folder_a_thousand_levels_deep(tmp_path: Path) -> None:
+    """Deeper than Python's recursion goes; the picture at the bottom is found."""
+    here = Path.cwd()
+    os.chdir(tmp_path)
+    try:
+        for _ in range(1200):
+            os.mkdir("d")
+            os.chdir("d")
+        write_pictures(Path(), IMAGES)
+    finally:
+        os.chdir(here)
+    try:
+        assert load_train(Settings(data=str(tmp_path))).record["train"]["count"] == 15
+    finally:
+        subprocess.run(["rm", "-rf", tmp_path / "d"], check=True)  # Python's own way would recur
+
+
+# Sizes
+
+
+def test_unequal_sizes(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "train", IMAGES)
+    odd = saved(tmp_path / "train" / "1000.png", Image.fromarray(random_images(1, 7, 5)[0].numpy()))
+    first = tmp_path / "train" / "0000.png"
+    assert refusal(tmp_path) == f"{odd}: has 7×5 pixels, and {first} has 6×5; --size N scales all of them to N×N"
+    assert load_train(Settings(data=str(tmp_path), size=4)).train.shape[1:] == (4, 4)
+
+
+def test_scaled_alike_in_every_form(tmp_path: Path) -> None:
+    """A folder, an .npz and IDX files of the same images, to the byte."""
+    images = random_images(20, 12, 16)
+    write_pictures(tmp_path / "pictures" / "train", images)
+    np.savez(tmp_path / "images.npz", train=images.numpy())
+    write_data(tmp_path / "idx", images, images)
+    found = [everything(tmp_path / name, size=8) for name in ("pictures", "images.npz", "idx")]
+    assert found[0] == found[1] == found[2]
+    assert "scaled from 12×16" in about(tmp_path / "images.npz", size=8)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture", b"half"])
+def test_broken_picture(tmp_path: Path, content: bytes) -> None:
+    write_pictures(tmp_path / "train", IMAGES)
+    path = tmp_path / "train" / "0013.png"
+    path.write_bytes(path.read_bytes()[:60] if content == b"half" else content)
+    assert refusal(tmp_path).startswith(f"{path}: cannot be read as a picture (")
+
+
+def test_constant_picture(tmp_path: Path) -> None:
+    images = IMAGES.clone()
+    images[[4, 9]] = 7
+    write_pictures(tmp_path / "train", images)
+    assert refusal(tmp_path) == (
+        f"{tmp_path / 'train' / '0004.png'}: is of one grey level throughout (and 1 more); leave it out"
+    )
+
+
+def test_dark_sixteen_bit_picture(tmp_path: Path) -> None:
+    """Its levels may be of 0 to 255, or nothing to see: it is not guessed."""
+    path = saved(tmp_path / "a.png", Image.fromarray(GREY.astype(np.uint16)))
+    assert refusal(tmp_path).startswith(f"{path}: is a 16-bit picture with no level above 255 of 65535")
+
+
+def test_floats_out_of_range(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.tif", Image.fromarray(GREY.astype(np.float32)))
+    assert refusal(tmp_path).startswith(f"{path}: holds numbers from {GREY.min()} to {GREY.max()}; floats have to be")
+
+
+def test_name_of_a_file_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "a\nb\x1b[1m.png").write_text("no picture")
+    assert r"a\nb\x1b[1m.png: cannot be read" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_too_few(tmp_path: Path, count: int) -> None:
+    write_pictures(tmp_path, IMAGES[:count])
+    assert refusal(tmp_path) == f"{tmp_path}: {count} images are too few to hold out a sixth; give at least 6"
+    assert refusal(tmp_path, test=True) == refusal(tmp_path)
+
+
+def test_folder_without_pictures(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("no picture")
+    assert refusal(tmp_path).startswith(
+        f"{tmp_path}: holds no images; --data takes a folder of IDX files or of pictures"
+    )
+
+
+def test_ten_thousand_files(tmp_path: Path) -> None:
+    write_pictures(tmp_path, IMAGES)
+    (tmp_path / "more").mkdir()
+    for i in range(10_000):
+        os.link(tmp_path / f"{i % 20:04}.png", tmp_path / "more" / f"{i}.png")
+    images = load_train(Settings(data=str(tmp_path)))
+    assert sum(part["count"] for part in images.record.values() if isinstance(part, dict)) == 10_020
