@@ -15,6 +15,7 @@ from support.trainings import (
     epochs_logged,
     events,
     finish,
+    said,
     start,
     train_command,
 )
@@ -22,6 +23,7 @@ from support.trainings import (
 from cvae import runtime
 from cvae.run import checkpoint
 from cvae.run.folder import read_json, read_precision, read_settings
+from cvae.run.plan import MOVABLE
 from cvae.settings import Settings
 
 BASELINE = [("baseline", 1), ("baseline", 2)]
@@ -71,7 +73,6 @@ def contrary(work: Path, forked: Forked) -> tuple[Path, list[str]]:
 def test_moments_are_those_of_every_write(contrary: tuple[Path, list[str]]) -> None:
     """The control of the next test: what it kills before."""
     for what, times in {
-        "create_run rename": 1,
         "atomic_file replace config.json": 1,
         "atomic_file replace last.pt": 3,
         "atomic_file replace best.pt": 2,
@@ -96,13 +97,13 @@ def test_killed_before_any_write_and_again_as_it_goes_on(
         folder = work / "runs" / name
         argv = [*CONTRARY, "--name", name]
         assert forked(*argv, kill_at=kill_at)["code"] == -9
-        if folder.exists():
+        if (folder / "config.json").exists():
             best_behind += is_best_behind(folder)
             argv = ["--resume", name]
             second = forked(*argv, kill_at=dice.randrange(12))
             assert second["code"] in (0, -9), second
         else:
-            assert "create_run rename" not in " ".join(moments[:kill_at])
+            assert "atomic_file replace config.json" not in moments[:kill_at]
         answer = forked(*argv)
         assert answer["code"] == 0, (moments[kill_at], answer)
         assert_same(folder, reference)
@@ -146,7 +147,9 @@ def test_resumed_by_command(work: Path, forked: Forked, moments: list[str], undi
 
     code, out, err = finish(start(train_command("--resume", name if way == "by name" else f"runs/{name}"), work))
     assert (code, err) == (0, "")
-    assert [line.split("/")[0] for line in out.splitlines()[:-1]] == [f"{p}, epoch {n}" for p, n in ALL_EPOCHS[seen:]]
+    assert [line.split("/")[0] for line in said(out).splitlines()[:-1]] == [
+        f"{p}, epoch {n}" for p, n in ALL_EPOCHS[seen:]
+    ]
     assert_same(folder, undisturbed)
     assert events_are_each_once_and_in_order(folder)
 
@@ -163,21 +166,24 @@ def events_are_each_once_and_in_order(folder: Path) -> bool:
 def test_what_a_crash_leaves_at_the_end_of_the_log_is_dropped(
     work: Path, forked: Forked, moments: list[str], undisturbed: Path
 ) -> None:
-    """Torn lines, torn records, whole epochs of a time that is no more, a log that was being begun."""
+    """A whole epoch, a torn line, torn records, a log that was being begun. What is not ours stays."""
     folder = work / "runs/torn"
     answer = forked("--data", "data", *SMALL, "--name", "torn", kill_at=nth(moments, "atomic_file replace last.pt", 4))
     assert answer["code"] == -9
     assert epochs_logged(folder) == ALL_EPOCHS[:4]  # one more than last.pt has seen
     [log] = folder.glob("events.*")
     with open(folder / "metrics.jsonl", "ab") as metrics, open(log, "ab") as records:
-        metrics.write(b'{"phase": "cvae", "epoch": 3}\n{"phase": "cv')
+        metrics.write(b'{"phase": "cv')
         records.write(log.read_bytes()[:1000])
-    (folder / f"{log.name}.later").write_bytes(log.read_bytes()[:777])
+    assert log.name.endswith(".train")
+    log.with_suffix(".later.train").write_bytes(log.read_bytes()[:777])
     for name in (".last.pt.tmp", ".best.pt.tmp", ".config.json.tmp", ".summary.json.tmp"):
         (folder / name).write_bytes(b"half a f")
+    own = folder / "events.out.tfevents.1.somebody"
+    own.write_bytes(log.read_bytes()[:300])
     assert forked("--resume", "torn")["code"] == 0
-    for name in (".config.json.tmp",):  # config.json had no cause to be written again
-        (folder / name).unlink()
+    assert own.stat().st_size == 300
+    own.unlink()
     assert_same(folder, undisturbed)
 
 
@@ -187,7 +193,7 @@ def test_what_a_crash_leaves_at_the_end_of_the_log_is_dropped(
 def test_finished(work: Path, undisturbed: Path) -> None:
     before = contents(undisturbed)
     code, out, err = finish(start(train_command("--resume", "undisturbed"), work))
-    assert (code, out, err) == (0, "runs/undisturbed is finished: nothing is left to do\n", "")
+    assert (code, said(out), err) == (0, "runs/undisturbed is finished: nothing is left to do\n", "")
     assert contents(undisturbed) == before
 
 
@@ -203,7 +209,7 @@ def test_early_stopping(work: Path, forked: Forked) -> None:
 
     before = contents(folder)
     again = forked("--resume", "early")
-    assert (again["code"], again["output"]) == (0, "runs/early is finished: nothing is left to do\n")
+    assert (again["code"], said(again["output"])) == (0, "runs/early is finished: nothing is left to do\n")
     assert contents(folder) == before
 
     for n in (2, 3, 5, 6):  # the count of epochs without improvement is not begun anew
@@ -226,7 +232,7 @@ def test_more_epochs(work: Path, forked: Forked) -> None:
         assert forked(*words)["code"] == 0
     assert read_settings(work / "runs/short").epochs == 4
     assert_same(work / "runs/short", work / "runs/long", apart_from="texts")  # of the settings it began with
-    assert forked("--resume", "short")["output"] == "runs/short is finished: nothing is left to do\n"
+    assert said(forked("--resume", "short")["output"]) == "runs/short is finished: nothing is left to do\n"
     fewer = forked("--resume", "short", "--epochs", "3")
     assert fewer["code"] == 2
     assert "has had 4 epochs" in fewer["output"]
@@ -238,16 +244,16 @@ def test_more_epochs(work: Path, forked: Forked) -> None:
 
 CONTRADICTIONS = [
     "--observed left", "--network paper", "--objective gsnn", "--objective hybrid", "--alpha 0.25",
-    "--quadrants 2", "--quadrants 1 2", "--device cuda", "--precision bf16", "--baseline-epochs 3", "--patience 9",
+    "--quadrants 2", "--quadrants 1 2", "--precision bf16", "--baseline-epochs 3", "--patience 9",
     "--batch-size 31", "--learning-rate 0.5", "--schedule constant", "--warmup-epochs 7", "--weight-decay 0.1",
-    "--average 7", "--hidden 32 33", "--latent-dim 9", "--particles 2", "--seed 1", "--data .", "--train-limit 299",
-    "--compile", "--epochs 9 --seed 1",
+    "--average 7", "--hidden 32 33", "--latent-dim 9", "--particles 2", "--seed 1", "--size 32", "--transpose",
+    "--targets binary", "--train-limit 299", "--compile", "--epochs 9 --seed 1",
 ]  # fmt: skip
 
 
 def test_contradicting_settings(work: Path, forked: Forked, undisturbed: Path) -> None:
     flags = {flag.split()[-2 if "--epochs" in flag else 0][2:].replace("-", "_") for flag in CONTRADICTIONS}
-    assert flags == read_settings(undisturbed).to_dict().keys() - {"epochs"}  # all of them
+    assert flags == read_settings(undisturbed).to_dict().keys() - {*MOVABLE}  # all of them
     before = contents(undisturbed)
     for words in CONTRADICTIONS:
         answer = forked("--resume", "undisturbed", *words.split())
@@ -255,7 +261,7 @@ def test_contradicting_settings(work: Path, forked: Forked, undisturbed: Path) -
         assert answer["code"] == 2, (words, answer)
         line, rest = answer["output"].split("\n", 1)
         assert rest == ""
-        begun = f"without {flag}, " if flag == "--observed" else f"with {flag} "
+        begun = f"without {flag}, " if flag in ("--observed", "--size") else f"with {flag} "
         assert line.startswith(f"train.py: runs/undisturbed was begun {begun}")
     assert contents(undisturbed) == before
 
@@ -273,7 +279,7 @@ def test_contradiction_by_command(work: Path, undisturbed: Path) -> None:
 def test_the_same_settings_again_are_no_contradiction(work: Path, forked: Forked, undisturbed: Path) -> None:
     before = contents(undisturbed)
     answer = forked("--resume", "undisturbed", "--data", "data", *SMALL, "--seed", "0", "--quadrants", "1")
-    assert (answer["code"], answer["output"]) == (0, "runs/undisturbed is finished: nothing is left to do\n")
+    assert (answer["code"], said(answer["output"])) == (0, "runs/undisturbed is finished: nothing is left to do\n")
     assert contents(undisturbed) == before
 
 
@@ -284,8 +290,8 @@ def test_checkpoint_of_other_settings(work: Path, forked: Forked, moments: list[
     shutil.copy(undisturbed / "last.pt", work / "runs/other/last.pt")
     answer = forked("--resume", "other", "--epochs", "9")
     assert answer["code"] == 3, answer
-    assert answer["output"].count("\n") == 1
-    assert answer["output"].startswith("train.py: runs/other/last.pt: ")
+    assert said(answer["output"]).count("\n") == 1
+    assert said(answer["output"]).startswith("train.py: runs/other/metrics.jsonl: ")
 
 
 def test_goes_on_in_the_precision_it_was_begun_in(work: Path, forked: Forked, moments: list[str]) -> None:

@@ -48,6 +48,8 @@ class Moments:
         call = f"{code.co_name} {function.__name__}"
         if function.__name__ not in CALLS and call != "sync_folder fsync":
             return
+        if isinstance(function.__self__, str):
+            return  # its replace
         # A checkpoint is written in dozens of pieces, of which the twentieth will do.
         self._pieces = self._pieces + 1 if call == "write write" else 0
         if self._pieces in (0, 20):

@@ -124,6 +124,13 @@ def epochs_logged(folder: Path) -> list[tuple[str, int]]:
     return [(record["phase"], record["epoch"]) for record in read_metrics(path)] if path.exists() else []
 
 
+def said(output: str) -> str:
+    """What a training on IDX files printed, without the line that says which they are."""
+    first, rest = output.split("\n", 1)
+    assert first.startswith("IDX files in ")
+    return rest
+
+
 # Starting, waiting, killing
 
 
