@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cvae.data.images import ImageSet
 from cvae.data.mask_pictures import mask_png
-from cvae.data.masks import MASKS
+from cvae.data.masks import MASKS, Split
 from cvae.errors import DataError
 from cvae.report import figures
 from cvae.run.folder import read_json
@@ -185,3 +185,15 @@ def test_evaluation_and_pictures_are_of_the_drawn_images(
     for part, same in (("train", "grey"), ("validation", "binary-fixed"), ("test", "binary-fixed")):
         assert records["binary"][part] == records[same][part]
         assert records["grey"][part] != records["binary-fixed"][part]
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [("", "input"), ("every-second-row", "input: every-second-row"), ("a" * 300, f"input: {'a' * 19}…")],
+)
+def test_pictures_carry_the_name_of_the_mask(name: str, label: str) -> None:
+    """In the margin, whose width has to stay within reason."""
+    split = Split(DISC, name)
+    rows = figures.completion_rows(torch.zeros(2, 10, 9, dtype=torch.uint8), split, torch.rand(2, split.num_hidden))
+    assert [name for name, _ in rows] == [label, "truth", "NN"]
+    assert figures.draw_rows(rows).shape[2] < 500
