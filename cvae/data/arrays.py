@@ -89,7 +89,7 @@ def find_arrays(path: Path, s: Settings) -> Source | None:
     else:
         shapes = listed(f"{each.name} {list(each.shape)}" for each in members) or "nothing"
         raise DataError(f"{path}: has to hold x_train and x_test, or one array of images; it holds {shapes}")
-    return Source(".npz file" if start.startswith(b"PK") else ".npy file", path, parts)
+    return Source(".npz file" if start.startswith(b"PK") else ".npy file", path, parts, [])
 
 
 def _part(member: Member) -> Part:

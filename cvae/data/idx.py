@@ -73,7 +73,7 @@ def idx_set(folder: Path, name: str) -> Source | None:
     if files is None:
         return None
     parts = {part: _part(path, files.labels.get(part)) for part, path in files.images.items()}
-    return Source("IDX files in", folder / name, parts)
+    return Source("IDX files in", folder / name, parts, [])
 
 
 def _folders(path: Path) -> Iterator[Path]:

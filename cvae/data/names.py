@@ -36,14 +36,17 @@ NAMES = (MNIST, *TORCHVISION)
 def named(word: str) -> str:
     """What `--data` says, as the settings keep it: a path from the root, or one of NAMES, however it is spelt.
 
-    What exists as a path is a path.
+    What exists as a path is a path; nothing (an empty variable of the shell) stays nothing, and is refused later.
     """
-    path = Path(word).expanduser()
-    if not os.path.lexists(path):
-        for name in NAMES:
-            if _letters(name) == _letters(word):
-                return name
-    return str(path.resolve())
+    path = os.path.expanduser(word)
+    if not os.path.lexists(path) and (name := name_of(word)) is not None:
+        return name
+    return os.path.realpath(path) if word else word
+
+
+def name_of(word: str) -> str | None:
+    """Which of NAMES a word means, however it is spelt."""
+    return next((name for name in NAMES if _letters(name) == _letters(word)), None)
 
 
 def _letters(name: str) -> str:
@@ -53,9 +56,9 @@ def _letters(name: str) -> str:
 def find_named(name: str, s: Settings) -> Source:
     """The data set of one of NAMES. Raises DataError with the command that downloads it where it is not."""
     if name == MNIST:
-        return Source("MNIST, which comes with the package", "", {"train": _mnist("train"), "test": _mnist("t10k")})
+        return Source("MNIST, which comes with the package", "", {"train": _mnist("train"), "test": _mnist("t10k")}, [])
     kind, prefix, arguments = TORCHVISION[name]
-    roots = [Path(root).expanduser() for root in ([s.data_root] if s.data_root is not None else ROOTS)]
+    roots = [Path(os.path.expanduser(root)) for root in ([s.data_root] if s.data_root is not None else ROOTS)]
     for root in roots:
         if (source := idx_set(root / kind / "raw", prefix)) is not None:
             return source._replace(form=f"{name}, as torchvision has it in")

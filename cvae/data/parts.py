@@ -58,12 +58,13 @@ class Source(NamedTuple):
     """A set of images: where it lies, in which form, and its parts.
 
     parts: `train`, `validation` and `test`, as far as there are such; or `all`, where the set is not divided.
+    notes: what the user has to know of how it was found.
     """
 
     form: str
     place: Path | str
     parts: dict[str, Part]
-    notes: Sequence[str] = ()
+    notes: list[str]
 
 
 def part_named(name: str) -> str | None:

@@ -183,6 +183,8 @@ def _decoded(image: Image.Image, path: str, side: int | None, expected: Expected
         raise DataError(_unequal(path, image, expected))
     if image.mode[0] in "IF":
         values = levels(np.asarray(image)[None], lambda _: path)[0]
+        if image.mode == "F":
+            note("floats from 0 to 1")
         if values.dtype == np.uint16:
             if values.max() <= 0xFF:
                 raise DataError(f"{path}: is a 16-bit picture with no level above 255 of 65535; store it with 8 bits")
@@ -197,7 +199,10 @@ def _decoded(image: Image.Image, path: str, side: int | None, expected: Expected
     if image.mode not in ("1", "L"):
         note(GREY)
     grey = image.convert("L")
-    return np.asarray(grey if side is None else scaled(grey, side))
+    if side is None or grey.size == (side, side):
+        return np.asarray(grey)
+    note("scaled")
+    return np.asarray(scaled(grey, side))
 
 
 def _unequal(path: str, image: Image.Image, expected: Expected) -> str:

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cvae import runtime
 from cvae.data.arrays import find_arrays
+from cvae.data.division import Rows, divided, hold_out_validation
 from cvae.data.idx import find_idx
 from cvae.data.images import as_targets
 from cvae.data.masks import is_picture, make_split
-from cvae.data.names import MNIST, NAMES, find_named, named
+from cvae.data.names import MNIST, NAMES, find_named, name_of, named
 from cvae.data.parts import Images, Part, Source, resized
 from cvae.data.pictures import find_pictures
 from cvae.errors import DataError
@@ -28,8 +28,6 @@ __all__ = ["READERS", "TestImages", "TrainImages", "difference", "load_test", "l
 
 READERS: tuple[Callable[[Path, Settings], Source | None], ...] = (find_idx, find_arrays, find_pictures)
 """Each finds images of its form at a path, or returns None; the first that finds any is taken."""
-
-Rows = dict[str, tuple[Part, Tensor]]  # of training, validation and test images: where they are read from, and which
 
 
 class TrainImages(NamedTuple):
@@ -69,10 +67,10 @@ def load_train(s: Settings = Settings(), room: int | None = None) -> TrainImages
     """
     with _one_line():
         source = _find(s)
-        rows, notes = _divided(source)
+        rows, notes = divided(source)
         if "train" not in rows:
             raise DataError(f"{source.place}: has no training images")
-        _hold_out_validation(source, rows, notes, s)
+        hold_out_validation(source, rows, notes, s)
         (part, train), (_, validation) = rows["train"], rows["validation"]
         height, width = _size(part, s)
         used, hidden = min(len(train), s.train_limit or len(train)), height * width
@@ -92,7 +90,7 @@ def load_test(s: Settings = Settings(), room: int | None = None) -> TestImages: 
     """The test images: for `eval.py` alone. room: bytes for their pixels; errors: as in `load_train`."""
     with _one_line():
         source = _find(s)
-        rows, notes = _divided(source)
+        rows, notes = divided(source)
         if "test" not in rows:
             raise DataError(f"{source.place}: has no test images")
         part, chosen = rows["test"]
@@ -108,49 +106,18 @@ def _find(s: Settings) -> Source:
     word = MNIST if s.data is None else s.data
     if word in NAMES:
         return find_named(word, s)
-    path = Path(word).expanduser()
-    for reader in READERS:
+    path = Path(os.path.expanduser(word))
+    for reader in READERS if word else ():
         if (source := reader(path, s)) is not None:
-            return source
-    problem = "holds no images" if os.path.exists(path) else "there is no such folder or file"
+            here = path.parent == Path.cwd() and name_of(path.name) is not None
+            return source._replace(
+                notes=[*source.notes, "a path, not the data set of this name"] if here else source.notes
+            )
+    problem = "holds no images" if word and os.path.exists(path) else "there is no such folder or file"
     raise DataError(
-        f"{word}: {problem}; --data takes a folder of IDX files or of pictures, an .npz or .npy file, "
+        f"{word or '--data'}: {problem}; --data takes a folder of IDX files or of pictures, an .npz or .npy file, "
         f"or one of {', '.join(NAMES)}"
     )
-
-
-def _divided(source: Source) -> tuple[Rows, list[str]]:
-    """The parts of a source; of an undivided one, a sixth of its images are for the test. And what was chosen."""
-    rows = {name: (part, torch.arange(part.count)) for name, part in source.parts.items()}
-    notes = list(source.notes)
-    if "all" in rows:
-        part, _ = rows.pop("all")
-        train, test = _held_out(source, runtime.permutation(part.count, "test images"))
-        rows |= {"train": (part, train), "test": (part, test)}
-        notes.append("a sixth drawn for the test, the same for every seed")
-    return rows, notes
-
-
-def _hold_out_validation(source: Source, rows: Rows, notes: list[str], s: Settings) -> None:
-    """Permute the training images, and take those for validation from them if the source has none of its own."""
-    part, train = rows["train"]
-    if source.place:  # MNIST has no place, and stays in order
-        train = train[runtime.permutation(len(train), s.seed, "validation images")]
-    if "validation" not in rows:
-        train, held_out = _held_out(source, train)
-        rows["validation"] = part, held_out
-        notes.append(f"validation images drawn by seed {s.seed}" if source.place else "the last ones for validation")
-    rows["train"] = part, train
-    if "test" not in rows:
-        notes.append("no test images, so that eval.py will not be able to evaluate the run")
-
-
-def _held_out(source: Source, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows, and the last of them to be held out: a sixth, or 10,000 of 60,000 and more."""
-    count = 10_000 if len(rows) >= 60_000 else len(rows) // 6
-    if count == 0:
-        raise DataError(f"{source.place}: {len(rows)} images are too few to hold out a sixth; give at least 6")
-    return rows[:-count], rows[-count:]
 
 
 def _size(part: Part, s: Settings) -> tuple[int, int]:

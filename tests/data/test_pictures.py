@@ -1,5 +1,6 @@
 """Folders of pictures: all that people have in them, and what is refused."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from support.images import everything, in_order, random_images, refusal, write_pictures
+from support.inprocess import TINY, call_eval, call_train
 from support.scripts import write_data
 
 from cvae.data.pictures import read_picture
@@ -314,3 +316,29 @@ def test_ten_thousand_files(tmp_path: Path) -> None:
         os.link(tmp_path / f"{i % 20:04}.png", tmp_path / "more" / f"{i}.png")
     images = load_train(Settings(data=str(tmp_path)))
     assert sum(part["count"] for part in images.record.values() if isinstance(part, dict)) == 10_020
+
+
+# As the scripts read them
+
+
+@pytest.mark.parametrize("form", ["pictures", "array"])
+def test_training_and_evaluation(tmp_path: Path, form: str) -> None:
+    """Each says in its first line what it took, and what it cannot read in the only one."""
+    images = random_images(60, 6, 5)
+    data = tmp_path / "images.npz"
+    if form == "pictures":
+        data = write_pictures(tmp_path / "images", images)
+    else:
+        np.savez(data, images.numpy())
+    run = tmp_path / "runs" / "q1"
+    trained = call_train("--data", data, *TINY, "--runs", tmp_path / "runs")
+    assert trained.code == 0
+    taken = {"pictures": "pictures below", "array": ".npz file"}[form] + f" {data}: "
+    assert trained.out.startswith(f"{taken}42 training, 8 validation, 10 test images of 6×5 pixels; ")
+    assert json.loads((run / "config.json").read_text())["images"] == load_train(Settings(data=str(data))).record
+    assert call_eval(run).code == 0
+    images[3] = 7
+    damaged = write_pictures(tmp_path / "damaged" / "train", images) / "0003.png"
+    refused = call_train("--data", damaged.parent.parent, *TINY, "--runs", tmp_path / "runs", "--name", "new")
+    assert (refused.code, refused.line) == (3, f"{damaged}: is of one grey level throughout; leave it out")
+    assert not (tmp_path / "runs" / "new").exists()

@@ -282,8 +282,12 @@ def test_words_of_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ("pictures", str(tmp_path / "pictures")),
     ):  # fmt: skip
         assert named(word) == name
-    (tmp_path / "mnist").mkdir()
+    (tmp_path / "loop").symlink_to("loop")
+    for word in ("~nobody-of-this-name/x", "loop", ""):
+        assert "there is no such folder or file; --data takes a folder" in refusal(named(word))
+    write_data(tmp_path / "mnist", random_images(12, 4, 5), random_images(6, 4, 5))
     assert named("mnist") == str(tmp_path / "mnist")
+    assert "a path, not the data set of this name" in load_train(Settings(data=named("mnist"))).about
     write_data(tmp_path / "home" / "pictures", random_images(12, 4, 5), random_images(6, 4, 5))
     assert everything("~/pictures") == in_order(random_images(12, 4, 5))
 
