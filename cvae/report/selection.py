@@ -50,7 +50,7 @@ def find_runs(words: Sequence[Path], runs: Path) -> tuple[list[Path], list[str]]
     """
     found: dict[str, Path] = {}
     problems = []
-    for folder in [find_run(word, runs) for word in words] or [runs]:
+    for folder in [_find(word, runs) for word in words] or [runs]:
         try:
             own = [folder] if _is_run(folder) else _runs_below(folder)
         except OSError as error:
@@ -62,6 +62,11 @@ def find_runs(words: Sequence[Path], runs: Path) -> tuple[list[Path], list[str]]
         for run in own:
             found.setdefault(os.path.realpath(run), run)
     return list(found.values()), problems
+
+
+def _find(word: Path, runs: Path) -> Path:
+    """As `find_run`, and a name below the folder of runs may have several parts."""
+    return runs / word if os.path.isdir(runs / word) and not os.path.isdir(word) else find_run(word, runs)
 
 
 def _is_run(folder: Path) -> bool:

@@ -23,6 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from cvae import runtime
 from cvae.data.names import mnist
+from cvae.data.sources import load_train
 from cvae.run import checkpoint
 from cvae.run.folder import read_metrics
 from cvae.settings import Settings
@@ -117,7 +118,8 @@ def test_config(place: Path, trained: subprocess.CompletedProcess[str]) -> None:
         data=str(place / "data"),
     )
     assert config["settings"] == expected.to_dict()
-    assert config["images"] == {"height": 28, "width": 28}
+    assert config["images"] == load_train(expected).record
+    assert [config["images"][part]["count"] for part in ("train", "validation", "test")] == [300, 60, 60]
     assert config["versions"]["torch"] == torch.__version__
     assert config["device"]["type"] == "cpu"
     assert config["precision"] == runtime.resolve_precision("auto", torch.device("cpu"))
@@ -259,7 +261,7 @@ def test_pictures_of_another_size(place: Path) -> None:
     shapes = {tuple(tensor.shape) for tensor in weights(place / "odd-runs" / "q3").values()}
     assert {(1, 32, 258), (2, 32, 17 * 21), (1, 99, 32)} <= shapes
     config = json.loads((place / "odd-runs" / "q3" / "config.json").read_text())
-    assert config["images"] == {"height": 17, "width": 21}
+    assert (config["images"]["height"], config["images"]["width"]) == (17, 21)
     figure = place / "odd.png"
     printed = succeeded(evaluate("--runs", "odd-runs", "--format", "json", "--figure", figure, *SAMPLES, cwd=place))
     assert json.loads(printed)[0]["images"] == 60

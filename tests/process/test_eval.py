@@ -48,6 +48,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     images = (torch.randint(0, 256, (n, 10, 9), dtype=torch.uint8, generator=random) for n in (72, 50))
     words = ["--data", write_data(folder / "data", *images), *TINY]
     assert call_train(*words, "--runs", folder / "runs", "--quadrants", "1", "2", "3").code == 0
+    (folder / "runs/nested").mkdir()
+    (folder / "runs/nested/q2").symlink_to(folder / "runs/q2")
     for name, phase in (("baseline", "baseline"), ("begun", "cvae")):
         epoch = 1 if phase == "baseline" else 2
         with interrupted_after(phase, epoch):
@@ -250,6 +252,8 @@ def test_names_that_would_break_a_table() -> None:
         ("q2", "q2"),
         ("q3 runs/q1", "q3 q1"),
         ("{place}/runs/q3", "q3"),
+        ("nested", "q2"),
+        ("nested/q2", "q2"),
         ("--runs q2 q1", "q2 q1"),
         ("--runs q2 --runs runs/q1", "q2 q1"),
         ("q3 --runs q2", "q3 q2"),
