@@ -94,6 +94,7 @@ def plan(options: argparse.Namespace, given: dict[str, Any]) -> list[tuple[Path,
     if name is not None and (not name or name.startswith(".") or Path(name).name != name):
         raise UsageError(f"--name {name!r} is not the plain name of a folder; --runs says where it is to be")
     suffixes = [f"-q{k}" if len(quadrants) > 1 else "" for k in quadrants]
-    own = [f"q{k}" if given.get("observed") is None else Path(given["observed"]).stem for k in quadrants]
+    mask = given.get("observed")
+    own = [f"q{k}" if mask is None else Path(mask).stem.lstrip(".") or "mask" for k in quadrants]
     names = [default if name is None else name + suffix for default, suffix in zip(own, suffixes, strict=True)]
     return [(options.runs / name, Settings(quadrants=k, **given)) for name, k in zip(names, quadrants, strict=True)]
