@@ -13,7 +13,7 @@ code is then 3. The only place that reads the test images. Exit codes: 0 done, 1
 2 usage, 3 a run was left out or there is none, 5 disk.
 """
 
-if __name__ == "__main__":
+if __name__ in ("__main__", "cvae_commands.eval"):  # the second is cvae-eval
     from cvae.startup import before_torch
 
     before_torch()
@@ -38,7 +38,7 @@ from cvae.report import figures, tables
 from cvae.report.selection import Subject, find_runs, open_run, short_names
 from cvae.run.plan import absolute
 from cvae.settings import Settings
-from cvae.terminal import command, complain, say
+from cvae.terminal import command, complain, program, say
 
 RUNS = Path("runs")
 NUM_DIGITS, NUM_SAMPLES = 10, 10  # of the figure
@@ -205,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             subjects, problems = open_runs(options, device, processes)
             if processes.is_main:
                 for line in problems:
-                    complain(f"eval.py: {line}")
+                    complain(f"{program('eval.py')}: {line}")
                 if options.format == "text":
                     for line in dict.fromkeys(subject.test.about for subject in subjects.values()):
                         say(line)
@@ -221,8 +221,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                     table = "\n".join(["", table, *drawn, ""] if drawn else ["", table])
                 say(table, end="")
     except CvaeError as error:
-        if processes.is_main or isinstance(error, PeerLost):
-            complain(f"eval.py: {error}")
+        if processes.local_rank == 0 or isinstance(error, PeerLost):
+            complain(f"{program('eval.py')}: {error}")
         return error.exit_code
     return DataError.exit_code if problems else 0
 

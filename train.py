@@ -15,7 +15,7 @@ on minus the objective per image, early stopping on the validation images, the b
 130 / 143 interrupted by Ctrl-C / SIGTERM.
 """
 
-if __name__ == "__main__":
+if __name__ in ("__main__", "cvae_commands.train"):  # the second is cvae-train
     from cvae.startup import before_torch
 
     before_torch()
@@ -43,7 +43,7 @@ from cvae.run.folder import find_run, quoted, read_precision, read_split, refuse
 from cvae.run.plan import parse, plan
 from cvae.run.session import Run
 from cvae.run.state import Progress
-from cvae.terminal import command, complain
+from cvae.terminal import called, command, complain, program
 from cvae.training.optimizer import GuardedAdam, scheduled_rate
 from cvae.training.phase import Phase, validate
 from cvae.training.weights import WeightAverage, Weights
@@ -200,6 +200,8 @@ def train_run(run: Run, resume: bool, overwrite: bool) -> None:
     baseline = cvae.to(device).baseline_net
 
     if last.get("phase") != "cvae":
+        if resume:
+            run.load_start(cvae)
         phase = Phase(
             "baseline", baseline.requires_grad_(True), log_likelihood, s.baseline_epochs, train, validation,
             noise=lambda *_: (),
@@ -221,7 +223,7 @@ def train_run(run: Run, resume: bool, overwrite: bool) -> None:
     )  # fmt: skip
     progress = fit(phase, run, last)
     run.processes.on_main(lambda: run.finish(progress))
-    run.say(f"{run.folder}: trained. Next: python eval.py, or tensorboard --logdir {quoted(run.folder.parent)}")
+    run.say(f"{run.folder}: trained. Next: {called('eval.py')}, or tensorboard --logdir {quoted(run.folder.parent)}")
 
 
 @command("train.py")
@@ -243,8 +245,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                     with Run(folder, settings, device, precision, processes, interruption, options.quiet, init) as run:
                         train_run(run, options.resume is not None, options.overwrite)
         except CvaeError as error:
-            if processes.is_main or isinstance(error, PeerLost):
-                complain(f"train.py: {error}")
+            if processes.local_rank == 0 or isinstance(error, PeerLost):
+                complain(f"{program('train.py')}: {error}")
             return error.exit_code
     return 0
 

@@ -1,4 +1,4 @@
-"""What a script does before PyTorch is loaded, which looks at some of it only then, and what the user calls it."""
+"""What a script does before PyTorch is loaded, which looks at some of it only then."""
 
 import os
 import signal
@@ -38,13 +38,3 @@ def others_want_the_processors() -> bool:
     except (OSError, AttributeError, ValueError, IndexError):
         return False
     return (os.cpu_count() or usable) - sorted(running)[LOOKS // 2] < usable
-
-
-def command(script: str) -> str:
-    """What runs a script, `train` or `eval`: `python train.py`, or `cvae-train` where the user has called that one."""
-    return f"cvae-{script}" if Path(sys.argv[0]).stem.startswith("cvae-") else f"python {script}.py"
-
-
-def program(script: str) -> str:
-    """The name by which a script speaks of itself: `train.py` or `cvae-train`."""
-    return command(script).removeprefix("python ")

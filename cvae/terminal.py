@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from io import TextIOWrapper
+from pathlib import Path
 from typing import ParamSpec, TextIO
 
 from cvae.errors import CvaeError, DiskError
@@ -26,6 +27,16 @@ def _written_in_ascii(error: UnicodeError) -> tuple[str, int]:
 codecs.register_error("cvae.ascii", _written_in_ascii)
 
 
+def called(script: str) -> str:
+    """How the user calls a script: `python train.py`, or `cvae-train` where this one was called in that way."""
+    return f"cvae-{Path(script).stem}" if Path(sys.argv[0]).stem.startswith("cvae-") else f"python {script}"
+
+
+def program(script: str) -> str:
+    """The name by which a script speaks of itself: `train.py` or `cvae-train`."""
+    return called(script).removeprefix("python ")
+
+
 def command(script: str) -> Callable[[Callable[Arguments, int]], Callable[Arguments, int]]:
     """Makes `main` of a script one that any terminal can show, and that ends in one line where it fails as expected."""
 
@@ -36,7 +47,7 @@ def command(script: str) -> Callable[[Callable[Arguments, int]], Callable[Argume
                 try:
                     return main(*args, **kwargs)
                 except CvaeError as error:
-                    complain(f"{script}: {error}")
+                    complain(f"{program(script)}: {error}")
                     return error.exit_code
 
         return safe_main

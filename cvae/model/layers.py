@@ -67,6 +67,8 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(copies, fan_out))
         self.slots: tuple[Slot, Slot] | None = None  # of weight and bias
         for weight, bias in zip(self.weight.data, self.bias.data, strict=True):
+            if weight.is_meta:
+                break  # PyTorch would load its compiler, a second's work, to draw nothing
             if relu:
                 nn.init.kaiming_normal_(weight, nonlinearity="relu")
             else:

@@ -26,6 +26,7 @@ from cvae.run.folder import (
 )
 from cvae.run.load import load
 from cvae.settings import Settings
+from cvae.terminal import called
 
 OF_THE_IMAGES = ("data", "data_root", "size", "transpose", "targets", "seed")  # settings that say which they are
 
@@ -58,7 +59,7 @@ def find_runs(words: Sequence[Path], runs: Path) -> tuple[list[Path], list[str]]
             continue
         if not own:
             missing = "has no run in it" if os.path.isdir(folder) else "there is no such folder"
-            problems.append(f"{folder}: {missing}; python train.py trains a run")
+            problems.append(f"{folder}: {missing}; {called('train.py')} trains a run")
         for run in own:
             found.setdefault(os.path.realpath(run), run)
     return list(found.values()), problems
@@ -104,7 +105,7 @@ def open_run(
     """
     is_finished = os.path.isfile(folder / SUMMARY)
     if not (is_finished or unfinished):
-        way = f"python train.py --resume {quoted(folder)} goes on with it, and --unfinished evaluates it as it is"
+        way = f"{called('train.py')} --resume {quoted(folder)} goes on with it, and --unfinished evaluates it as it is"
         raise DataError(f"{folder}: is not finished; {way}")
     settings = replace(read_settings(folder), **moved)
     model = load(folder, device)

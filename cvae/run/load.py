@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from cvae.errors import DataError
+from cvae.errors import DataError, first_line
 from cvae.model.cvae import CVAE
 from cvae.model.networks import build
 from cvae.run import checkpoint
 from cvae.run.folder import BEST, LAST, find_run, quoted, read_settings, read_split
+from cvae.terminal import called
 
 
 def start_from(folder: Path, model: CVAE) -> tuple[str, dict[str, Any]]:
@@ -75,13 +76,18 @@ def load(run: str | Path, device: torch.device | str = "cpu", runs: str | Path =
     """The CVAE of a run with its best weights, frozen, in evaluation mode.
 
     run: its folder, or its name below the folder `runs`. The model's `split` says what it sees of an image.
-    Raises DataError if there is no such run, or its weights cannot be read or are not of its settings.
+    Raises DataError if there is no such run, or its weights cannot be read or are not of its settings, and ValueError
+    for a device that there is not.
     """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"the device {str(device)!r} cannot be used: {first_line(error).split('. ')[0]}") from None
     folder = find_run(run, runs)
     settings, split = read_settings(folder), read_split(folder)
     state = checkpoint.load(folder / BEST)
     if state.get("phase") != "cvae":
-        resume = f"python train.py --resume {quoted(folder)}"
+        resume = f"{called('train.py')} --resume {quoted(folder)}"
         raise DataError(f"{folder}: only its baseline is trained so far; go on with {resume}")
     try:
         with torch.device("meta"):  # no memory is taken before the weights are known to fit

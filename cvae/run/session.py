@@ -2,8 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,21 +12,35 @@ from filelock import BaseFileLock
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from cvae.data.masks import Split
+from cvae.data.mask_pictures import mask_png
+from cvae.data.masks import Split, is_picture
 from cvae.data.sources import difference
 from cvae.distributed import Processes
 from cvae.errors import DataError, Interrupted, NonFiniteError, UsageError
 from cvae.model.cvae import CVAE
 from cvae.run import checkpoint
-from cvae.run.folder import BEST, CONFIG, LAST, SUMMARY, create_run, quoted, read_json, read_record, write_json
+from cvae.run.folder import (
+    BEST,
+    CONFIG,
+    INIT,
+    LAST,
+    OBSERVED,
+    SUMMARY,
+    create_run,
+    quoted,
+    read_json,
+    read_record,
+    write_json,
+)
+from cvae.run.history import changes, last_machine, resumed
 from cvae.run.load import start_from
 from cvae.run.lock import hold
 from cvae.run.log import RunLog
 from cvae.run.machine import describe_machine, differences
-from cvae.run.state import Progress, State, advice, look_at
+from cvae.run.state import Progress, State, advice, fitting, look_at
 from cvae.runtime import Interruption
 from cvae.settings import Settings
-from cvae.terminal import complain, say
+from cvae.terminal import called, complain, program, say
 from cvae.training.optimizer import GuardedAdam
 
 
@@ -45,6 +58,7 @@ class Run:
     init: Path | None = None  # the run whose weights it begins with
     log: RunLog | None = None  # open in the main process
     lock: BaseFileLock | None = None
+    start: dict[str, Tensor] | None = None  # the weights that it begins with, if they are another run's
     config: dict[str, Any] = field(default_factory=dict)  # what `config.json` says, or is to say before it begins
     remarks: list[str] = field(default_factory=list)  # what there is to say if it goes on
     is_resumed: bool = False
@@ -69,7 +83,7 @@ class Run:
     def warn(self, line: str) -> None:
         """Print a warning, once for all processes."""
         if self.processes.is_main:
-            complain(f"train.py: {line}")
+            complain(f"{program('train.py')}: {line}")
 
     def progress_bar(self, where: str, total: int) -> "tqdm[NoReturn]":
         """A bar over the images of an epoch; on a terminal only."""
@@ -78,8 +92,21 @@ class Run:
 
     def begin_with(self, other: Path, model: CVAE) -> None:
         """Put the best weights of another run into a model, before `claim` makes the folder. Raises DataError."""
-        line, self.config["init"] = start_from(other, model)
+
+        def begin() -> tuple[str, dict[str, Any], dict[str, Tensor]]:
+            return *start_from(other, model), model.state_dict()
+
+        line, self.config["init"], weights = self.processes.on_main(begin)
+        model.load_state_dict(weights)
+        self.start = weights
         self.say(line)
+
+    def load_start(self, model: nn.Module) -> None:
+        """Put the weights into a model that the run began with, where they were another run's. Raises DataError."""
+        start = self.processes.on_main(lambda: self.start)
+        if start is not None:
+            with fitting(self.folder, INIT):
+                model.load_state_dict(start)
 
     def claim(self, split: Split, images: dict[str, Any], resume: bool, overwrite: bool) -> State:
         """Hold the folder, made now unless it is resumed; returns the state to go on from.
@@ -88,23 +115,24 @@ class Run:
         Where a run is resumed, nothing is written before all that is needed to go on has been looked at, here and in
         `restore`. Raises UsageError if the folder is taken, DataError if it cannot go on without loss, DiskError.
         """
-        here = State({}, False, [])
+        first = self.processes.on_main(lambda: images)
 
-        def claim() -> bool:
-            nonlocal here
+        def compare() -> None:
+            if differs := difference(first, images):
+                raise DataError(f"the first process has {differs}: each machine needs the same")
+
+        def claim() -> State:
             if resume:
-                here = self._open(images)
-            else:
-                self._create(split, images, overwrite)
-            return here.is_complete
+                return self._open(images)
+            self._create(split, images, overwrite)
+            return State({}, False, [])
 
-        is_complete = self.processes.on_main(claim)
-        if resume and not self.processes.is_main and (self.folder / LAST).exists():
-            here = State(checkpoint.load(self.folder / LAST), is_complete, [])
+        self.processes.on_all(compare)
+        here = self.processes.on_main(claim)
         if here.last.get("phase") == "cvae" and (epoch := here.last["progress"]["epoch"]) > self.settings.epochs:
             raise UsageError(f"{self.folder} has had {epoch} epochs; --epochs cannot be less")
         if self.is_finished(here):
-            self.processes.on_main(self._record_changes)
+            self.processes.on_main(lambda: self._record_changes(here.last))
         elif not here.last:
             self.processes.on_main(lambda: self._begin_writing({}))
         return here
@@ -113,7 +141,14 @@ class Run:
         if overwrite and os.path.islink(self.folder):
             self.say(f"{self.folder} is a link: the run is replaced to which it leads, {os.path.realpath(self.folder)}")
         self.config = {"settings": self.settings.to_dict(), "images": images, **self._machine(), **self.config}
-        self.lock = create_run(self.folder, self.config, split, overwrite, self.warn)
+
+        def fill() -> None:
+            if is_picture(self.settings):
+                checkpoint.write_atomically(self.folder / OBSERVED, mask_png(split.observed))
+            if self.start is not None:
+                checkpoint.save(self.folder / INIT, {"model": self.start})
+
+        self.lock = create_run(self.folder, self.config, fill, overwrite, self.warn)
 
     def _open(self, images: dict[str, Any]) -> State:
         self.lock = hold(self.folder, self.warn)
@@ -124,9 +159,11 @@ class Run:
         unknown = [part for part in images if recorded.get(part) is None]
         if any(part not in recorded for part in unknown):
             state.remarks.append(f"{self.folder}: does not say on which images it was begun; these are taken for them")
-        before = self._resumptions()[-1] if self._resumptions() else self.config
-        if found := differences(before, self._machine()):
+        if found := differences(last_machine(self.config), self._machine()):
             state.remarks.append(f"{self.folder}: from here on not bit for bit as it began: {', '.join(found)}")
+        if "init" in self.config and state.last.get("phase") != "cvae":
+            with advice(self.folder):
+                self.start = checkpoint.load(self.folder / INIT).get("model")
         self.config["images"] = {**recorded, **{part: images[part] for part in unknown}}
         self.remarks, self.is_resumed = state.remarks, True
         return state
@@ -134,25 +171,13 @@ class Run:
     def _machine(self) -> dict[str, Any]:
         return describe_machine(self.device, self.precision, self.processes.count)
 
-    def _resumptions(self) -> list[dict[str, Any]]:
-        found = self.config.get("resumed")
-        return [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
-
-    def _record_changes(self) -> None:
-        """Write the settings that are others than before into `config.json`, and when they became so, if any are."""
-        if self._changes():
-            self._record_resumption({})
-
-    def _changes(self) -> dict[str, list[Any]]:
-        before = Settings.from_dict(self.config["settings"]).to_dict()
-        return {name: [before[name], value] for name, value in self.settings.to_dict().items() if value != before[name]}
+    def _record_changes(self, last: dict[str, Any]) -> None:
+        """Have the settings in `config.json` that are others than before, if any are."""
+        if changes(self.config, self.settings):
+            self._record_resumption(last)
 
     def _record_resumption(self, last: dict[str, Any]) -> None:
-        """Add to `config.json` that the run goes on now: how it was begun stays."""
-        progress = last.get("progress", {"epoch": 0})
-        where = {"phase": last.get("phase", "baseline"), "epoch": progress["epoch"], "changed": self._changes()}
-        self.config["resumed"] = [*self._resumptions(), {**where, **self._machine()}]
-        self.config["settings"] = self.settings.to_dict()
+        self.config = resumed(self.config, self.settings, last, self._machine())
         write_json(self.folder / CONFIG, self.config)
 
     def is_finished(self, state: State) -> bool:
@@ -163,7 +188,7 @@ class Run:
 
     def restore(self, last: dict[str, Any], model: nn.Module, average: nn.Module, optimizer: GuardedAdam) -> Progress:
         """Put model, average and optimizer where the checkpoint has them. Raises DataError if it does not fit them."""
-        with self._fitting(LAST):
+        with fitting(self.folder, LAST):
             model.load_state_dict(last["model"])
             average.load_state_dict(last["average"])
             optimizer.load_state_dict(last["optimizer"])
@@ -185,7 +210,7 @@ class Run:
 
     def load_last(self, last: dict[str, Any], model: nn.Module) -> None:
         """Put the checkpoint's weights into a model. Raises DataError if they do not fit it."""
-        with self._fitting(LAST):
+        with fitting(self.folder, LAST):
             model.load_state_dict(last["model"])
 
     def load_best(self, phase: str, progress: Progress, model: nn.Module) -> None:
@@ -198,8 +223,8 @@ class Run:
                 f"{phase}: the validation loss was NaN or infinite after each of {progress.epoch} epochs. "
                 "Try a lower --learning-rate, or look at the data"
             )
-        best = checkpoint.load(self.folder / BEST)
-        with self._fitting(BEST):
+        best = self.processes.on_main(lambda: checkpoint.load(self.folder / BEST))  # other machines may not see it
+        with fitting(self.folder, BEST):
             model.load_state_dict(best["model"])
 
     def save_epoch(
@@ -238,15 +263,4 @@ class Run:
     def leave_if_interrupted(self) -> None:
         """Raises Interrupted, in all processes at once, if a signal came to one of them."""
         if number := self.processes.maximum(self.interruption.signal_number):
-            raise Interrupted(f"interrupted; to go on: python train.py --resume {quoted(self.folder)}", number)
-
-    @contextmanager
-    def _fitting(self, name: str) -> Iterator[None]:
-        """Raises DataError, naming the file, for what a model or an optimizer says of a state that is not its own."""
-        try:
-            yield
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            with advice(self.folder):
-                raise DataError(
-                    f"{self.folder / name}: does not fit the run's settings ({type(error).__name__})"
-                ) from None
+            raise Interrupted(f"interrupted; to go on: {called('train.py')} --resume {quoted(self.folder)}", number)

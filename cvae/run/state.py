@@ -13,6 +13,7 @@ import torch
 from cvae.errors import DataError
 from cvae.run import checkpoint
 from cvae.run.folder import BEST, EVENTS, LAST, METRICS, SUMMARY, quoted, read_json, read_metrics
+from cvae.terminal import called
 
 
 @dataclass
@@ -49,16 +50,26 @@ def advice(folder: Path) -> Iterator[None]:
         raise DataError(f"{error}{_what_can_be_done(folder)}") from None
 
 
+@contextmanager
+def fitting(folder: Path, name: str) -> Iterator[None]:
+    """Raises DataError, naming the file, for what a model or an optimizer says of a state that is not its own."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        with advice(folder):
+            raise DataError(f"{folder / name}: does not fit the run's settings ({type(error).__name__})") from None
+
+
 def _what_can_be_done(folder: Path) -> str:
     run, ways = quoted(folder), []
     with suppress(DataError):
         phase = checkpoint.load(folder / BEST).get("phase")
         if phase == "cvae" and os.path.isfile(folder / SUMMARY):
-            ways.append(f"evaluate it, python eval.py --runs {run}")
+            ways.append(f"evaluate it, {called('eval.py')} --runs {run}")
     for name in (BEST, LAST):
         with suppress(DataError):
             checkpoint.load(folder / name)
-            ways.append(f"begin anew from its weights, python train.py --init {run} --name NEW")
+            ways.append(f"begin anew from its weights, {called('train.py')} --init {run} --name NEW")
             break
     if not ways and os.path.isfile(folder / METRICS):
         ways = ["begin it anew, with --overwrite in the place of --resume"]
