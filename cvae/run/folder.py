@@ -2,7 +2,8 @@
 
 A run folder holds `config.json` (settings, images, machine, and when it was resumed where), `metrics.jsonl` (a line
 per epoch and phase), TensorBoard's events, `last.pt` (everything to go on from), `best.pt` (the best weights) and, once
-it is finished, `summary.json`; where the mask was a picture, `observed.png`, the mask itself.
+it is finished, `summary.json`; where the mask was a picture, `observed.png`, the mask itself; where it began with the
+weights of another run, `init.pt`, all weights as they were then.
 """
 
 import json
@@ -16,7 +17,6 @@ from typing import Any
 
 from filelock import BaseFileLock
 
-from cvae.data.mask_pictures import mask_png
 from cvae.data.masks import MASKS, Split, is_picture, make_split
 from cvae.errors import DataError, DiskError, UsageError
 from cvae.model.networks import NETWORKS
@@ -26,20 +26,19 @@ from cvae.run.lock import LOCK, hold
 from cvae.settings import LARGEST_SIDE, PRECISIONS, Settings
 
 CONFIG, METRICS, SUMMARY, OBSERVED = "config.json", "metrics.jsonl", "summary.json", "observed.png"
-BEST, LAST, EVENTS = "best.pt", "last.pt", "events.out.tfevents."
+BEST, LAST, INIT, EVENTS = "best.pt", "last.pt", "init.pt", "events.out.tfevents."
 
 CHOICES: dict[str, Collection[str]] = {"network": NETWORKS, "objective": OBJECTIVES}
 """Settings that are names of something in the code, each with the table in which it is found."""
 
 
 def create_run(
-    path: Path, config: dict[str, Any], split: Split, overwrite: bool, warn: Callable[[str], None]
+    path: Path, config: dict[str, Any], fill: Callable[[], None], overwrite: bool, warn: Callable[[str], None]
 ) -> BaseFileLock | None:
     """Make a run folder, or with `overwrite` begin the one that is there anew; returns the lock on it, as `hold` does.
 
-    config: what its `config.json` says, "settings" and the rest. split: of the images; its mask is kept where the
-    settings name a picture. Of a folder that is begun anew, the files of the run go, and all others stay; where `path`
-    is a link, it is the folder that it leads to.
+    config: what its `config.json` says. fill: writes what else is in it from the beginning. Of a folder that is begun
+    anew, the files of the run go, and all others stay; where `path` is a link, it is the folder that it leads to.
 
     Raises UsageError if `refuse_existing` does, or a training holds the folder, and DiskError if it cannot be written:
     then what stood there still does.
@@ -57,8 +56,7 @@ def create_run(
             file.write(_json(config))
             file.flush()  # there is room for it: now the old run may go
             _clear(path)
-            if is_picture(Settings.from_dict(config["settings"])):
-                write_atomically(path / OBSERVED, mask_png(split.observed))
+            fill()
     except (UsageError, DiskError):
         with suppress(OSError):
             if is_new and is_ours:
@@ -82,7 +80,7 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
     An empty folder is none, nor is one that has only hidden files in it.
     """
     with suppress(OSError):
-        if not os.path.lexists(path) or {name for name in os.listdir(path) if name[0] != "."} <= {OBSERVED}:
+        if not os.path.lexists(path) or {name for name in os.listdir(path) if name[0] != "."} <= {OBSERVED, INIT}:
             return
     if not _is_run(path):
         raise UsageError(f"{path} is no run folder and is left as it is; choose another --name")
@@ -101,9 +99,9 @@ def _is_run(path: Path) -> bool:
 
 def _clear(path: Path) -> None:
     """Remove the files of a run, that by which it is known as one last."""
-    for file in [path / SUMMARY, path / LAST, path / BEST, *path.glob(EVENTS + "*"), path / METRICS, path / OBSERVED]:
+    names = (SUMMARY, LAST, BEST, INIT, METRICS, OBSERVED)
+    for file in [*path.glob(EVENTS + "*"), *(path / name for name in names), path / CONFIG]:
         file.unlink(missing_ok=True)
-    (path / CONFIG).unlink(missing_ok=True)
 
 
 def find_run(run: str | Path, runs: str | Path) -> Path:
