@@ -65,7 +65,7 @@ def parse(argv: Sequence[str] | None, manual: str | None) -> tuple[argparse.Name
 
 def absolute(path: str) -> str:
     """A path from the root, ~ expanded."""
-    return str(Path(path).expanduser().resolve())
+    return os.path.realpath(os.path.expanduser(path))
 
 
 def plan(options: argparse.Namespace, given: dict[str, Any]) -> list[tuple[Path, Settings]]:
