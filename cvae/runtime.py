@@ -107,7 +107,7 @@ def _flush_denormals(flush: bool) -> None:
     """
     torch.set_flush_denormal(flush)
     if sys.platform == "linux":
-        with suppress(AttributeError):
+        with suppress(AttributeError, OSError, TypeError):
             ctypes.CDLL(None).omp_pause_resource_all(2)  # omp_pause_hard
 
 
