@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,23 @@ def test_two_processes_train_what_one_does(work: Path, forked: Forked, on_one: P
     before, after = (checkpoint.load(folder / "last.pt")["model"] for folder in (work / "runs/still", on_one))
     for name, tensor in after.items():
         assert (tensor - before[name]).norm() > 1000 * ROUNDING * tensor.norm(), name
+
+
+def test_two_machines_train_what_one_does(work: Path, on_one: Path, tmp_path: Path) -> None:
+    """By two agents of torchrun, without a common disk: the run is on that of the first process."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        place = f"127.0.0.1:{server.getsockname()[1]}"
+    agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", place]
+    folders = [tmp_path / "one", tmp_path / "other"]
+    agents = []
+    for folder in folders:
+        folder.mkdir()
+        agents.append(start([*agent, *meeting, ROOT / "train.py", *STOPS, "--data", work / "contrary"], folder))
+    ends = [finish(each) for each in agents]
+    assert [code for code, _, _ in ends] == [0, 0], ends
+    (run,) = (folder / "runs/q1" for folder in folders if (folder / "runs").exists())
+    assert_agree(on_one, run)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -1,0 +1,61 @@
+"""The installed package: commands that work anywhere, and speak of themselves by their names."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support.inprocess import TINY, make_tiny_data
+from support.scripts import PATIENCE, ROOT
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
+    """Runs a command of an environment into which the package alone is installed; the others come from this one."""
+    folder = tmp_path_factory.mktemp("installed")
+    source = folder / "source"
+    source.mkdir()
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", "train.py", "eval.py"):
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / "cvae", source / "cvae", ignore=shutil.ignore_patterns("__pycache__"))
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    venv.create(folder / "env", with_pip=False)
+    (packages,) = (folder / "env").glob("[lL]ib/**/site-packages")
+    (packages / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    scripts = folder / "env" / ("Scripts" if os.name == "nt" else "bin")
+    install = ["--python", scripts / "python", "install", "--no-index", "--no-deps", "--no-build-isolation", source]
+    subprocess.run([*pip, *install], check=True, timeout=PATIENCE, capture_output=True)
+
+    def run(name: str, *words: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+        kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        environment = {**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        line = [scripts / name, *words]
+        return subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+
+    return run
+
+
+def test_commands_work_anywhere(command: Command, tmp_path: Path) -> None:
+    """And torch is loaded after the process is prepared for it."""
+    make_tiny_data(tmp_path / "data")
+    trained = command("cvae-train", *TINY, "--data", "data", cwd=tmp_path)
+    assert (trained.returncode, trained.stderr) == (0, "")
+    assert "runs/q1: trained. Next: cvae-eval, or tensorboard" in trained.stdout
+    evaluated = command("cvae-eval", "--samples", "2", cwd=tmp_path)
+    assert (evaluated.returncode, evaluated.stderr) == (0, "")
+    assert "CVAE (importance sampling)" in evaluated.stdout
+    again = command("cvae-train", *TINY, "--data", "data", cwd=tmp_path)
+    assert (again.returncode, again.stderr.split(":")[0]) == (2, "cvae-train")
+    code = """
+import signal, sys
+import cvae_commands.train
+print(signal.getsignal(signal.SIGINT) == signal.SIG_DFL, "site-packages" in cvae_commands.train.__file__)
+"""
+    assert command("python", "-c", code, cwd=tmp_path).stdout == "True True\n"
