@@ -405,11 +405,11 @@ def test_existing_run_is_left_as_it_is(finished: Path) -> None:
 
 def test_overwrite_starts_anew(finished: Path) -> None:
     before = weights(finished / "runs" / "q1")
-    (finished / "runs" / "q1" / "stale").write_text("of the old run")
+    (finished / "runs" / "q1" / "notes").write_text("on the old run")
     succeeded(train("--data", "data", "--overwrite", "--seed", "7", *TINY, cwd=finished))
     after = weights(finished / "runs" / "q1")
     assert not all(torch.equal(before[name], after[name]) for name in before)
-    assert not (finished / "runs" / "q1" / "stale").exists()
+    assert (finished / "runs" / "q1" / "notes").exists(), "no file of the run"
     assert [path.name for path in (finished / "runs").iterdir()] == ["q1"], "nothing is left lying about"
     assert len(read_metrics(finished / "runs" / "q1" / "metrics.jsonl")) == 3
 
