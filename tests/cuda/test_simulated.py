@@ -1,6 +1,7 @@
 """What CUDA asks of the code, checked without it: where tensors are, and what capturing a step in a graph means."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -57,7 +58,8 @@ def test_evaluation_and_completions_stay_on_the_device(monkeypatch, network):
         with OnDevice():
             portions = list(evaluate(model, training.phase.train, 60, 0))
             x = training.phase.train.batch(slice(10)).x
-            samples = model.complete(x, torch.randn(5, 1, 4, device=CUDA))
+            # In evaluation mode it looks at the values of x too, of which there are none here.
+            samples = model.train().complete(x, torch.randn(5, 1, 4, device=CUDA))
         assert [len(each) for each in portions] == [len(Likelihoods._fields)] * 2
         assert all(values.device == CUDA for each in portions for values in each)
         assert samples.shape == (5, 10, model.split.num_hidden)
@@ -285,6 +287,11 @@ def test_no_capture_by_hand(emulation: Emulation, run_training, monkeypatch, kin
         def on_main(self, action: Callable[[], Any]) -> Any:
             return action()
 
+        on_all = on_main
+
+        def connected(self, device: torch.device) -> AbstractContextManager[None]:
+            return nullcontext()
+
     class Refused(nn.Module):
         def __init__(self, *arguments: object):
             raise AssertionError("captured by hand")
@@ -293,7 +300,6 @@ def test_no_capture_by_hand(emulation: Emulation, run_training, monkeypatch, kin
     monkeypatch.setattr(torch, "compile", lambda function: function)
     if kind == "two processes":
         monkeypatch.setattr(train, "Processes", Two)
-        monkeypatch.setattr(Two, "connect", lambda *_: None, raising=False)
     words = ["--epochs", "1", "--device", "cpu" if kind == "cpu" else "cuda"]
     run_training("run", *words, *(["--compile"] if kind == "compile" else []))
     assert emulation.captured_on == []
