@@ -93,11 +93,11 @@ def look_at(folder: Path) -> State:
         _compare_metrics(folder, last, progress)
         has_best = _compare_best(folder, last, progress)
         is_finished = _compare_summary(folder, last["phase"], progress)
-    remarks = [
-        f"{folder / name}: is missing or cut off; TensorBoard shows the epochs to come only"
-        for name, size in last["log"].items()
-        if name != METRICS and not _has_size(folder / name, size)
-    ]
+    short = [name for name, size in last["log"].items() if name != METRICS and not _has_size(folder / name, size)]
+    remarks = []
+    if short:
+        what = "an event file is" if len(short) == 1 else f"{len(short)} event files are"
+        remarks.append(f"{folder}: {what} missing or cut off; TensorBoard does not show those epochs")
     if is_finished and not has_best:
         remarks.append(f"{folder / BEST}: is missing or damaged, and is made anew from {LAST}")
     return State(last, is_finished and has_best, remarks)

@@ -93,7 +93,7 @@ def test_each_file(place: Path, tmp_path: Path, data: str, name: str, spoil: Cal
             assert results(run) == results(place / data / "longer"), file
             assert (run / "summary.json").exists()
             is_short = file.startswith("events") and spoil is not garble
-            assert (f"{run / file}: is missing or cut off" in ended.out) == is_short or spoil is exchange
+            assert (f"{run}: an event file is missing or cut off; " in ended.out) == is_short or spoil is exchange
         elif spoil in (Path.unlink, exchange):
             assert_advice_is_good(run, place / data / "data", ended.line, file)
 
