@@ -32,7 +32,7 @@ from cvae import runtime
 from cvae.data.images import ImageSet
 from cvae.data.sources import load_test, named
 from cvae.distributed import Processes
-from cvae.errors import CvaeError, DataError, PeerLost, UsageError
+from cvae.errors import DataError, UsageError
 from cvae.model.likelihood import Likelihoods, evaluate, noise
 from cvae.report import figures, tables
 from cvae.report.selection import Subject, find_runs, open_run, short_names
@@ -199,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = parse(argv)
     processes = Processes()
-    try:
+    with processes.one_voice():
         device = runtime.resolve_device(options.device, processes.local_rank, processes.local_count)
         with runtime.prepare(device), processes.connected(device):
             subjects, problems = open_runs(options, device, processes)
@@ -220,10 +220,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if options.format == "text":
                     table = "\n".join(["", table, *drawn, ""] if drawn else ["", table])
                 say(table, end="")
-    except CvaeError as error:
-        if processes.local_rank == 0 or isinstance(error, PeerLost):
-            complain(f"{program('eval.py')}: {error}")
-        return error.exit_code
     return DataError.exit_code if problems else 0
 
 

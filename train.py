@@ -34,7 +34,6 @@ from cvae.data.images import ImageSet
 from cvae.data.masks import make_split
 from cvae.data.sources import load_train
 from cvae.distributed import Processes
-from cvae.errors import CvaeError, PeerLost
 from cvae.model.likelihood import noise
 from cvae.model.networks import build
 from cvae.model.objectives import Totals, log_likelihood, maximised, objective
@@ -43,7 +42,7 @@ from cvae.run.folder import find_run, quoted, read_precision, read_split, refuse
 from cvae.run.plan import parse, plan
 from cvae.run.session import Run
 from cvae.run.state import Progress
-from cvae.terminal import called, command, complain, program
+from cvae.terminal import called, command
 from cvae.training.optimizer import GuardedAdam, scheduled_rate
 from cvae.training.phase import Phase, validate
 from cvae.training.weights import WeightAverage, Weights
@@ -231,23 +230,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options, given = parse(argv, __doc__)
     processes = Processes()
-    with runtime.Interruption() as interruption:
-        try:
-            runs = plan(options, given)
-            device = runtime.resolve_device(runs[0][1].device, processes.local_rank, processes.local_count)
-            with runtime.prepare(device), processes.connected(device):
-                for folder, _ in runs if options.resume is None else []:  # before the first one is begun
-                    processes.on_main(partial(refuse_existing, folder, options.overwrite))
-                for folder, settings in runs:
-                    wanted = settings.precision if options.resume is None else read_precision(folder)
-                    precision = processes.on_main(partial(runtime.resolve_precision, wanted, device))
-                    init = None if options.init is None else find_run(options.init, options.runs)
-                    with Run(folder, settings, device, precision, processes, interruption, options.quiet, init) as run:
-                        train_run(run, options.resume is not None, options.overwrite)
-        except CvaeError as error:
-            if processes.local_rank == 0 or isinstance(error, PeerLost):
-                complain(f"{program('train.py')}: {error}")
-            return error.exit_code
+    with runtime.Interruption() as interruption, processes.one_voice():
+        runs = plan(options, given)
+        device = runtime.resolve_device(runs[0][1].device, processes.local_rank, processes.local_count)
+        with runtime.prepare(device), processes.connected(device):
+            for folder, _ in runs if options.resume is None else []:  # before the first one is begun
+                processes.on_main(partial(refuse_existing, folder, options.overwrite))
+            for folder, settings in runs:
+                wanted = settings.precision if options.resume is None else read_precision(folder)
+                precision = processes.on_main(partial(runtime.resolve_precision, wanted, device))
+                init = None if options.init is None else find_run(options.init, options.runs)
+                with Run(folder, settings, device, precision, processes, interruption, options.quiet, init) as run:
+                    train_run(run, options.resume is not None, options.overwrite)
     return 0
 
 

@@ -49,6 +49,15 @@ class Processes:
         return self.rank == 0
 
     @contextmanager
+    def one_voice(self) -> Iterator[None]:
+        """An error within it is told once on each machine, but each process tells that it has lost another one."""
+        try:
+            yield
+        except CvaeError as error:
+            error.is_told_elsewhere = self.local_rank > 0 and not isinstance(error, PeerLost)
+            raise
+
+    @contextmanager
     def connected(self, device: torch.device) -> Iterator[None]:
         """Within it they reach each other: by gloo, which notices when one ends; on CUDA by NCCL too, for gradients."""
         if self.count == 1:

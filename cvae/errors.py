@@ -5,6 +5,7 @@ class CvaeError(Exception):
     """An expected failure: the scripts print its message as one line and exit with `exit_code`."""
 
     exit_code = 1
+    is_told_elsewhere = False  # by another process of the same job
 
 
 class PeerLost(CvaeError):

@@ -47,7 +47,8 @@ def command(script: str) -> Callable[[Callable[Arguments, int]], Callable[Argume
                 try:
                     return main(*args, **kwargs)
                 except CvaeError as error:
-                    complain(f"{program(script)}: {error}")
+                    if not error.is_told_elsewhere:
+                        complain(f"{program(script)}: {error}")
                     return error.exit_code
 
         return safe_main
