@@ -137,6 +137,8 @@ class Settings:
             kind, value = each.metadata["kind"], getattr(self, each.name)
             if not kind.is_good(value):
                 raise ValueError(f"{flag(each.name)[2:]} has to be {kind.wanted}, not {reprlib.repr(value)}")
+        if self.compile and self.objective == "iwae":
+            raise ValueError("compile cannot be used with the objective iwae, whose gradient takes two backward passes")
 
     def chosen(self, name: str, table: Mapping[str, Item]) -> Item:
         """What the setting of this name stands for in a table. Raises ValueError if it is not in it."""

@@ -58,8 +58,6 @@ def parse(argv: Sequence[str] | None, manual: str | None) -> tuple[argparse.Name
             settings = Settings(**{**given, "quadrants": quadrants})
     except ValueError as error:
         parser.error(str(error))
-    if settings.compile and settings.objective == "iwae":
-        parser.error("--compile cannot be used with --objective iwae, whose gradient takes two backward passes")
     return options, given
 
 

@@ -212,3 +212,9 @@ def test_unknown_settings_are_refused_by_name(name: str) -> None:
 def test_settings_that_are_none(values: object) -> None:
     with pytest.raises(ValueError, match="the settings are missing"):
         Settings.from_dict(values)
+
+
+def test_what_cannot_be_compiled_is_refused_in_every_way_there_is() -> None:
+    """On the command line, and in a `config.json` that was edited."""
+    with pytest.raises(ValueError, match="compile cannot be used with the objective iwae"):
+        Settings.from_dict({**Settings(objective="iwae").to_dict(), "compile": True})
