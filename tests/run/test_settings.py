@@ -16,7 +16,7 @@ OTHER: dict[str, tuple[list[str], Any]] = {
     "quadrants": (["3"], [3]),
     "observed": (["left"], "left"),
     "network": (["paper"], "paper"),
-    "objective": (["iwae"], "iwae"),
+    "objective": (["gsnn"], "gsnn"),
     "alpha": (["0.25"], 0.25),
     "particles": (["7"], 7),
     "hidden": (["30", "20", "10"], [30, 20, 10]),
