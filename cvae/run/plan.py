@@ -55,7 +55,7 @@ def parse(argv: Sequence[str] | None, manual: str | None) -> tuple[argparse.Name
                 parser.error(f"--observed {mask}: is no file, and no mask has this name; there are {', '.join(MASKS)}")
     try:
         for quadrants in given.get("quadrants", [1]):
-            settings = Settings(**{**given, "quadrants": quadrants})
+            Settings(**{**given, "quadrants": quadrants})
     except ValueError as error:
         parser.error(str(error))
     return options, given
