@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from cvae.data.masks import mask_name
+from cvae.errors import printable
 from cvae.model.likelihood import ELBO_SAMPLES, Estimate, Likelihoods, estimate
 from cvae.settings import Settings
 
@@ -59,7 +60,7 @@ class Column(NamedTuple):
     @property
     def name(self) -> str:
         """The run as a line of text can show it."""
-        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in self.run)
+        return printable(self.run)
 
     @property
     def is_grey(self) -> bool:
@@ -116,8 +117,8 @@ def _notes(columns: Sequence[Column]) -> list[str]:
     known = {column.settings.quadrants: column.observed for column in columns if column.is_of_the_tutorial}
     example = " (with one quadrant of MNIST and 100 samples, about 82 where importance sampling gives 64)"
     notes.append(
-        "Monte Carlo samples z from the prior network: with so few samples it is far from tight"
-        f"{example * (1 in known)}; importance sampling is the one to quote."
+        "Monte Carlo and importance sampling lie above −log p(y|x) in expectation: the smaller of the two is the one "
+        f"to quote. For a well trained run it is importance sampling{example * (1 in known)}."
     )
     if not all(column.has(key) for column in columns for key in OF_RECOGNITION):
         notes.append("–: the objective gsnn trains no recognition network, which these estimates take z from.")
