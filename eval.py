@@ -36,7 +36,7 @@ from cvae.errors import DataError, UsageError
 from cvae.model.likelihood import Likelihoods, evaluate, noise
 from cvae.report import figures, tables
 from cvae.report.selection import Subject, find_runs, open_run, short_names
-from cvae.run.plan import absolute
+from cvae.run.plan import absolute, user_path
 from cvae.settings import Settings
 from cvae.terminal import command, complain, program, say
 
@@ -49,7 +49,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    run: dict[str, Any] = {"type": Path, "metavar": "RUN", "default": []}
+    run: dict[str, Any] = {"type": user_path, "metavar": "RUN", "default": []}
     add("named", nargs="*", help="run or folder of runs, as a path or a name below runs/ (default: runs/)", **run)
     add("--runs", nargs="+", action="extend", help="the same; may be repeated", **run)
     add("--unfinished", action="store_true", help="evaluate the best weights so far of runs that are not finished")
@@ -63,14 +63,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--format", choices=tables.FORMATS, default="text", help="format of the table (default: %(default)s)")
     add(
         "--figure",
-        type=Path,
+        type=user_path,
         metavar="PATH",
         help=f"write completions of ten test images, as the ending says ({', '.join(figures.ENDINGS)}); "
         "of several runs, one file each",
     )
     add(
         "--samples-to",
-        type=Path,
+        type=user_path,
         metavar="DIR",
         help="write each completion as a PNG file of its own, of several runs in a folder each; replaces no file",
     )
@@ -110,7 +110,12 @@ def positive(word: str) -> int:
 
 def indices(word: str) -> list[int]:
     """Whole numbers with commas between them, each once; whether there are such images is seen later."""
-    return list(dict.fromkeys(int(each) for each in word.split(",")))
+    try:
+        return list(dict.fromkeys(int(each) for each in word.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"has to be numbers with commas between them, as 3,17,42, not {word!r}"
+        ) from None
 
 
 def open_runs(

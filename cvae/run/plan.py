@@ -23,14 +23,16 @@ def parse(argv: Sequence[str] | None, manual: str | None) -> tuple[argparse.Name
     parser = argparse.ArgumentParser(description=manual, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser, {**CHOICES, "observed": MASKS})
     parser.add_argument(
-        "--runs", type=Path, default=Path("runs"), metavar="DIR", help="folder of runs (default: %(default)s)"
+        "--runs", type=user_path, default=Path("runs"), metavar="DIR", help="folder of runs (default: %(default)s)"
     )
     parser.add_argument(
         "--name",
         help="name of the run's folder (default: q1, q2, q3 or the mask's name); with several runs, -q1, … is added",
     )
-    parser.add_argument("--resume", type=Path, metavar="RUN", help="name or folder of a run to go on with")
-    parser.add_argument("--init", type=Path, metavar="RUN", help="name or folder of a run whose weights are begun with")
+    parser.add_argument("--resume", type=user_path, metavar="RUN", help="name or folder of a run to go on with")
+    parser.add_argument(
+        "--init", type=user_path, metavar="RUN", help="name or folder of a run whose weights are begun with"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the run's folder if it exists")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
     options = parser.parse_args(argv)
@@ -61,9 +63,14 @@ def parse(argv: Sequence[str] | None, manual: str | None) -> tuple[argparse.Name
     return options, given
 
 
+def user_path(word: str) -> Path:
+    """A path as people write it, ~ expanded: a shell leaves it in --flag=~/path."""
+    return Path(os.path.expanduser(word))
+
+
 def absolute(path: str) -> str:
     """A path from the root, ~ expanded."""
-    return os.path.realpath(os.path.expanduser(path))
+    return os.path.realpath(user_path(path))
 
 
 def plan(options: argparse.Namespace, given: dict[str, Any]) -> list[tuple[Path, Settings]]:
@@ -95,4 +102,12 @@ def plan(options: argparse.Namespace, given: dict[str, Any]) -> list[tuple[Path,
     mask = given.get("observed")
     own = [f"q{k}" if mask is None else Path(mask).stem.lstrip(".") or "mask" for k in quadrants]
     names = [default if name is None else name + suffix for default, suffix in zip(own, suffixes, strict=True)]
-    return [(options.runs / name, Settings(quadrants=k, **given)) for name, k in zip(names, quadrants, strict=True)]
+    found = [(options.runs / name, Settings(quadrants=k, **given)) for name, k in zip(names, quadrants, strict=True)]
+    for folder, _ in found:
+        if any("\ud800" <= letter <= "\udfff" for letter in str(folder)):  # bytes that are no text here
+            raise UsageError(f"{str(folder)!a}: is no text in this system's encoding; choose another --name or --runs")
+        if options.init is not None and os.path.realpath(folder) == os.path.realpath(
+            find_run(options.init, options.runs)
+        ):
+            raise UsageError(f"--init {options.init} is the folder of the new run too; choose another --name")
+    return found
