@@ -44,6 +44,11 @@ class Interrupted(CvaeError):
         self.exit_code = 128 + signal_number
 
 
+def printable(text: str) -> str:
+    """Text without control characters, and what else no terminal can show: each as its escape, `\\n` for instance."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, in one line."""
     return (str(error) or type(error).__name__).splitlines()[0]

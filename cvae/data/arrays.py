@@ -26,10 +26,11 @@ from cvae.data.parts import (
     grey,
     levels,
     listed,
+    naming,
     part_named,
     space,
 )
-from cvae.errors import DataError, first_line
+from cvae.errors import DataError
 from cvae.settings import Settings
 
 CHUNK = 8 << 20
@@ -71,7 +72,7 @@ def find_arrays(path: Path, s: Settings) -> Source | None:
     """
     if not os.path.isfile(path):
         return None
-    with _failures(path), open(path, "rb") as file:
+    with naming(path), open(path, "rb") as file:
         if not (start := file.read(6)).startswith((b"PK\3\4", npy.MAGIC_PREFIX)):
             return None
     members = list(_members(path) if start.startswith(b"PK") else [_header(path, None)])
@@ -144,7 +145,7 @@ def _chunks(member: Member) -> Iterator[tuple[int, Array]]:
     """The array, some images at a time, each time with the index of the first of them."""
     shape, each = member.shape, member.dtype.itemsize * math.prod(member.shape[1:])
     step = shape[0] if member.fortran else max(1, CHUNK // each)
-    with _failures(member.path), _opened(member.path, member.member) as file:
+    with naming(member.path), _opened(member.path, member.member) as file:
         file.read(member.start)
         for first in range(0, shape[0], step):
             count = min(step, shape[0] - first)
@@ -162,7 +163,7 @@ def _chunks(member: Member) -> Iterator[tuple[int, Array]]:
 
 def _members(path: Path) -> Iterator[Member]:
     """The arrays in an archive."""
-    with _failures(path), zipfile.ZipFile(path) as archive:
+    with naming(path), zipfile.ZipFile(path) as archive:
         names = [name for name in archive.namelist() if name.endswith(".npy")]
     if not names:
         raise DataError(f"{path}: is an archive without arrays; unpack it, and give the folder of pictures")
@@ -174,9 +175,9 @@ def _members(path: Path) -> Iterator[Member]:
 
 def _header(path: Path, name: str | None) -> Member:
     """The array of this name, or the one that the file is."""
-    with _failures(path), _opened(path, name) as file:
+    with naming(path), _opened(path, name) as file:
         header = io.BytesIO(file.read(LARGEST_HEADER))
-    with _failures(path), catch_warnings():
+    with naming(path), catch_warnings():
         simplefilter("ignore")  # of headers as Python 2 wrote them
         version = npy.read_magic(header)
         read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(version)
@@ -199,14 +200,3 @@ def _opened(path: Path, name: str | None) -> Iterator[IO[bytes]]:
     else:
         with zipfile.ZipFile(path) as archive, archive.open(name) as member:
             yield member
-
-
-@contextmanager
-def _failures(path: Path) -> Iterator[None]:
-    """Raises DataError, naming the file, for what the readers of archives and headers raise."""
-    try:
-        yield
-    except DataError:
-        raise
-    except Exception as error:  # of damaged files, the two raise whatever they stumble over
-        raise DataError(f"{path}: cannot be read ({first_line(error)[:200]})") from None

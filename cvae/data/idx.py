@@ -12,16 +12,15 @@ import math
 import os
 import re
 import shlex
-import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
 
-from cvae.data.parts import PARTS, Images, Part, Source, listed
+from cvae.data.parts import PARTS, Images, Part, Source, listed, naming
 from cvae.errors import DataError
 from cvae.settings import Settings
 
@@ -121,23 +120,12 @@ def _part(path: Path, labels: Path | None) -> Part:
 
 def _announced(path: Path, num_dims: int | None) -> tuple[int, ...]:
     """The dimensions that a file's header announces. num_dims: as in `_count`."""
-    with _failures(path):
+    with naming(path):
         content = bytearray(next(_chunks(path, 4 + 4 * 255), b""))
     if len(content) < 4 or len(content) < 4 + 4 * content[3]:
         raise DataError(f"{path}: is truncated, its header is incomplete")
     _count(path, content, num_dims)
     return _dims(content, content[3])
-
-
-@contextmanager
-def _failures(path: Path) -> Iterator[None]:
-    """Raises DataError, naming the file, for what goes wrong when it is read."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise DataError(f"{path}: there is no such file") from None
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise DataError(f"{path}: cannot be read ({error or type(error).__name__})") from None
 
 
 def read_idx(path: Path, num_dims: int, sha256: str | None = None) -> Tensor:
@@ -146,7 +134,7 @@ def read_idx(path: Path, num_dims: int, sha256: str | None = None) -> Tensor:
     The memory taken grows with what the file really holds, whatever its header claims. `sha256`: what the digest of
     the uncompressed file has to be. Raises DataError, naming the file, if it cannot be read or is damaged.
     """
-    with _failures(path):
+    with naming(path):
         content = _read_bounded(path, num_dims)
     if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
         raise DataError(f"{path}: is damaged (its SHA-256 is not the expected one); install the package anew")

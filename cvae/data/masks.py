@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cvae.data.mask_pictures import read_mask
-from cvae.errors import DataError
+from cvae.errors import DataError, printable
 from cvae.settings import Settings
 
 
@@ -104,8 +104,7 @@ def mask_name(s: Settings) -> str:
     """What is observed, in words: "2 quadrants", a mask's name, or that of a picture's file without its ending."""
     if s.observed is None:
         return f"{s.quadrants} quadrant{'s' * (s.quadrants > 1)}"
-    name = PureWindowsPath(s.observed).stem if is_picture(s) else s.observed
-    return "".join(letter if letter.isprintable() else "?" for letter in name)
+    return printable(PureWindowsPath(s.observed).stem if is_picture(s) else s.observed)
 
 
 class Split:

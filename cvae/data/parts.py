@@ -2,7 +2,8 @@
 levels as bytes, however they were stored.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cvae.errors import DataError
+from cvae.errors import CvaeError, DataError, first_line
 
 Array = npt.NDArray[Any]
 
@@ -78,6 +79,19 @@ def listed(names: Iterable[object]) -> str:
     words = [str(name) for name in names]
     more = f" and {len(words) - NAMED} more" if len(words) > NAMED else ""
     return ", ".join(words[:NAMED]) + more
+
+
+@contextmanager
+def naming(path: object, what: str = "cannot be read") -> Iterator[None]:
+    """Raises DataError, naming the file, for all that a reader raises: of damaged files, whatever it stumbles over."""
+    try:
+        yield
+    except CvaeError:
+        raise
+    except FileNotFoundError:
+        raise DataError(f"{path}: there is no such file") from None
+    except Exception as error:
+        raise DataError(f"{path}: {what} ({first_line(error)[:200]})") from None
 
 
 def space(name: object, count: int, height: int, width: int, dtype: type = np.uint8) -> Array:

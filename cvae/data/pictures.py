@@ -22,11 +22,12 @@ from cvae.data.parts import (
     eight_bit,
     levels,
     listed,
+    naming,
     part_named,
     scaled,
     space,
 )
-from cvae.errors import DataError, first_line
+from cvae.errors import DataError
 from cvae.settings import Settings
 
 FORMATS = ("PNG", "JPEG", "BMP", "DIB", "GIF", "TIFF", "WEBP", "PPM")
@@ -153,16 +154,11 @@ def read_picture(
     so many pixels square. notes: what was chosen is added to it, once. Raises DataError, naming the file.
     """
     notes = [] if notes is None else notes
-    try:
-        with catch_warnings():
-            simplefilter("ignore")
-            simplefilter("error", Image.DecompressionBombWarning)
-            with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
-                return _decoded(image, str(path), side, expected, notes)
-    except DataError:
-        raise
-    except Exception as error:  # of damaged files, Pillow's decoders raise whatever they stumble over
-        raise DataError(f"{path}: cannot be read as a picture ({first_line(error)[:200]})") from None
+    with naming(path, "cannot be read as a picture"), catch_warnings():
+        simplefilter("ignore")
+        simplefilter("error", Image.DecompressionBombWarning)
+        with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
+            return _decoded(image, str(path), side, expected, notes)
 
 
 def _decoded(image: Image.Image, path: str, side: int | None, expected: Expected | None, notes: list[str]) -> Array:

@@ -21,7 +21,7 @@ from cvae.data.masks import is_picture, make_split
 from cvae.data.names import MNIST, NAMES, find_named, name_of, named
 from cvae.data.parts import Images, Part, Source, resized
 from cvae.data.pictures import find_pictures
-from cvae.errors import DataError
+from cvae.errors import DataError, printable
 from cvae.settings import LARGEST_SIDE, Settings
 
 __all__ = ["READERS", "TestImages", "TrainImages", "difference", "load_test", "load_train", "named", "record"]
@@ -169,7 +169,7 @@ def _read_all(source: Source, rows: Rows, notes: list[str], s: Settings) -> tupl
     height, width = sizes[next(iter(sizes))]
     taken = f"{source.form} {source.place}".strip() + f": {', '.join(counts)} images of {height}×{width} pixels"
     pixels = {name: as_targets(s, name, images) for name, images in pixels.items()}
-    return pixels, _printable("; ".join(dict.fromkeys(filter(None, [taken, *notes]))))
+    return pixels, printable("; ".join(dict.fromkeys(filter(None, [taken, *notes]))))
 
 
 def _read(part: Part, rows: Tensor, s: Settings) -> Images:
@@ -195,12 +195,7 @@ def _one_line() -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        raise DataError(_printable(str(error))) from None
-
-
-def _printable(line: str) -> str:
-    """Without control characters, and without what no terminal can show."""
-    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in line)
+        raise DataError(printable(str(error))) from None
 
 
 def record(**parts: Tensor | None) -> dict[str, Any]:

@@ -117,7 +117,7 @@ def test_images_without_a_center_are_refused(name):
         (Settings(observed="every-second-row"), "every-second-row"),
         (Settings(observed="/masks/a disc.v2.png"), "a disc.v2"),
         (Settings(observed="C:\\masks\\disc.png"), "disc"),
-        (Settings(observed="/masks/a\nb\udcff.png"), "a?b?"),
+        (Settings(observed="/masks/a\nb\udcff.png"), r"a\nb\udcff"),
     ],
     ids=str,
 )
