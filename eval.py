@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from cvae import runtime
 from cvae.data.images import ImageSet
+from cvae.data.parts import Reading
 from cvae.data.sources import load_test, named
 from cvae.distributed import Processes
 from cvae.errors import DataError, UsageError
@@ -123,8 +124,8 @@ def open_runs(
 ) -> tuple[dict[str, Subject], list[str]]:
     """The runs to be evaluated, by their names in the table, and a line about each that all processes leave out."""
     folders, problems = processes.on_main(partial(find_runs, options.named + options.runs, RUNS))
-    room = runtime.free_memory(device, processes.local_count)
-    load_images = cache(lambda settings: load_test(settings, room))  # once for the runs that share them
+    reading = Reading.on(device, processes.local_count, show=processes.is_main)
+    load_images = cache(lambda settings: load_test(settings, reading))  # once for the runs that share them
     found = []
     for folder in folders:
         try:

@@ -32,13 +32,14 @@ from torch import Tensor
 from cvae import runtime
 from cvae.data.images import ImageSet
 from cvae.data.masks import make_split
-from cvae.data.sources import load_train
+from cvae.data.sources import TrainImages
 from cvae.distributed import Processes
 from cvae.model.likelihood import noise
 from cvae.model.networks import build
 from cvae.model.objectives import Totals, log_likelihood, maximised, objective
 from cvae.report.figures import completions
 from cvae.run.folder import find_run, quoted, read_precision, read_split, refuse_existing
+from cvae.run.images import once_for_all
 from cvae.run.plan import parse, plan
 from cvae.run.session import Run
 from cvae.run.state import Progress
@@ -174,11 +175,10 @@ def train_epoch(phase: Phase, step: Step, take_step: Callable[..., None], epoch:
     optimizer.check(where)
 
 
-def train_run(run: Run, resume: bool, overwrite: bool) -> None:
+def train_run(run: Run, load_images: Callable[[], TrainImages], resume: bool, overwrite: bool) -> None:
     """Train the baseline, then the CVAE on top of it, from wherever the run has come to."""
     s, device = run.settings, run.device
-    room = runtime.free_memory(device, run.processes.local_count)
-    images, held_out, about, record = run.processes.on_all(partial(load_train, s, room))
+    images, held_out, about, record = load_images()
     images = images[: s.train_limit]
     run.processes.share_of_batch(min(s.batch_size, len(images)))  # refused before a folder is made
     split = read_split(run.folder) if resume else make_split(s, *images.shape[1:])
@@ -197,7 +197,6 @@ def train_run(run: Run, resume: bool, overwrite: bool) -> None:
     x = split.split(digits.to(device) / 255)[0]
 
     baseline = cvae.to(device).baseline_net
-
     if last.get("phase") != "cvae":
         if resume:
             run.load_start(cvae)
@@ -236,12 +235,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         with runtime.prepare(device), processes.connected(device):
             for folder, _ in runs if options.resume is None else []:  # before the first one is begun
                 processes.on_main(partial(refuse_existing, folder, options.overwrite))
+            load_images = once_for_all([s for _, s in runs], device, processes, interruption, options.quiet)
             for folder, settings in runs:
                 wanted = settings.precision if options.resume is None else read_precision(folder)
                 precision = processes.on_main(partial(runtime.resolve_precision, wanted, device))
                 init = None if options.init is None else find_run(options.init, options.runs)
                 with Run(folder, settings, device, precision, processes, interruption, options.quiet, init) as run:
-                    train_run(run, options.resume is not None, options.overwrite)
+                    train_run(run, load_images, options.resume is not None, options.overwrite)
     return 0
 
 

@@ -4,7 +4,7 @@ import io
 import math
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -33,7 +33,7 @@ from cvae.data.parts import (
 from cvae.errors import DataError
 from cvae.settings import Settings
 
-CHUNK = 8 << 20
+CHUNK = 1 << 20
 LARGEST_HEADER = 1 << 14
 MAX_COMPRESSION = 1100  # more than deflate can do
 LABELS = {"y", "label", "labels", "target", "targets"}  # words in the names of arrays that are no images
@@ -110,21 +110,28 @@ def _part(member: Member) -> Part:
         raise DataError(f"{member}: its header announces {size} bytes, and it has {member.size - member.start}")
     return Part(
         count, height, width,
-        read=lambda rows: _read(member, rows, (count, height, width)),
+        read=lambda rows, reading: _read(member, rows, (count, height, width), reading.check),
         name=lambda row: f"{member}: image {row}",
+        held=lambda number: number * height * width * (3 if _is_wide(member) else 1) + size * member.fortran,
     )  # fmt: skip
 
 
-def _read(member: Member, rows: Tensor, size: tuple[int, int, int]) -> Images:
+def _is_wide(member: Member) -> bool:
+    """Whether its numbers may need more than eight bits."""
+    return (member.dtype.kind in "ui" and member.dtype.itemsize > 1) or member.dtype == np.int8
+
+
+def _read(member: Member, rows: Tensor, size: tuple[int, int, int], check: Callable[[], None]) -> Images:
     """The images at these rows."""
     count, height, width = size
     colour, channels_first = 3 in member.shape[1:2] + member.shape[3:], member.shape[2:] == (height, width)
-    wide = (member.dtype.kind in "ui" and member.dtype.itemsize > 1) or member.dtype == np.int8
+    wide = _is_wide(member)
     result = space(member, len(rows), height, width, np.uint16 if wide else np.uint8)
     places = np.full(count, -1)  # of each image in the result
     places[rows.numpy()] = np.arange(len(rows))
     highest = 0
     for first, chunk in _chunks(member):
+        check()
         images = levels(chunk, lambda i, first=first: f"{member}: image {first + i}")  # type: ignore[misc]
         if images.ndim == 4:
             images = np.moveaxis(images, 1, 3) if channels_first else images
@@ -144,16 +151,19 @@ def _read(member: Member, rows: Tensor, size: tuple[int, int, int]) -> Images:
 def _chunks(member: Member) -> Iterator[tuple[int, Array]]:
     """The array, some images at a time, each time with the index of the first of them."""
     shape, each = member.shape, member.dtype.itemsize * math.prod(member.shape[1:])
-    step = shape[0] if member.fortran else max(1, CHUNK // each)
+    step = max(1, CHUNK // each)
+    read = shape[0] if member.fortran else step
     with naming(member.path), _opened(member.path, member.member) as file:
         file.read(member.start)
-        for first in range(0, shape[0], step):
-            count = min(step, shape[0] - first)
+        for first in range(0, shape[0], read):
+            count = min(read, shape[0] - first)
             content = file.read(count * each)
             if len(content) < count * each:
                 raise DataError(f"{member}: is truncated, it ends within image {first + len(content) // each}")
             chunk = np.frombuffer(content, member.dtype)
-            yield first, chunk.reshape(shape[::-1]).T if member.fortran else chunk.reshape(count, *shape[1:])
+            images = chunk.reshape(shape[::-1]).T if member.fortran else chunk.reshape(count, *shape[1:])
+            for i in range(0, count, step):
+                yield first + i, images[i : i + step]
         if file.read(1):  # an archive's checksum is looked at here
             raise DataError(f"{member}: holds more than its header announces")
 

@@ -12,7 +12,7 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -20,7 +20,7 @@ from typing import BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from cvae.data.parts import PARTS, Images, Part, Source, listed, naming
+from cvae.data.parts import PARTS, Images, Part, Source, listed, naming, taken
 from cvae.errors import DataError
 from cvae.settings import Settings
 
@@ -110,8 +110,9 @@ def _part(path: Path, labels: Path | None) -> Part:
         raise DataError(f"{labels}: has {number} labels for the {count} images of {path.name}")
     return Part(
         count, height, width,
-        read=lambda rows: Images(read_idx(path, 3)[rows]),
+        read=lambda rows, reading: Images(taken(read_idx(path, 3, check=reading.check), rows)),
         name=lambda row: f"{path}: image {row}",
+        held=lambda number: (count + number) * height * width,
     )  # fmt: skip
 
 
@@ -128,25 +129,27 @@ def _announced(path: Path, num_dims: int | None) -> tuple[int, ...]:
     return _dims(content, content[3])
 
 
-def read_idx(path: Path, num_dims: int, sha256: str | None = None) -> Tensor:
+def read_idx(path: Path, num_dims: int, sha256: str | None = None, check: Callable[[], None] = lambda: None) -> Tensor:
     """The array in an IDX file of unsigned bytes, uint8 `[d_1, …, d_num_dims]`.
 
     The memory taken grows with what the file really holds, whatever its header claims. `sha256`: what the digest of
-    the uncompressed file has to be. Raises DataError, naming the file, if it cannot be read or is damaged.
+    the uncompressed file has to be. check: called every MiB. Raises DataError, naming the file, if it cannot be read or
+    is damaged.
     """
     with naming(path):
-        content = _read_bounded(path, num_dims)
+        content = _read_bounded(path, num_dims, check)
     if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
         raise DataError(f"{path}: is damaged (its SHA-256 is not the expected one); install the package anew")
     start = 4 + 4 * num_dims
     return torch.frombuffer(content, dtype=torch.uint8)[start:].view(_dims(content, num_dims))
 
 
-def _read_bounded(path: Path, num_dims: int) -> bytearray:
+def _read_bounded(path: Path, num_dims: int, check: Callable[[], None]) -> bytearray:
     """The uncompressed file, read no further than its header says."""
     content = bytearray()
     start, end = 4 + 4 * num_dims, None
     for chunk in _chunks(path):
+        check()
         content += chunk
         if end is None and len(content) >= start:
             end = start + _count(path, content, num_dims)

@@ -38,7 +38,7 @@ class ImageSet:
     def __init__(self, images: Tensor, split: Split, device: torch.device | str = "cpu"):
         if images.dtype != torch.uint8 or images.dim() != 3:
             raise ValueError(f"images are uint8 [N, height, width], 0 to 255, not {described(images)}")
-        self.vectors = split.vectors(images.to(device))
+        self.vectors = split.vectors(images).to(device)  # so that the device never holds them twice
         self.split, self.num_observed = split, split.num_observed
         self.guesses: Tensor | None = None
         self._guess: Callable[[], None] = lambda: None  # computes the guesses

@@ -3,13 +3,14 @@
 import json
 import os
 import shlex
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 
 from torch import Tensor
 
 from cvae.data.idx import idx_set, read_idx
-from cvae.data.parts import Images, Part, Source
+from cvae.data.parts import Images, Part, Source, taken
 from cvae.errors import DataError
 from cvae.settings import Settings
 
@@ -72,11 +73,14 @@ def find_named(name: str, s: Settings) -> Source:
 def _mnist(part: str) -> Part:
     """A part of the embedded MNIST, whose digest is checked when it is read."""
     return Part(
-        COUNTS[part], 28, 28, lambda rows: Images(mnist(part)[rows]), lambda row: f"MNIST: image {row} of {part}"
-    )
+        COUNTS[part], 28, 28,
+        read=lambda rows, reading: Images(taken(mnist(part, reading.check), rows)),
+        name=lambda row: f"MNIST: image {row} of {part}",
+        held=lambda count: count * 28 * 28,
+    )  # fmt: skip
 
 
-def mnist(part: str) -> Tensor:
+def mnist(part: str, check: Callable[[], None] = lambda: None) -> Tensor:
     """The images of the embedded MNIST, part `train` or `t10k`, uint8 `[N, 28, 28]`, as its files have them."""
     with resources.as_file(resources.files("cvae.data") / "mnist" / f"{part}-images-idx3-ubyte.xz") as path:
-        return read_idx(path, 3, SHA256[part])
+        return read_idx(path, 3, SHA256[part], check)

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from cvae import runtime
 from cvae.errors import CvaeError, DataError, first_line
 
 Array = npt.NDArray[Any]
@@ -41,18 +42,41 @@ class Images(NamedTuple):
     notes: Sequence[str] = ()
 
 
+class Reading(NamedTuple):
+    """How images are read: how much memory there is, and what goes on meanwhile.
+
+    memory: bytes of it that this process may take; gpu: of the GPU that the images are brought to, None: to none.
+    keep: whether the images are kept while they are trained on. show: whether the user sees a bar and remarks.
+    check: called every picture or MiB; what it raises ends the reading.
+    """
+
+    memory: int | None = None
+    gpu: int | None = None
+    keep: bool = False
+    show: bool = False
+    check: Callable[[], None] = lambda: None
+
+    @classmethod
+    def on(cls, device: torch.device, sharing: int = 1, **more: Any) -> "Reading":
+        """For a device, and one of so many processes that share this machine."""
+        memory = runtime.free_memory(torch.device("cpu"), sharing)
+        return cls(memory, runtime.free_memory(device, sharing) if device.type == "cuda" else None, **more)
+
+
 @dataclass(frozen=True, eq=False)
 class Part:
     """The images of one part of a set, not read yet: how many there are, of what size.
 
     read: rows, int64 `[n]` → these images in this order, all of this size. name: the words for the image of a row.
+    held: the bytes that reading so many of them holds at its peak.
     """
 
     count: int
     height: int
     width: int
-    read: Callable[[Tensor], Images]
+    read: Callable[[Tensor, Reading], Images]
     name: Callable[[int], str]
+    held: Callable[[int], int]
 
 
 class Source(NamedTuple):
@@ -136,8 +160,11 @@ def _out_of_range(low: float, high: float, most: int) -> str:
 
 
 def eight_bit(wide: Array) -> Array:
-    """uint16 as uint8: 65535 becomes 255."""
-    return ((wide.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    """uint16 as uint8, `[N, …]`: 65535 becomes 255."""
+    result = np.empty(wide.shape, np.uint8)
+    for first in range(0, len(wide), 100):  # not all at once: it takes ten more bytes a pixel
+        result[first : first + 100] = (wide[first : first + 100].astype(np.uint32) + 128) // 257
+    return result
 
 
 def grey(colours: Array) -> Array:
@@ -151,9 +178,15 @@ def scaled(picture: Image.Image, side: int) -> Image.Image:
     return picture.resize((side, side), Image.Resampling.LANCZOS)
 
 
-def resized(pixels: Tensor, side: int) -> Tensor:
+def taken(images: Tensor, rows: Tensor) -> Tensor:
+    """The images at these rows; where these are all of them, in order, no copy."""
+    return images if torch.equal(rows, torch.arange(len(images))) else images[rows]
+
+
+def resized(pixels: Tensor, side: int, check: Callable[[], None]) -> Tensor:
     """Images uint8 `[N, height, width]` scaled to `[N, side, side]`."""
     result = np.empty((len(pixels), side, side), np.uint8)
     for i, image in enumerate(pixels.numpy()):
+        check()
         result[i] = np.asarray(scaled(Image.fromarray(image), side))
     return torch.from_numpy(result)

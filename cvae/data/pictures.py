@@ -18,6 +18,7 @@ from cvae.data.parts import (
     Array,
     Images,
     Part,
+    Reading,
     Source,
     eight_bit,
     levels,
@@ -71,16 +72,17 @@ def _part(folder: Path, names: Sequence[str], side: int | None) -> Part:
     height, width = (side, side) if side else read_picture(paths[0]).shape
     expected = None if side else Expected(paths[0], height, width)
 
-    def read(rows: Tensor) -> Images:
+    def read(rows: Tensor, reading: Reading) -> Images:
         pixels = space(folder, len(rows), height, width)
         notes: list[str] = []
-        hidden = True if os.environ.get("RANK", "0") != "0" else None  # None: where there is no terminal
+        hidden = None if reading.show else True  # None: where there is no terminal
         with tqdm(rows.tolist(), "pictures", unit="img", leave=False, disable=hidden, delay=2) as bar:
             for i, row in enumerate(bar):
+                reading.check()
                 pixels[i] = read_picture(paths[row], side, expected, notes)
         return Images(torch.from_numpy(pixels), notes=notes)
 
-    return Part(len(paths), height, width, read, paths.__getitem__)
+    return Part(len(paths), height, width, read, paths.__getitem__, lambda count: count * height * width)
 
 
 class _Listing:

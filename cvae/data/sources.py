@@ -3,10 +3,10 @@
 All of MNIST comes with the package (Y. LeCun, C. Cortes, C. J. C. Burges; CC BY-SA 3.0).
 """
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,19 +15,24 @@ from torch import Tensor
 
 from cvae.data.arrays import find_arrays
 from cvae.data.division import Rows, divided, hold_out_validation
+from cvae.data.identity import difference, record
 from cvae.data.idx import find_idx
 from cvae.data.images import as_targets
-from cvae.data.masks import is_picture, make_split
 from cvae.data.names import MNIST, NAMES, find_named, name_of, named
-from cvae.data.parts import Images, Part, Source, resized
+from cvae.data.parts import Images, Part, Reading, Source, resized
 from cvae.data.pictures import find_pictures
+from cvae.data.room import needed, shortage
 from cvae.errors import DataError, printable
 from cvae.settings import LARGEST_SIDE, Settings
+from cvae.terminal import say
 
 __all__ = ["READERS", "TestImages", "TrainImages", "difference", "load_test", "load_train", "named", "record"]
 
 READERS: tuple[Callable[[Path, Settings], Source | None], ...] = (find_idx, find_arrays, find_pictures)
 """Each finds images of its form at a path, or returns None; the first that finds any is taken."""
+
+
+SMALL = 4  # pixels a side: where these do not fit either, scaling the images does not help
 
 
 class TrainImages(NamedTuple):
@@ -52,7 +57,7 @@ class TestImages(NamedTuple):
     record: dict[str, Any]
 
 
-def load_train(s: Settings = Settings(), room: int | None = None) -> TrainImages:  # noqa: B008
+def load_train(s: Settings = Settings(), reading: Reading = Reading()) -> TrainImages:  # noqa: B008
     """The training and validation images of the source that the settings name, MNIST where they name none.
 
     The last 10,000 of the 60,000 images of MNIST are for validation. Other training images are permuted by
@@ -60,45 +65,59 @@ def load_train(s: Settings = Settings(), room: int | None = None) -> TrainImages
     validation, unless the source has validation images. Of a source that is not divided, a sixth is taken for the
     test first, the same one whatever the seed.
 
-    room: bytes that the images may take on the device. They need `(T + V) · (P + 4 · H)`, for T training (at most
-    `s.train_limit`) and V validation images of P pixels, a byte each, H of them hidden, for which the baseline's
-    guesses are kept in float32; `T · P` more where they are binarized anew each epoch. This is looked at before
-    anything is read whole. Raises DataError, naming the file at fault.
+    Before anything is read whole, it is looked at whether the memory of `reading` holds what `room.needed` says. Raises
+    DataError, naming the file at fault.
     """
     with _one_line():
-        source = _find(s)
-        rows, notes = divided(source)
-        if "train" not in rows:
-            raise DataError(f"{source.place}: has no training images")
-        hold_out_validation(source, rows, notes, s)
-        (part, train), (_, validation) = rows["train"], rows["validation"]
-        height, width = _size(part, s)
-        used, hidden = min(len(train), s.train_limit or len(train)), height * width
-        if not is_picture(s):
-            hidden = make_split(s, height, width).num_hidden
-        sums = {
-            "pixels": (used + len(validation) + used * (s.targets == "binary")) * height * width,
-            "the baseline's guesses": (used + len(validation)) * hidden * 4,
-        }
-        _check_room(source, f"{used + len(validation):,} images of {height}×{width} pixels", sums, room)
-        pixels, about = _read_all(source, rows, notes, s)
+        planned = _plan_train(s)
+        source, rows, notes = planned
+        missing = "no test images, so that eval.py will not be able to evaluate the run"
+        if "test" not in rows and reading.show:
+            say(printable(f"{source.place}: {missing}"))
+        elif "test" not in rows:
+            notes.append(missing)
+        _check_room(planned, _plan_train, s, reading)
+        pixels, about = _read_all(planned, s, reading)
         parts = {name: pixels.get(name) for name in ("train", "validation", "test")}
         return TrainImages(pixels["train"], pixels["validation"], about, record(**parts))
 
 
-def load_test(s: Settings = Settings(), room: int | None = None) -> TestImages:  # noqa: B008
-    """The test images: for `eval.py` alone. room: bytes for their pixels; errors: as in `load_train`."""
+def load_test(s: Settings = Settings(), reading: Reading = Reading()) -> TestImages:  # noqa: B008
+    """The test images: for `eval.py` alone. Memory and errors: as in `load_train`."""
     with _one_line():
-        source = _find(s)
-        rows, notes = divided(source)
-        if "test" not in rows:
-            raise DataError(f"{source.place}: has no test images")
-        part, chosen = rows["test"]
-        height, width = _size(part, s)
-        sums = {"pixels": len(chosen) * height * width}
-        _check_room(source, f"{len(chosen):,} test images of {height}×{width} pixels", sums, room)
-        pixels, about = _read_all(source, {"test": rows["test"]}, notes, s)
+        planned = _plan_test(s)
+        _check_room(planned, _plan_test, s, reading)
+        pixels, about = _read_all(planned, s, reading)
         return TestImages(pixels["test"], about, record(**pixels))
+
+
+class _Planned(NamedTuple):
+    """What is going to be read."""
+
+    source: Source
+    rows: Rows
+    notes: list[str]
+
+    def sizes(self, s: Settings) -> dict[str, tuple[int, int]]:
+        """Height and width of the images of each part."""
+        return {name: _size(self.rows[name][0], s) for name in sorted(self.rows, key="train validation test".find)}
+
+
+def _plan_train(s: Settings) -> _Planned:
+    source = _find(s)
+    rows, notes = divided(source)
+    if "train" not in rows:
+        raise DataError(f"{source.place}: has no training images")
+    hold_out_validation(source, rows, notes, s)
+    return _Planned(source, rows, notes)
+
+
+def _plan_test(s: Settings) -> _Planned:
+    source = _find(s)
+    rows, notes = divided(source)
+    if "test" not in rows:
+        raise DataError(f"{source.place}: has no test images")
+    return _Planned(source, {"test": rows["test"]}, notes)
 
 
 def _find(s: Settings) -> Source:
@@ -132,19 +151,33 @@ def _size(part: Part, s: Settings) -> tuple[int, int]:
     return (part.width, part.height) if s.transpose else (part.height, part.width)
 
 
-def _check_room(source: Source, what: str, sums: dict[str, int], room: int | None) -> None:
-    """Raises DataError if the images need more bytes than there are."""
-    if room is not None and (total := sum(sums.values())) > room:
-        words = " + ".join(f"{number / 2**20:,.0f} MiB of {name}" for name, number in sums.items())
-        raise DataError(
-            f"{source.place}: {what} need {words} = {total / 2**20:,.0f} MiB, and {room / 2**20:,.0f} MiB are free; "
-            "use smaller ones (--size N), fewer (--train-limit N), or another --device"
-        )
+def _check_room(planned: _Planned, plan: Callable[[Settings], _Planned], s: Settings, reading: Reading) -> None:
+    """Raises DataError if the images do not fit into the memory, with what would help."""
+
+    def short(s: Settings, reading: Reading, planned: _Planned | None = None) -> str | None:
+        planned = planned or plan(s)
+        return shortage(needed(planned.rows, planned.sizes(s), s, reading), reading)
+
+    if (problem := short(s, reading, planned)) is None:
+        return
+    ways = []
+    for words, other, place in (
+        ("smaller ones (--size N)", replace(s, size=SMALL), reading),
+        ("fewer (--train-limit N)", replace(s, train_limit=1), reading),
+        ("another --device", s, reading._replace(gpu=None)),
+    ):
+        with suppress(DataError):
+            if (other, place) != (s, reading) and short(other, place) is None:
+                ways.append(words)
+    way = f"use {' or '.join(ways)}" if ways else "leave some of them out, or use a machine with more"
+    images = f"{sum(len(own) for _, own in planned.rows.values()):,} images"
+    raise DataError(f"{planned.source.place or planned.source.form}: {images} {problem}; {way}")
 
 
-def _read_all(source: Source, rows: Rows, notes: list[str], s: Settings) -> tuple[dict[str, Tensor], str]:
+def _read_all(planned: _Planned, s: Settings, reading: Reading) -> tuple[dict[str, Tensor], str]:
     """The pixels of these rows, uint8 `[n, height, width]`, and the one line that says what was taken."""
-    sizes = {name: _size(part, s) for name, (part, _) in rows.items()}
+    source, rows, notes = planned
+    sizes = planned.sizes(s)
     for name, size in sizes.items():
         if size != sizes[first := next(iter(sizes))]:
             words = " and ".join(f"{each} images of {sizes[each][0]}×{sizes[each][1]} pixels" for each in (first, name))
@@ -153,7 +186,7 @@ def _read_all(source: Source, rows: Rows, notes: list[str], s: Settings) -> tupl
     levels: dict[str, str] = {}
     for part in dict.fromkeys(part for part, _ in rows.values()):  # each is read once
         chosen = {name: own for name, (each, own) in rows.items() if each is part}
-        images = _read(part, torch.cat(list(chosen.values())), s)
+        images = _read(part, torch.cat(list(chosen.values())), s, reading)
         pixels |= zip(chosen, images.pixels.split([len(own) for own in chosen.values()]), strict=True)
         levels |= dict.fromkeys(chosen, images.levels)
         notes += [*images.notes, images.levels]
@@ -168,20 +201,21 @@ def _read_all(source: Source, rows: Rows, notes: list[str], s: Settings) -> tupl
     counts = [f"{len(pixels[part]):,} {name}" for part, name in names.items() if part in pixels]
     height, width = sizes[next(iter(sizes))]
     taken = f"{source.form} {source.place}".strip() + f": {', '.join(counts)} images of {height}×{width} pixels"
-    pixels = {name: as_targets(s, name, images) for name, images in pixels.items()}
+    for name, own in pixels.items():
+        own.copy_(as_targets(s, name, own))  # in place: no second set of them
     return pixels, printable("; ".join(dict.fromkeys(filter(None, [taken, *notes]))))
 
 
-def _read(part: Part, rows: Tensor, s: Settings) -> Images:
+def _read(part: Part, rows: Tensor, s: Settings, reading: Reading) -> Images:
     """The images at these rows as they are trained on. Raises DataError for one that is all of one level."""
-    pixels, levels, notes = part.read(rows)
+    pixels, levels, notes = part.read(rows, reading)
     if not levels and pixels.max() == 1:
-        pixels, levels = pixels * 255, "the brightest level is 1 of 255: taken as black and white, and scaled"
+        pixels, levels = pixels.mul_(255), "the brightest level is 1 of 255: taken as black and white, and scaled"
     if s.transpose:
         pixels = pixels.transpose(1, 2).contiguous()
     if s.size is not None and pixels.shape[1:] != (s.size, s.size):
         notes = [*notes, f"scaled from {pixels.shape[1]}×{pixels.shape[2]}"]
-        pixels = resized(pixels, s.size)
+        pixels = resized(pixels, s.size, reading.check)
     low, high = pixels.flatten(1).aminmax(dim=1)
     if len(constant := (low == high).nonzero().flatten()):
         more = f" (and {len(constant) - 1} more)" if len(constant) > 1 else ""
@@ -196,33 +230,3 @@ def _one_line() -> Iterator[None]:
         yield
     except DataError as error:
         raise DataError(printable(str(error))) from None
-
-
-def record(**parts: Tensor | None) -> dict[str, Any]:
-    """What identifies images: see `TrainImages`."""
-    sides = next(part.shape[1:] for part in parts.values() if part is not None)
-    found = {
-        name: None
-        if part is None
-        else {"count": len(part), "sha256": hashlib.sha256(part.contiguous().numpy().data).hexdigest()}
-        for name, part in parts.items()
-    }
-    return {"height": sides[0], "width": sides[1], **found}
-
-
-def difference(recorded: dict[str, Any], found: dict[str, Any]) -> str | None:
-    """In what the images that were found differ from the recorded ones, in the parts that both have; None: in nothing.
-
-    Raises KeyError, TypeError or AttributeError for a record that is none.
-    """
-    sizes = [f"{each['height']}×{each['width']}" for each in (recorded, found)]
-    if sizes[0] != sizes[1]:
-        return f"images of {sizes[0]} pixels, and these have {sizes[1]}"
-    for part in ("train", "validation", "test"):
-        before, now = recorded.get(part), found.get(part)
-        if before is None or now is None or before == now:
-            continue
-        if before["count"] != now["count"]:
-            return f"{before['count']} {part} images, and here are {now['count']}"
-        return f"other {part} images of the same number and size (their SHA-256 differs)"
-    return None

@@ -22,6 +22,7 @@ from support.scripts import PACKERS, idx_bytes
 
 from cvae.data.arrays import find_arrays
 from cvae.data.idx import MAX_COMPRESSION, read_idx
+from cvae.data.parts import Reading
 from cvae.data.pictures import Expected, read_picture
 from cvae.data.sources import load_test, load_train
 from cvae.settings import Settings
@@ -99,7 +100,7 @@ def test_arrays() -> None:
         def read() -> dict[str, Any] | None:
             source = find_arrays(path, Settings())
             parts = {} if source is None else source.parts
-            return {name: part.read(torch.arange(part.count)).pixels for name, part in parts.items()} or None
+            return {name: part.read(torch.arange(part.count), Reading()).pixels for name, part in parts.items()} or None
 
         found = outcome(read, path)
         if found is None:

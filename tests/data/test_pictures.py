@@ -3,16 +3,19 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from support.images import everything, in_order, random_images, refusal, write_pictures
-from support.inprocess import TINY, call_eval, call_train
+from support.inprocess import TINY, call_eval, call_train, results
 from support.scripts import write_data
+from tqdm import tqdm
 
 from cvae.data.pictures import read_picture
 from cvae.data.sources import load_test, load_train
@@ -342,3 +345,72 @@ def test_training_and_evaluation(tmp_path: Path, form: str) -> None:
     refused = call_train("--data", damaged.parent.parent, *TINY, "--runs", tmp_path / "runs", "--name", "new")
     assert (refused.code, refused.line) == (3, f"{damaged}: is of one grey level throughout; leave it out")
     assert not (tmp_path / "runs" / "new").exists()
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The pictures that are read, as they are read; the process gets a SIGTERM before one called `signal.png`."""
+    names: list[str] = []
+
+    def watched(path: str, *more: Any) -> Any:
+        names.append(Path(path).name)
+        if names[-1] == "signal.png":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return read_picture(path, *more)
+
+    monkeypatch.setattr("cvae.data.pictures.read_picture", watched)
+    return names
+
+
+def test_signal_while_pictures_are_read(tmp_path: Path, read: list[str]) -> None:
+    """The training ends before the next one, and there is no folder of a run."""
+    folder = write_pictures(tmp_path / "images" / "train", random_images(30, 6, 5))
+    (folder / "0015.png").rename(folder / "signal.png")
+    ended = call_train("--data", folder.parent, "--train-limit", "20", *TINY, "--runs", tmp_path / "runs")
+    assert (ended.code, ended.line) == (143, "interrupted before the training began: nothing was written")
+    assert read[-1] == "signal.png"
+    assert not (tmp_path / "runs").exists()
+
+
+def test_signal_at_the_last_picture(tmp_path: Path, read: list[str]) -> None:
+    """No other one is read after it, and there is no folder of a run either."""
+    write_pictures(tmp_path / "images" / "train", random_images(30, 6, 5))
+    last = write_pictures(tmp_path / "images" / "val", random_images(1, 6, 5, 1))
+    (last / "0000.png").rename(last / "signal.png")
+    ended = call_train("--data", tmp_path / "images", "--size", "6", *TINY, "--runs", tmp_path / "runs")
+    assert ended.code == 143
+    assert not (tmp_path / "runs").exists()
+
+
+def test_pictures_are_read_once_for_all_runs(tmp_path: Path, read: list[str]) -> None:
+    """And each run has what it has alone; with --overwrite they are begun anew."""
+    data = write_pictures(tmp_path / "images", random_images(60, 6, 5))
+    words = ["--data", data, *TINY, "--baseline-epochs", "1", "--epochs", "1"]
+    assert call_train(*words, "--quadrants", "1", "3", "--runs", tmp_path / "several").code == 0
+    assert len(read) == 60 + 1  # the size is that of the first one
+    assert call_train(*words, "--quadrants", "3", "--runs", tmp_path / "one").code == 0
+    assert results(tmp_path / "several" / "q3") == results(tmp_path / "one" / "q3")
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_bar_over_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quiet: bool) -> None:
+    """Where there is a terminal, unless --quiet is given."""
+    hidden = []
+
+    def bar(*words: Any, disable: bool | None, **named: Any) -> Any:
+        hidden.append(disable)
+        return tqdm(*words, disable=disable, **named)
+
+    monkeypatch.setattr("cvae.data.pictures.tqdm", bar)
+    data = write_pictures(tmp_path / "images", random_images(60, 6, 5))
+    words = [*TINY, "--epochs", "1"] + ["--quiet"] * quiet
+    assert call_train("--data", data, *words, "--runs", tmp_path / "runs").code == 0
+    assert hidden == [True if quiet else None]
+
+
+def test_missing_test_images_are_said_before_the_others_are_read(tmp_path: Path) -> None:
+    damaged = write_pictures(tmp_path / "train", IMAGES) / "0007.png"
+    damaged.write_bytes(b"")
+    ended = call_train("--data", tmp_path, *TINY, "--runs", tmp_path / "runs")
+    assert ended.out == f"{tmp_path}: no test images, so that eval.py will not be able to evaluate the run\n"
+    assert ended.line.startswith(f"{damaged}: cannot be read")

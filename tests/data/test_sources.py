@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.images import everything, in_order, random_images, refusal
@@ -18,6 +19,7 @@ from cvae.data.idx import read_idx
 from cvae.data.images import ImageSet
 from cvae.data.masks import Split, quadrants
 from cvae.data.names import SHA256, TORCHVISION, mnist
+from cvae.data.parts import Reading
 from cvae.data.sources import difference, load_test, load_train, named
 from cvae.errors import DataError
 from cvae.settings import Settings
@@ -195,27 +197,83 @@ def test_transposed(tmp_path: Path) -> None:
 
 
 def test_more_images_than_the_memory_holds(tmp_path: Path) -> None:
-    """Found before anything is read whole; the sum is that of the docstring, to the byte."""
-    images = random_images(72, 4, 6)
-    write_data(tmp_path, images, images[:10])
+    """Found before anything is read whole; what is needed is what `room.needed` says, to the byte."""
+    write_data(tmp_path, random_images(72, 4, 6), random_images(10, 4, 6, 1))
     path = tmp_path / NAMES["train"][0]
-    hidden = {1: 18, 3: 6}
-    for more, count, byte in (
-        ({}, 72, 24 + 4 * hidden[1]),
-        ({"quadrants": 3}, 72, 24 + 4 * hidden[3]),
-        ({"train_limit": 8}, 20, 24 + 4 * hidden[1]),
-        ({"size": 2}, 72, 4 + 4 * 3),
+    read = (82 + 72) * 24  # all images are read, those of a permuted part twice
+    for more, byte in (
+        ({}, 72 * (24 + 4 * 18)),
+        ({"quadrants": 3}, read),
+        ({"train_limit": 8}, read),
+        ({"size": 2}, 82 * 4 + 72 * (2 * 24 - 4)),
+        ({"targets": "binary"}, 72 * (24 + 4 * 18) + 60 * 24),
     ):
-        load_train(Settings(data=str(tmp_path), **more), count * byte)  # type: ignore[arg-type]
-        assert f": {count} images of " in refusal(tmp_path, room=count * byte - 1, **more)
-    load_train(Settings(data=str(tmp_path), targets="binary"), 72 * (24 + 4 * 18) + 60 * 24)
-    refusal(tmp_path, room=72 * (24 + 4 * 18) + 60 * 24 - 1, targets="binary")
-    load_test(Settings(data=str(tmp_path)), 240)
-    refusal(tmp_path, test=True, room=239)
+        load_train(Settings(data=str(tmp_path), **more), Reading(byte))  # type: ignore[arg-type]
+        refusal(tmp_path, reading=Reading(byte - 1), **more)
+    kept = 72 * (24 + 4 * 18) + 82 * 24  # for the next run of the same command
+    load_train(Settings(data=str(tmp_path)), Reading(kept, keep=True))
+    refusal(tmp_path, reading=Reading(kept - 1, keep=True))
+    load_test(Settings(data=str(tmp_path)), Reading(480))
+    refusal(tmp_path, test=True, reading=Reading(479))
     path.write_bytes(path.read_bytes()[:-1])  # what would be found if it were read whole
-    message = refusal(tmp_path, room=1 << 10)
-    assert message.startswith(f"{tmp_path}: 72 images of 4×6 pixels need 0 MiB of pixels + 0 MiB of the baseline")
-    assert message.endswith("use smaller ones (--size N), fewer (--train-limit N), or another --device")
+    assert refusal(tmp_path, reading=Reading(6911)).startswith(f"{tmp_path}: 82 images need 0 MiB of pixels in order +")
+
+
+def test_memory_beside_a_gpu(tmp_path: Path) -> None:
+    """Both are looked at: the images are read into the one, and trained on in the other."""
+    data = write_data(tmp_path, random_images(72, 4, 6), random_images(10, 4, 6, 1))
+    used, read = 72 * (24 + 4 * 18), (82 + 72) * 24
+    load_train(Settings(data=str(data)), Reading(read, used))
+    assert "MiB are free on the GPU; use " in refusal(data, reading=Reading(read, used - 1))
+    assert "MiB are free; " in refusal(data, reading=Reading(read - 1, used))
+
+
+def test_advice_that_helps(tmp_path: Path) -> None:
+    data = write_data(tmp_path, random_images(72, 4, 6), random_images(10, 4, 6, 1))
+    size, limit, device = "smaller ones (--size N)", "fewer (--train-limit N)", "another --device"
+    for reading, more, ways in (
+        (Reading(6911), {}, f"use {size} or {limit}"),
+        (Reading(6911, keep=True), {"train_limit": 70}, f"use {size} or {limit}"),
+        (Reading(3695), {"train_limit": 8}, f"use {size}"),
+        (Reading(3500), {}, "leave some of them out, or use a machine with more"),
+        (Reading(6912, 6911), {}, f"use {size} or {limit} or {device}"),
+        (Reading(3696, 6911), {}, f"use {size} or {limit}"),
+    ):
+        assert refusal(data, reading=reading, **more).endswith(
+            f"MiB are free{' on the GPU' * (reading.gpu is not None)}; {ways}"
+        )  # noqa: E501
+
+
+@pytest.mark.parametrize("form", ["idx", "scaled", "transposed", "wide", "columns"])
+def test_no_more_memory_is_taken_than_is_looked_for(tmp_path: Path, form: str) -> None:
+    """However few images are trained on: all are read."""
+    images = random_images(9000, 64, 50)
+    if form in ("wide", "columns"):
+        numbers = images.numpy().astype(np.uint16) * 257
+        np.save(tmp_path / "images.npy", np.asfortranarray(numbers) if form == "columns" else numbers)
+        data = tmp_path / "images.npy"
+    else:
+        data = write_data(tmp_path, images, images[:10])
+    s = Settings(data=str(data), train_limit=1, size=40 if form == "scaled" else None, transpose=form == "transposed")
+    with pytest.raises(DataError) as caught:
+        load_train(s, Reading(0))
+    looked_for = int(str(caught.value).partition(" = ")[2].partition(" MiB")[0])
+    del images
+    before = memory_at_peak(reset=True)
+    load_train(s)
+    assert looked_for >= 50
+    assert memory_at_peak() - before < looked_for + 12
+
+
+def memory_at_peak(reset: bool = False) -> float:
+    """MiB that this process has held at most, since it was reset."""
+    try:
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        pytest.skip("nothing tells how much memory is held")
+    return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) / 1024
 
 
 # Names of data sets

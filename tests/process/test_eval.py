@@ -411,9 +411,9 @@ def test_run_of_an_earlier_version_says_the_size_alone(
 def test_images_that_runs_share_are_read_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = []
 
-    def watched(s: Settings, room: int | None) -> Any:
+    def watched(s: Settings, reading: Any) -> Any:
         read.append(s.data)
-        return load_test(s, room)
+        return load_test(s, reading)
 
     monkeypatch.setattr(evaluation, "load_test", watched)
     about = load_test(settings_of(place)).about
