@@ -34,14 +34,19 @@ def save(path: Path, content: Mapping[str, Any]) -> None:
 
     Raises TypeError for anything else, and DiskError if it cannot be written: then what stood at `path` still does.
     """
-    _refuse_objects(content, path.name)
     with atomic_file(path) as file:
-        hashed = _Hashed(file)
-        try:
-            torch.save(_on_cpu({"format": FORMAT, **content}), hashed)  # type: ignore[arg-type]
-        except RuntimeError as error:
-            raise (hashed.error or error) from None  # the writer makes a RuntimeError of a full disk
-        file.write(TAG + hashed.sha256.digest())
+        write(file, content)
+
+
+def write(file: BinaryIO, content: Mapping[str, Any]) -> None:
+    """Write to an open file what `save` does. Raises TypeError as it does, and OSError."""
+    _refuse_objects(content, "content")
+    hashed = _Hashed(file)
+    try:
+        torch.save(_on_cpu({"format": FORMAT, **content}), hashed)  # type: ignore[arg-type]
+    except RuntimeError as error:
+        raise (hashed.error or error) from None  # the writer makes a RuntimeError of a full disk
+    file.write(TAG + hashed.sha256.digest())
 
 
 class _Hashed:
@@ -140,7 +145,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
     It is a temporary one beside it, which takes its place at the end. Raises DiskError; what stood there is intact.
     """
-    temporary = path.parent / f".{path.name}.tmp"
+    temporary = temporary_of(path)
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -148,10 +153,17 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
-    except OSError as error:
+    except BaseException as error:
         with suppress(OSError):  # the disk may be read-only, or gone
             temporary.unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
         raise DiskError(f"{path}: cannot be written ({error.strerror or error}); what stood there is intact") from None
+
+
+def temporary_of(path: Path) -> Path:
+    """The file that `atomic_file` writes before it takes its place."""
+    return path.parent / f".{path.name}.tmp"
 
 
 def sync_folder(folder: Path) -> None:

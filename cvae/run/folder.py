@@ -10,10 +10,10 @@ import json
 import os
 import reprlib
 import shlex
-from collections.abc import Callable, Collection
-from contextlib import suppress
+from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from filelock import BaseFileLock
 
@@ -21,7 +21,7 @@ from cvae.data.masks import MASKS, Split, is_picture, make_split
 from cvae.errors import DataError, DiskError, UsageError
 from cvae.model.networks import NETWORKS
 from cvae.model.objectives import OBJECTIVES
-from cvae.run.checkpoint import atomic_file, write_atomically
+from cvae.run.checkpoint import atomic_file, temporary_of, write_atomically
 from cvae.run.lock import LOCK, hold
 from cvae.settings import LARGEST_SIDE, PRECISIONS, Settings
 
@@ -33,12 +33,13 @@ CHOICES: dict[str, Collection[str]] = {"network": NETWORKS, "objective": OBJECTI
 
 
 def create_run(
-    path: Path, config: dict[str, Any], fill: Callable[[], None], overwrite: bool, warn: Callable[[str], None]
+    path: Path, files: Mapping[str, Callable[[BinaryIO], object]], overwrite: bool, warn: Callable[[str], None]
 ) -> BaseFileLock | None:
     """Make a run folder, or with `overwrite` begin the one that is there anew; returns the lock on it, as `hold` does.
 
-    config: what its `config.json` says. fill: writes what else is in it from the beginning. Of a folder that is begun
-    anew, the files of the run go, and all others stay; where `path` is a link, it is the folder that it leads to.
+    files: what is in it from the beginning, by name, each with what writes it. Of a folder that is begun anew, the
+    files of the run go, and all others stay; where `path` is a link, it is the folder that it leads to. A process that
+    is killed in between leaves the old run, the new one, or a folder that counts as free.
 
     Raises UsageError if `refuse_existing` does, or a training holds the folder, and DiskError if it cannot be written:
     then what stood there still does.
@@ -52,12 +53,14 @@ def create_run(
     try:
         lock, is_ours = hold(path, warn), True
         refuse_existing(path, overwrite)
-        with atomic_file(path / CONFIG) as file:
-            file.write(_json(config))
-            file.flush()  # there is room for it: now the old run may go
-            _clear(path)
-            fill()
-    except (UsageError, DiskError):
+        with ExitStack() as stack:
+            for name in sorted(files, key=CONFIG.__ne__):  # the first one takes its place last: by it a run is known
+                file = stack.enter_context(atomic_file(path / name))
+                files[name](file)
+                file.flush()
+                os.fsync(file.fileno())
+            _clear(path)  # the new files are on the disk: now the old run may go
+    except BaseException:
         with suppress(OSError):
             if is_new and is_ours:
                 (path / LOCK).unlink()
@@ -77,10 +80,11 @@ def quoted(path: Path) -> str:
 def refuse_existing(path: Path, overwrite: bool) -> None:
     """Raises UsageError if there is something at `path` that a new run must not replace.
 
-    An empty folder is none, nor is one that has only hidden files in it.
+    An empty folder is none, nor is one that has only hidden files in it, or what a killed `create_run` has left.
     """
     with suppress(OSError):
-        if not os.path.lexists(path) or {name for name in os.listdir(path) if name[0] != "."} <= {OBSERVED, INIT}:
+        half_made = {OBSERVED, INIT} if os.path.isfile(temporary_of(path / CONFIG)) else set()
+        if not os.path.lexists(path) or {name for name in os.listdir(path) if name[0] != "."} <= half_made:
             return
     if not _is_run(path):
         raise UsageError(f"{path} is no run folder and is left as it is; choose another --name")
@@ -199,8 +203,9 @@ def read_metrics(path: Path, size: int | None = None) -> list[dict[str, Any]]:
 
 def write_json(path: Path, value: object) -> None:
     """Write a JSON file atomically. Raises DiskError."""
-    write_atomically(path, _json(value))
+    write_atomically(path, as_json(value))
 
 
-def _json(value: object) -> bytes:
+def as_json(value: object) -> bytes:
+    """What a JSON file of this value holds."""
     return (json.dumps(value, indent=2) + "\n").encode()

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import torch
 from filelock import BaseFileLock
@@ -26,6 +26,7 @@ from cvae.run.folder import (
     LAST,
     OBSERVED,
     SUMMARY,
+    as_json,
     create_run,
     quoted,
     read_json,
@@ -141,14 +142,12 @@ class Run:
         if overwrite and os.path.islink(self.folder):
             self.say(f"{self.folder} is a link: the run is replaced to which it leads, {os.path.realpath(self.folder)}")
         self.config = {"settings": self.settings.to_dict(), "images": images, **self._machine(), **self.config}
-
-        def fill() -> None:
-            if is_picture(self.settings):
-                checkpoint.write_atomically(self.folder / OBSERVED, mask_png(split.observed))
-            if self.start is not None:
-                checkpoint.save(self.folder / INIT, {"model": self.start})
-
-        self.lock = create_run(self.folder, self.config, fill, overwrite, self.warn)
+        files: dict[str, Callable[[BinaryIO], object]] = {CONFIG: lambda file: file.write(as_json(self.config))}
+        if is_picture(self.settings):
+            files[OBSERVED] = lambda file: file.write(mask_png(split.observed))
+        if (start := self.start) is not None:
+            files[INIT] = lambda file: checkpoint.write(file, {"model": start})
+        self.lock = create_run(self.folder, files, overwrite, self.warn)
 
     def _open(self, images: dict[str, Any]) -> State:
         self.lock = hold(self.folder, self.warn)

@@ -56,6 +56,22 @@ def test_empty_folder_is_taken(data: Path, tmp_path: Path) -> None:
     assert sorted(contents(tmp_path / "q2")) == ["notes"]
 
 
+@pytest.mark.parametrize("name", ["observed.png", "init.pt"])
+def test_file_with_the_name_of_one_of_ours(data: Path, tmp_path: Path, name: str) -> None:
+    """It is somebody else's, unless a process was killed as it made a run: its config.json is unfinished then."""
+    run = tmp_path / "q1"
+    run.mkdir()
+    (run / name).write_text("irreplaceable")
+    words = ["--data", data, *TINY, "--runs", tmp_path]
+    for more in ([], ["--overwrite"]):
+        ended = call_train(*words, *more)
+        assert (ended.code, "is no run folder and is left as it is" in ended.line) == (2, True)
+        assert contents(run).keys() - {".lock"} == {name}
+    (run / ".config.json.tmp").touch()
+    assert call_train(*words).code == 0
+    assert name not in contents(run)
+
+
 def test_overwrite_takes_the_run_and_nothing_else(done: Path, data: Path, tmp_path: Path) -> None:
     """What somebody has put beside it stays, and so does a link by which the folder is found."""
     real = Path(shutil.copytree(done, tmp_path / "disk/run"))
@@ -104,6 +120,12 @@ def test_old_run_stays_if_there_is_no_room_for_the_new_one(
     ended = call_train("--data", data, *TINY, "--runs", tmp_path, "--overwrite")
     assert ended.code == 5
     assert ended.line.startswith(f"{run}/config.json: cannot be written (")
+    assert contents(run) == before
+    (run / ".config.json.tmp").rmdir()
+    (run / ".init.pt.tmp").mkdir()
+    ended = call_train("--data", data, *TINY, "--runs", tmp_path, "--overwrite", "--init", done)
+    assert ended.code == 5
+    assert ended.line.startswith(f"{run}/init.pt: cannot be written (")
     assert contents(run) == before
     assert call_train("--data", data, *TINY, "--runs", run / "config.json").code == 5
     assert call_train("--data", data, *TINY, "--runs", Path("/proc/nowhere")).code == 5
