@@ -241,7 +241,7 @@ def test_advice_that_helps(tmp_path: Path) -> None:
     ):
         assert refusal(data, reading=reading, **more).endswith(
             f"MiB are free{' on the GPU' * (reading.gpu is not None)}; {ways}"
-        )  # noqa: E501
+        )
 
 
 @pytest.mark.parametrize("form", ["idx", "scaled", "transposed", "wide", "columns"])
