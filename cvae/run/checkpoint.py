@@ -93,6 +93,13 @@ def load(path: Path) -> dict[str, Any]:
     return content
 
 
+def kinds(state: object) -> dict[str, tuple[torch.Size, torch.dtype]] | None:
+    """The names of a model's tensors, with their shapes and types; None if it is no state of a model."""
+    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        return None
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in state.items()}
+
+
 def _refuse_objects(value: object, where: str) -> None:
     if isinstance(value, Mapping):
         for key, item in value.items():

@@ -7,16 +7,20 @@ from typing import Any
 
 import torch
 
+from cvae.data.masks import Split
 from cvae.errors import DataError, first_line
 from cvae.model.cvae import CVAE
 from cvae.model.networks import build
 from cvae.run import checkpoint
+from cvae.run.checkpoint import kinds
 from cvae.run.folder import BEST, LAST, find_run, quoted, read_settings, read_split
 from cvae.terminal import called
 
 
 def start_from(folder: Path, model: CVAE) -> tuple[str, dict[str, Any]]:
     """Put the best weights of the run in a folder into a model, those whose name and shape it has.
+
+    Those that face pixels, by their size, do not fit either if the runs' masks differ: each stands for one pixel.
 
     Returns what is said of it, in a line: which did not fit; and what `config.json` is to say: the folder, and the
     SHA-256 of the file. Where there are no best weights that can be read, the last ones are taken. The weights of a
@@ -32,25 +36,34 @@ def start_from(folder: Path, model: CVAE) -> tuple[str, dict[str, Any]]:
         except DataError:
             raise error from None
     prefix = "baseline_net." if content.get("phase") == "baseline" else ""
-    found = content.get(key)
-    state = {prefix + name: tensor for name, tensor in found.items()} if isinstance(found, dict) else {}
+    found = {prefix + name: kind for name, kind in (kinds(content.get(key)) or {}).items()}
     own = model.state_dict()
+    wanted, pixels, remark = kinds(own) or {}, *_of_another_mask(folder, model.split)
     fitting = {
-        name: tensor
-        for name, tensor in state.items()
-        if name in own and isinstance(tensor, torch.Tensor) and _kind(tensor) == _kind(own[name])
+        name: content[key][name.removeprefix(prefix)]
+        for name, kind in found.items()
+        if kind == wanted.get(name) and pixels.isdisjoint(kind[0])
     }
     if not fitting:
         raise DataError(f"{path}: has no weights that fit this network; leave --init out, or give that run's settings")
     model.load_state_dict({**own, **fitting})
     new = _groups(own, fitting)
-    line = f"begins with the weights of {path}" + (f"; drawn anew, as these do not fit: {new}" if new else "")
+    line = f"begins with the weights of {path}" + (f"; drawn anew, as these do not fit: {new}" if new else "") + remark
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return line, {"run": str(folder.resolve()), "file": path.name, "sha256": digest, "not_fitting": new}
 
 
-def _kind(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype]:
-    return tensor.shape, tensor.dtype
+def _of_another_mask(folder: Path, split: Split) -> tuple[set[int], str]:
+    """The sizes of the layers that face pixels if a run's mask is another, for they stand for others; what to say."""
+    try:
+        other = read_split(folder)
+    except DataError:
+        return set(), "; its mask cannot be read, and is taken for the same"
+    if torch.equal(other.observed, split.observed):
+        return set(), ""
+    pixels = {split.num_observed, split.num_hidden, split.num_pixels}
+    sizes = ", ".join(map(str, sorted(pixels)))
+    return pixels, f"; the mask is another, and so nothing fits that is as large as a part of the image ({sizes})"
 
 
 def _groups(names: Iterable[str], known: Container[str]) -> str:
@@ -92,8 +105,7 @@ def load(run: str | Path, device: torch.device | str = "cpu", runs: str | Path =
     try:
         with torch.device("meta"):  # no memory is taken before the weights are known to fit
             wanted = build(split, settings).state_dict()
-        found = {name: (tensor.shape, tensor.dtype) for name, tensor in state["model"].items()}
-        if found != {name: (tensor.shape, tensor.dtype) for name, tensor in wanted.items()}:
+        if kinds(state["model"]) != kinds(wanted):
             raise ValueError
         model = build(split, settings)
         model.load_state_dict(state["model"])

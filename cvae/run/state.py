@@ -8,10 +8,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from cvae.errors import DataError
 from cvae.run import checkpoint
+from cvae.run.checkpoint import kinds
 from cvae.run.folder import BEST, EVENTS, LAST, METRICS, SUMMARY, quoted, read_json, read_metrics
 from cvae.terminal import called
 
@@ -141,7 +140,7 @@ def _compare_best(folder: Path, last: dict[str, Any], progress: Progress) -> boo
     path, is_needed = folder / BEST, 0 < progress.best_epoch < progress.epoch
     try:
         best = checkpoint.load(path)
-        if best.get("phase") != last["phase"] or _shapes(best.get("model")) != _shapes(last["average"]):
+        if best.get("phase") != last["phase"] or kinds(best.get("model")) != kinds(last["average"]):
             raise DataError(f"{path}: is not of the same model as {LAST}")
         if (best.get("epoch", progress.best_epoch), best.get("loss", progress.best_loss)) != (
             progress.best_epoch, progress.best_loss
@@ -169,13 +168,6 @@ def _compare_summary(folder: Path, phase: str, progress: Progress) -> bool:
 def _has_size(path: Path, size: int) -> bool:
     """Whether there is a file of at least so many bytes."""
     return os.path.isfile(path) and path.stat().st_size >= size
-
-
-def _shapes(state: object) -> object:
-    """The names of a model's tensors, with their shapes and types; None if there are none."""
-    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-        return None
-    return {name: (tensor.shape, tensor.dtype) for name, tensor in state.items()}
 
 
 def _is_checkpoint(last: dict[str, Any]) -> bool:

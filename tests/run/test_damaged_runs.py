@@ -217,14 +217,34 @@ def test_images_that_have_moved(place: Path, tmp_path: Path) -> None:
     assert [(each["epoch"], {*each["changed"]}) for each in records] == [(2, {"epochs", "data"}), (4, {"data"})]
 
 
-def test_run_that_has_the_size_of_its_images_only(place: Path, tmp_path: Path) -> None:
-    """As older ones do: they are believed to be the same, which is said, and recorded then."""
-    run = Path(shutil.copytree(place / "improving/cvae", tmp_path / "run"))
+def forget_the_images(run: Path) -> Any:
+    """Leave their size only, as version 0.2 did; returns what else there was."""
     config = read_json(run / "config.json")
     recorded = config["images"]
-    config["images"] = {"height": 10, "width": 9}
+    config["images"] = {side: recorded[side] for side in ("height", "width")}
     (run / "config.json").write_text(json.dumps(config))
-    assert f"{run}: does not say on which images it was begun; these are taken for them\n" in resume(run).out
+    return recorded
+
+
+def test_run_that_has_the_size_of_its_images_only(place: Path, tmp_path: Path) -> None:
+    """It would go on with other validation images than it was begun on."""
+    for name in STATES:
+        run = Path(shutil.copytree(place / "improving" / name, tmp_path / name))
+        forget_the_images(run)
+        for words in ([], ["--data", "mnist"]):
+            line = resume(run, "--epochs", "4", *words).line
+            assert ("config.json: does not say on which images it was begun, as version 0.2 " in line) == (not words)
+            assert ("this version divides all but MNIST in another way. The run cannot go on" in line) == (not words)
+
+
+def test_run_of_mnist_that_has_the_size_of_its_images_only(tmp_path: Path) -> None:
+    """MNIST is as it was, and it is recorded then."""
+    words = [*TINY, "--train-limit", "60", "--runs", tmp_path]
+    with interrupted_after("baseline", 1):
+        assert call_train(*words).code == 143
+    run = tmp_path / "q1"
+    recorded = forget_the_images(run)
+    assert f"{run}: does not say on which images it was begun; MNIST is taken for them\n" in resume(run).out
     assert read_record(run) == recorded
 
 

@@ -286,7 +286,9 @@ MISFITS = {
     "--hidden 8 9": "baseline_net.layers.1, baseline_net.layers.2.weight, encoders.layers.1, encoders.layers.2.weight, "
     "generation_net.layers.1, generation_net.layers.2.weight",
     "--latent-dim 5": "encoders.layers.2, generation_net.layers.0.weight",
-    "--quadrants 2": "baseline_net.layers.0.weight, baseline_net.layers.2, generation_net.layers.2",
+    "--quadrants 2": "baseline_net.layers.0.weight, baseline_net.layers.2, encoders.layers.0.weight, "
+    "generation_net.layers.2; the mask is another, and so nothing fits that is as large as a part of the image "
+    "(40, 50, 90)",
     "--network paper": "generation_of_x, generation_of_z, generation_net",
 }
 
@@ -298,6 +300,31 @@ def test_what_does_not_fit_is_named(done: Path, data: Path, tmp_path: Path, word
     assert (ended.code, ended.err) == (0, "")
     [line] = [line for line in ended.out.splitlines() if line.startswith("begins with")]
     assert line == f"begins with the weights of {done}/best.pt; drawn anew, as these do not fit: {MISFITS[words]}"
+
+
+def test_mask_of_as_many_pixels(data: Path, tmp_path: Path) -> None:
+    """All weights fit by their shape, and half of them would stand for other pixels."""
+    words = ["--data", data, *TINY, "--runs", tmp_path, "--observed"]
+    assert call_train(*words, "top").code == 0
+    facing = "baseline_net.layers.0.weight, baseline_net.layers.2, encoders.layers.0.weight, generation_net.layers.2"
+    for mask, misfit in (("bottom", facing), ("top", "")):
+        assert call_train(*words, mask, "--init", tmp_path / "top", "--name", f"new-{mask}").code == 0
+        assert read_json(tmp_path / f"new-{mask}/config.json")["init"]["not_fitting"] == misfit
+    (tmp_path / "top/config.json").unlink()
+    ended = call_train(*words, "top", "--init", tmp_path / "top", "--name", "unknown")
+    assert "/best.pt; its mask cannot be read, and is taken for the same\n" in ended.out
+
+
+def test_own_beginning_without_weights(done: Path, data: Path, tmp_path: Path) -> None:
+    """A run that began with another's does not begin with fresh ones when it is resumed."""
+    with interrupted_after("baseline", 1):
+        assert call_train("--data", data, *TINY, "--init", done, "--runs", tmp_path).code == 143
+    run = tmp_path / "q1"
+    for content in ({}, {"model": None}, {"model": 3}, {"model": {"weight": 3}}):
+        checkpoint.save(run / "init.pt", content)
+        ended = call_train("--resume", run)
+        assert ended.code == 3
+        assert ended.line.startswith(f"{run}/init.pt: does not hold the weights that the run began with")
 
 
 def test_weights_that_cannot_be_begun_with(done: Path, data: Path, tmp_path: Path) -> None:
