@@ -31,14 +31,13 @@ from torch import Tensor
 
 from cvae import runtime
 from cvae.data.images import ImageSet
-from cvae.data.masks import make_split
 from cvae.data.sources import TrainImages
 from cvae.distributed import Processes
 from cvae.model.likelihood import noise
 from cvae.model.networks import build
 from cvae.model.objectives import Totals, log_likelihood, maximised, objective
 from cvae.report.figures import completions
-from cvae.run.folder import find_run, quoted, read_precision, read_split, refuse_existing
+from cvae.run.folder import find_run, quoted, read_precision, refuse_existing
 from cvae.run.images import once_for_all
 from cvae.run.plan import parse, plan
 from cvae.run.session import Run
@@ -181,7 +180,7 @@ def train_run(run: Run, load_images: Callable[[], TrainImages], resume: bool, ov
     images, held_out, about, record = load_images()
     images = images[: s.train_limit]
     run.processes.share_of_batch(min(s.batch_size, len(images)))  # refused before a folder is made
-    split = read_split(run.folder) if resume else make_split(s, *images.shape[1:])
+    split = run.split(resume, *images.shape[1:])
     run.say("\n".join(filter(None, (about, split.about))))
     cvae = build(split, s)
     if run.init is not None:

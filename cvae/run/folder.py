@@ -86,13 +86,13 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
         half_made = {OBSERVED, INIT} if os.path.isfile(temporary_of(path / CONFIG)) else set()
         if not os.path.lexists(path) or {name for name in os.listdir(path) if name[0] != "."} <= half_made:
             return
-    if not _is_run(path):
+    if not is_run(path):
         raise UsageError(f"{path} is no run folder and is left as it is; choose another --name")
     if not overwrite:
         raise UsageError(f"{path} exists already: --resume {quoted(path)} goes on with it, --overwrite starts it anew")
 
 
-def _is_run(path: Path) -> bool:
+def is_run(path: Path) -> bool:
     """Whether a folder is that of a run, by its `config.json`, or by the metrics beside a damaged one."""
     with suppress(DataError):
         config = read_json(path / CONFIG)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from cvae.data.mask_pictures import mask_png
-from cvae.data.masks import Split, is_picture
+from cvae.data.masks import Split, is_picture, make_split
 from cvae.data.names import MNIST
 from cvae.data.sources import difference
 from cvae.distributed import Processes
@@ -33,6 +33,7 @@ from cvae.run.folder import (
     quoted,
     read_json,
     read_record,
+    read_split,
     write_json,
 )
 from cvae.run.history import changes, last_machine, resumed
@@ -110,6 +111,17 @@ class Run:
         if start is not None:
             with fitting(self.folder, INIT):
                 model.load_state_dict(start)
+
+    def split(self, resume: bool, height: int, width: int) -> Split:
+        """The split of images of this size, or that of the run which is resumed. Raises DataError."""
+
+        def read() -> Split:  # other machines may see neither the folder nor the picture of a mask
+            if not resume:
+                return make_split(self.settings, height, width)
+            with advice(self.folder):
+                return read_split(self.folder)
+
+        return self.processes.on_main(read)
 
     def claim(self, split: Split, images: dict[str, Any], resume: bool, overwrite: bool) -> State:
         """Hold the folder, made now unless it is resumed; returns the state to go on from.

@@ -2,16 +2,33 @@
 
 import math
 import os
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cvae.data.masks import is_picture
 from cvae.errors import DataError
 from cvae.run import checkpoint
 from cvae.run.checkpoint import kinds
-from cvae.run.folder import BEST, EVENTS, LAST, METRICS, SUMMARY, quoted, read_json, read_metrics
+from cvae.run.folder import (
+    BEST,
+    EVENTS,
+    LAST,
+    METRICS,
+    OBSERVED,
+    SUMMARY,
+    is_run,
+    quoted,
+    read_json,
+    read_metrics,
+    read_settings,
+    read_split,
+)
+from cvae.run.load import load
+from cvae.settings import flag
 from cvae.terminal import called
 
 
@@ -60,19 +77,40 @@ def fitting(folder: Path, name: str) -> Iterator[None]:
 
 
 def _what_can_be_done(folder: Path) -> str:
+    """Commands that do what they say when they are pasted, as far as the flags of the run are known."""
     run, ways = quoted(folder), []
     with suppress(DataError):
-        phase = checkpoint.load(folder / BEST).get("phase")
-        if phase == "cvae" and os.path.isfile(folder / SUMMARY):
+        load(folder)
+        if os.path.isfile(folder / SUMMARY):
             ways.append(f"evaluate it, {called('eval.py')} --runs {run}")
+    flags = " and the flags that it was begun with"
+    with suppress(DataError):
+        flags = _flags(folder)
     for name in (BEST, LAST):
         with suppress(DataError):
             checkpoint.load(folder / name)
-            ways.append(f"begin anew from its weights, {called('train.py')} --init {run} --name NEW")
+            ways.append(f"begin anew from its weights, {called('train.py')} --init {run} --name NEW{flags}")
             break
-    if not ways and os.path.isfile(folder / METRICS):
-        ways = ["begin it anew, with --overwrite in the place of --resume"]
+    if not ways and is_run(folder):
+        place = Path(os.path.abspath(folder))
+        where = f"--runs {quoted(place.parent)} --name {quoted(Path(place.name))}"
+        ways = [f"begin it anew, {called('train.py')} {where} --overwrite{flags}"]
     return f". The run cannot go on and is left as it is. What can be done: {'; or '.join(ways)}" if ways else ""
+
+
+def _flags(folder: Path) -> str:
+    """The flags that a run was begun with; the device is not among them. Raises DataError if there is no saying."""
+    s = read_settings(folder)
+    if is_picture(s) and not os.path.isfile(str(s.observed)):
+        read_split(folder)
+        s = replace(s, observed=os.path.abspath(folder / OBSERVED))
+    words = []
+    for each in fields(s):
+        value = getattr(s, each.name)
+        if value != each.default and each.name != "device":
+            values = value if isinstance(value, tuple) else () if value is True else (value,)
+            words += [flag(each.name), *map(str, values)]
+    return "".join(f" {shlex.quote(word)}" for word in words)
 
 
 def look_at(folder: Path) -> State:

@@ -1,6 +1,7 @@
 """Run folders with something missing or wrong: what cannot go on without loss is left as it is, to the last byte."""
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from support.inprocess import TINY, Ended, call_eval, call_train, interrupted_after, make_tiny_data, results
 from support.trainings import contents, epochs_logged
 
@@ -94,24 +96,68 @@ def test_each_file(place: Path, tmp_path: Path, data: str, name: str, spoil: Cal
             assert (run / "summary.json").exists()
             is_short = file.startswith("events") and spoil is not garble
             assert (f"{run}: an event file is missing or cut off; " in ended.out) == is_short or spoil is exchange
-        elif spoil in (Path.unlink, exchange):
+        else:
             assert_advice_is_good(run, place / data / "data", ended.line, file)
 
 
+def advised(line: str) -> list[list[str]]:
+    """The commands that a line names as what can be done, without `python`."""
+    _, found, ways = line.partition(". The run cannot go on and is left as it is. What can be done: ")
+    assert found
+    return [shlex.split(way.partition(", python ")[2]) for way in ways.split("; or ")]
+
+
 def assert_advice_is_good(run: Path, data: Path, line: str, file: str) -> None:
-    """What the line says that can still be done can be done."""
-    assert ". The run cannot go on and is left as it is. What can be done: " in line
-    assert f"python train.py --init {run} --name NEW" in line
-    if f"python eval.py --runs {run}" in line and file != "config.json":
-        assert call_eval("--runs", run).code == 0
-    else:
-        assert file in ("config.json", "best.pt") or not (run / "summary.json").exists()
-    ended = call_train("--init", run, "--data", data, *WORDS, "--runs", run.parent, "--name", "NEW", "--epochs", "1")
+    """What the line says that can still be done can be done, as it is pasted."""
+    *evaluation, (script, *words) = advised(line)
+    is_evaluated = file != "config.json" and (run / "summary.json").exists() and checkpoint_is_whole(run / "best.pt")
+    assert evaluation == [["eval.py", "--runs", str(run)]] * is_evaluated
+    for _, *each in evaluation:
+        assert call_eval(*each).code == 0
+    assert [script, *words[:4]] == ["train.py", "--init", str(run), "--name", "NEW"]
+    if file == "config.json":
+        assert " ".join(words[4:]) == "and the flags that it was begun with"
+        words[4:] = ["--data", str(data), *WORDS]
+    ended = call_train(*words, "--runs", run.parent, "--epochs", "1")
     assert (ended.code, ended.err) == (0, "")
     taken = read_json(run.parent / "NEW/config.json")["init"]
-    is_read = file != "best.pt" or checkpoint_is_whole(run / file)
+    is_read = checkpoint_is_whole(run / "best.pt")
     assert (taken["run"], taken["file"]) == (str(run), "best.pt" if is_read else "last.pt")
+    assert taken["not_fitting"] in ("", "encoders, generation_net")  # the second: of a baseline
     shutil.rmtree(run.parent / "NEW")
+
+
+def test_advice_where_no_weights_are_left(place: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(place / "improving/cvae", tmp_path / "it's a run"))
+    for name in ("last.pt", "best.pt"):
+        (run / name).write_bytes(b"")
+    ended = call_train("--resume", run)
+    [[script, *words]] = advised(ended.line)
+    assert (script, call_train(*words).code) == ("train.py", 0)
+    assert results(run) == results(place / "improving/done")
+
+
+def test_mask_that_is_lost(place: Path, tmp_path: Path) -> None:
+    """Of a run whose mask was a picture: with that picture, it can be begun anew as long as there is one."""
+    picture = tmp_path / "mask.png"
+    Image.fromarray((torch.rand(10, 9) < 0.5).byte().mul(255).numpy()).save(picture)
+    words = ["--data", place / "improving/data", *WORDS, "--observed", picture, "--runs", tmp_path, "--name"]
+    with interrupted_after("cvae", 1):
+        assert call_train(*words, "run").code == 143
+    run = tmp_path / "run"
+    kept = run / "observed.png"
+    kept.rename(tmp_path / "away.png")
+    [[_, *begin]] = advised(resume(run).line)
+    assert str(picture) in begin
+    assert call_train(*begin, "--runs", tmp_path).code == 0
+    picture.unlink()
+    assert resume(run).line.endswith(" --name NEW and the flags that it was begun with")
+    (tmp_path / "away.png").rename(kept)
+    (run / "last.pt").unlink()
+    [[_, *begin]] = advised(resume(run).line)
+    assert str(kept) in begin
+    ended = call_train(*begin, "--runs", tmp_path, "--overwrite")
+    assert (ended.code, "do not fit" in ended.out) == (0, False)
 
 
 def checkpoint_is_whole(path: Path) -> bool:
