@@ -28,7 +28,7 @@ from cvae.run.load import load
 from cvae.settings import Settings
 from cvae.terminal import called
 
-OF_THE_IMAGES = ("data", "data_root", "size", "transpose", "targets", "seed")  # settings that say which they are
+OF_THE_IMAGES = ("data", "data_root", "size", "transpose", "targets")  # settings that say which the test images are
 
 
 class Subject(NamedTuple):
@@ -51,7 +51,7 @@ def find_runs(words: Sequence[Path], runs: Path) -> tuple[list[Path], list[str]]
     """
     found: dict[str, Path] = {}
     problems = []
-    for folder in [_find(word, runs) for word in words] or [runs]:
+    for folder in [find_run(word, runs) for word in words] or [runs]:
         try:
             own = [folder] if _is_run(folder) else _runs_below(folder)
         except OSError as error:
@@ -63,11 +63,6 @@ def find_runs(words: Sequence[Path], runs: Path) -> tuple[list[Path], list[str]]
         for run in own:
             found.setdefault(os.path.realpath(run), run)
     return list(found.values()), problems
-
-
-def _find(word: Path, runs: Path) -> Path:
-    """As `find_run`, and a name below the folder of runs may have several parts."""
-    return runs / word if os.path.isdir(runs / word) and not os.path.isdir(word) else find_run(word, runs)
 
 
 def _is_run(folder: Path) -> bool:
@@ -103,11 +98,11 @@ def open_run(
     unfinished: whether a run that is not finished can be. moved: settings that say where its images are now.
     load_images: called with settings that are the same for runs on the same images.
     """
+    settings = replace(read_settings(folder), **moved)
     is_finished = os.path.isfile(folder / SUMMARY)
     if not (is_finished or unfinished):
         way = f"{called('train.py')} --resume {quoted(folder)} goes on with it, and --unfinished evaluates it as it is"
         raise DataError(f"{folder}: is not finished; {way}")
-    settings = replace(read_settings(folder), **moved)
     model = load(folder, device)
     epochs = None if is_finished else _epochs_so_far(folder)
     test = load_images(Settings(**{name: getattr(settings, name) for name in OF_THE_IMAGES}))

@@ -109,9 +109,14 @@ def _clear(path: Path) -> None:
 
 
 def find_run(run: str | Path, runs: str | Path) -> Path:
-    """The folder of a run: the one of this path, or else, for a plain name, the one below the folder of runs."""
-    path = Path(run)
-    return path if os.path.isdir(path) or len(path.parts) > 1 else Path(runs) / path
+    """The folder of a run: the one of this path, or else the one below the folder of runs.
+
+    Where there is neither, a plain name is meant as the second, and a path as the first.
+    """
+    path, below = Path(run), Path(runs) / run
+    if os.path.isdir(path):
+        return path
+    return below if os.path.isdir(below) or len(path.parts) <= 1 else path
 
 
 def read_settings(path: Path) -> Settings:

@@ -299,6 +299,8 @@ def mixed(place: Path, copied: Callable[..., Path], tmp_path: Path) -> dict[str,
     lines["begun"] = ": is not finished"
     copied("unfinished/baseline", "baseline")
     lines["baseline"] = ": is not finished"
+    (copied("unfinished/begun", "begun-damaged") / "config.json").write_text("{")  # which cannot go on either
+    lines["begun-damaged"] = "/config.json: is no valid JSON"
     old = copied(name="old")
     state = checkpoint.load(old / "best.pt")
     checkpoint.save(old / "best.pt", {**state, "phase": "joint"})
@@ -408,8 +410,12 @@ def test_run_of_an_earlier_version_says_the_size_alone(
     assert records(call_eval(run, "--format", "json")) == table[:1]
 
 
-def test_images_that_runs_share_are_read_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_that_runs_share_are_read_once(
+    place: Path, copied: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The seed of a run is none of their properties."""
     read = []
+    change(other := copied(), "settings", "seed", value=1)
 
     def watched(s: Settings, reading: Any) -> Any:
         read.append(s.data)
@@ -417,8 +423,8 @@ def test_images_that_runs_share_are_read_once(place: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(evaluation, "load_test", watched)
     about = load_test(settings_of(place)).about
-    ended = call_eval()
-    assert len(read) == 1
+    ended = call_eval("runs", other)
+    assert (ended.code, len(read)) == (0, 1)
     assert ended.out.count(about) == 1 or not about
     assert about not in call_eval("--format", "csv").out or not about
 

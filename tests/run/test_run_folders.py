@@ -20,6 +20,7 @@ from support.trainings import contents
 from cvae.errors import DiskError, UsageError
 from cvae.run import checkpoint
 from cvae.run.folder import read_json, read_settings
+from cvae.run.load import load
 from cvae.run.lock import hold
 
 
@@ -266,6 +267,17 @@ def test_begins_with_the_weights_of_another_run(done: Path, data: Path, tmp_path
     plain = call_train("--data", data, *TINY, "--runs", tmp_path, "--name", "plain")
     assert plain.code == 0
     assert "init" not in read_json(tmp_path / "plain/config.json")
+
+
+def test_name_of_several_parts(done: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Below the folder of runs, for all that take the name of a run."""
+    shutil.copytree(done, tmp_path / "runs/group/done")
+    monkeypatch.chdir(tmp_path)
+    assert call_train("--resume", "group/done").out.endswith("runs/group/done is finished: nothing is left to do\n")
+    assert call_train("--data", data, *TINY, "--init", "group/done", "--name", "new").code == 0
+    assert load("group/done").latent_dim == 4
+    assert call_eval("group/done").code == 0
+    assert call_train("--resume", "group/none").line.startswith("group/none is no run folder")
 
 
 def test_by_name(done: Path, data: Path) -> None:
