@@ -240,6 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 precision = processes.on_main(partial(runtime.resolve_precision, wanted, device))
                 init = None if options.init is None else find_run(options.init, options.runs)
                 with Run(folder, settings, device, precision, processes, interruption, options.quiet, init) as run:
+                    run.words = options.words
                     train_run(run, load_images, options.resume is not None, options.overwrite)
     return 0
 

@@ -2,7 +2,7 @@
 
 import platform
 import subprocess
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,15 @@ import torch
 from cvae import runtime
 
 
-def describe_machine(device: torch.device, precision: str, processes: int) -> dict[str, Any]:
-    """What `config.json` says of it, and the command."""
+def describe_machine(device: torch.device, precision: str, processes: int, words: Sequence[str]) -> dict[str, Any]:
+    """What `config.json` says of it, and the command. words: of the command, without the script."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return {
         "git_revision": _git_revision(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "device": {"type": device.type, "name": name, "threads": torch.get_num_threads(), "processes": processes},
         "precision": precision,
-        "command": ["train.py", *sys.argv[1:]],
+        "command": ["train.py", *words],
     }
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -19,7 +20,10 @@ MOVABLE = ("epochs", "data", "data_root", "device")
 
 
 def parse(argv: Sequence[str] | None, manual: str | None) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """The command line, and the settings given on it, by name; `quadrants` is a list still. manual: for --help."""
+    """The command line, and the settings given on it, by name; `quadrants` is a list still. manual: for --help.
+
+    `words` of the first is the command line as it was given.
+    """
     parser = argparse.ArgumentParser(description=manual, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser, {**CHOICES, "observed": MASKS})
     parser.add_argument(
@@ -35,7 +39,8 @@ def parse(argv: Sequence[str] | None, manual: str | None) -> tuple[argparse.Name
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the run's folder if it exists")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
-    options = parser.parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    options = parser.parse_args(argv, argparse.Namespace(words=argv))
     if options.resume is not None and (options.name is not None or options.overwrite or options.init is not None):
         parser.error("--resume goes on with a run as it is: leave --name, --overwrite and --init out")
 

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -60,6 +60,7 @@ class Run:
     interruption: Interruption
     quiet: bool = False
     init: Path | None = None  # the run whose weights it begins with
+    words: Sequence[str] = ()  # of the command line
     log: RunLog | None = None  # open in the main process
     lock: BaseFileLock | None = None
     start: dict[str, Tensor] | None = None  # the weights that it begins with, if they are another run's
@@ -198,7 +199,7 @@ class Run:
             )
 
     def _machine(self) -> dict[str, Any]:
-        return describe_machine(self.device, self.precision, self.processes.count)
+        return describe_machine(self.device, self.precision, self.processes.count, self.words)
 
     def _record_changes(self, last: dict[str, Any]) -> None:
         """Have the settings in `config.json` that are others than before, if any are."""

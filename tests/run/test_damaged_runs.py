@@ -255,6 +255,7 @@ def test_images_that_have_moved(place: Path, tmp_path: Path) -> None:
         "settings": {**begun["settings"], "data": str(data), "epochs": 4},
     }
     [resumed] = config["resumed"]
+    assert resumed["command"] == ["train.py", "--resume", str(run), "--data", str(data), "--epochs", "4"]
     assert (resumed["phase"], resumed["epoch"]) == ("cvae", 2)
     assert resumed["changed"] == {"epochs": [3, 4], "data": [begun["settings"]["data"], str(data)]}
     assert resumed.keys() - {"phase", "epoch", "changed"} == begun.keys() - {"settings", "images"}
