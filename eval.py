@@ -177,7 +177,7 @@ def draw_all(subjects: dict[str, Subject], options: argparse.Namespace) -> list[
         if bad := [digit for digit in options.digits or () if not 0 <= digit < len(subject.test.images)]:
             last = len(subject.test.images) - 1
             raise UsageError(f"--digits {bad[0]}: the test images of {subject.folder} are numbered 0 to {last}")
-        figures.refuse_existing(samples)
+        figures.refuse_to_replace(samples)
     lines = []
     for subject, figure, samples in drawings:
         draw(subject, figure, samples, options)

@@ -131,7 +131,7 @@ def name_pieces(folder: Path, run: str, numbers: Sequence[int], samples: int) ->
     return [folder / f"{run}-image{number}-{part}.png" for part in parts for number in numbers]
 
 
-def refuse_existing(paths: Sequence[Path]) -> None:
+def refuse_to_replace(paths: Sequence[Path]) -> None:
     """Raises UsageError if there is something already where one of these files is to be written."""
     for path in paths:
         if os.path.lexists(path):
