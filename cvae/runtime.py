@@ -69,35 +69,35 @@ def prepare(device: torch.device) -> ExitStack:
 
     A float32 product is one: TF32, with ten bits of mantissa, is off, for convolutions too.
     """
-    before = ExitStack()
-    backends: Any = torch.backends
-    cudnn, mkldnn = backends.cudnn, backends.mkldnn
-    operations = (backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn)
-    for operation in operations:
-        before.callback(setattr, operation, "fp32_precision", operation.fp32_precision)
-    with suppress(RuntimeError):  # the older names of the same cannot be read where the user has set the newer ones
-        before.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
-    with suppress(RuntimeError):
-        before.callback(setattr, cudnn, "allow_tf32", cudnn.allow_tf32)
-    torch.set_float32_matmul_precision("highest")
-    cudnn.allow_tf32 = False
-    for operation in operations:
-        operation.fp32_precision = "ieee"
-    before.callback(torch.set_default_dtype, torch.get_default_dtype())
-    torch.set_default_dtype(torch.float32)
-    before.callback(torch.set_grad_enabled, torch.is_grad_enabled())
-    torch.set_grad_enabled(True)
-    before.callback(torch.set_rng_state, torch.get_rng_state())
-    if device.type == "cuda":
-        before.enter_context(torch.cuda.device(device))
-    if device.type == "cuda" or torch.cuda.is_initialized():
-        current = torch.cuda.current_device()
-        before.callback(torch.cuda.set_rng_state, torch.cuda.get_rng_state(current), current)
-    before.callback(keep_freed_memory, False)
-    keep_freed_memory(True)
-    before.callback(_flush_denormals, sys.float_info.min / 2 == 0)
-    _flush_denormals(True)
-    return before
+    with ExitStack() as before:
+        backends: Any = torch.backends
+        cudnn, mkldnn = backends.cudnn, backends.mkldnn
+        operations = (backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn)
+        for operation in operations:
+            before.callback(setattr, operation, "fp32_precision", operation.fp32_precision)
+        with suppress(RuntimeError):  # the older names of the same cannot be read where the user has set the newer ones
+            before.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        with suppress(RuntimeError):
+            before.callback(setattr, cudnn, "allow_tf32", cudnn.allow_tf32)
+        torch.set_float32_matmul_precision("highest")
+        cudnn.allow_tf32 = False
+        for operation in operations:
+            operation.fp32_precision = "ieee"
+        before.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float32)
+        before.callback(torch.set_grad_enabled, torch.is_grad_enabled())
+        torch.set_grad_enabled(True)
+        before.callback(torch.set_rng_state, torch.get_rng_state())
+        if device.type == "cuda":
+            before.enter_context(torch.cuda.device(device))
+        if device.type == "cuda" or torch.cuda.is_initialized():
+            current = torch.cuda.current_device()
+            before.callback(torch.cuda.set_rng_state, torch.cuda.get_rng_state(current), current)
+        before.callback(keep_freed_memory, False)
+        keep_freed_memory(True)
+        before.callback(_flush_denormals, sys.float_info.min / 2 == 0)
+        _flush_denormals(True)
+        return before.pop_all()
 
 
 def _flush_denormals(flush: bool) -> None:
@@ -146,7 +146,8 @@ class Interruption:
     """While it is entered, Ctrl-C and SIGTERM are only remembered, in `signal_number`, for a good moment to leave.
 
     A second Ctrl-C does what it did before: it ends a script at once, and raises KeyboardInterrupt in a notebook. Only
-    the main thread is told of signals: in another one nothing is changed.
+    the main thread is told of signals: in another one nothing is changed. Nor is a handler that is not Python's, as a
+    program may have in which Python is embedded: it could not be put back.
     """
 
     def __init__(self) -> None:
@@ -157,6 +158,8 @@ class Interruption:
     def __enter__(self) -> "Interruption":
         in_main = threading.current_thread() is threading.main_thread()
         for number in (signal.SIGINT, signal.SIGTERM) if in_main else ():
+            if signal.getsignal(number) is None:
+                continue
             self._previous[number] = signal.signal(number, self._remember)
         return self
 

@@ -1,6 +1,8 @@
 """What a training or an evaluation finds in its process, it leaves as it was; it needs no main thread, and no Linux."""
 
 import ctypes
+import errno
+import io
 import math
 import os
 import signal
@@ -16,6 +18,8 @@ import torch
 from support.inprocess import TINY, Ended, call_eval, call_train, make_tiny_data
 
 from cvae import memory, runtime, startup
+from cvae.errors import DiskError
+from cvae.terminal import complain, say
 
 CPU = torch.device("cpu")
 TINIEST = math.ulp(0.0)  # the smallest number above 0
@@ -134,6 +138,46 @@ def test_a_second_interrupt_does_what_it_did_before() -> None:
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_handler_that_could_not_be_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of a program in C in which Python is embedded, of which Python knows nothing: it stays."""
+    monkeypatch.setattr(signal, "getsignal", {signal.SIGINT: odd_handler, signal.SIGTERM: None}.get)
+    before = [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        with runtime.Interruption():
+            assert signal.signal(signal.SIGTERM, signal.SIG_DFL) is signal.SIG_DFL
+    finally:
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+            signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("odd_surroundings")
+def test_all_is_put_back_where_the_preparation_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = surroundings()
+
+    def fail(keep: bool) -> None:
+        if keep:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(runtime, "keep_freed_memory", fail)
+    with pytest.raises(KeyboardInterrupt):
+        runtime.prepare(CPU)
+    assert surroundings() == before
+
+
+def test_output_that_has_no_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a notebook's; what cannot be written to it is an expected failure still."""
+
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(sys, "stdout", Full())
+    monkeypatch.setattr(sys, "stderr", Full())
+    with pytest.raises(DiskError, match="standard output: cannot be written"):
+        say("line")
+    complain("line")
 
 
 def test_without_what_only_linux_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
