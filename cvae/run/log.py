@@ -4,6 +4,7 @@ import json
 import math
 import os
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,16 @@ class RunLog:
 
     def __init__(self, folder: Path, position: dict[str, int]):
         self._folder = folder
-        self._hook, threading.excepthook = threading.excepthook, _leave_to_flush
         try:
-            self._rewind(position)
-            self._metrics = open(folder / METRICS, "ab", buffering=0)  # noqa: SIM115
-            self._events = SummaryWriter(str(folder), max_queue=1000, flush_secs=3600, filename_suffix=OURS)
+            with ExitStack() as stack:
+                stack.callback(setattr, threading, "excepthook", threading.excepthook)
+                threading.excepthook = _leave_to_flush
+                self._rewind(position)
+                self._metrics = stack.enter_context(open(folder / METRICS, "ab", buffering=0))
+                self._events = SummaryWriter(str(folder), max_queue=1000, flush_secs=3600, filename_suffix=OURS)
+                stack.callback(self._events.close)
+                self._open = stack.pop_all()
         except OSError as error:
-            threading.excepthook = self._hook
             raise self._failure(error) from None
 
     def _rewind(self, position: dict[str, int]) -> None:
@@ -96,12 +100,9 @@ class RunLog:
     def close(self) -> None:
         """Close the files."""
         try:
-            self._metrics.close()
-            self._events.close()
+            self._open.close()
         except (OSError, ValueError) as error:
             raise self._failure(error) from None
-        finally:
-            threading.excepthook = self._hook
 
     def _failure(self, error: Exception) -> DiskError:
         return DiskError(f"{self._folder}: the log cannot be written ({getattr(error, 'strerror', None) or error})")

@@ -1,5 +1,7 @@
 """Which weights a run validates, keeps and goes on with: the average, of the best epoch."""
 
+import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -7,14 +9,17 @@ import torch
 from support.inprocess import TINY, call_train, interrupted_after, make_tiny_data, results
 from support.steps import CPU
 
+import cvae.run.log
 from cvae.data.images import ImageSet
 from cvae.data.sources import load_train
 from cvae.distributed import Processes
+from cvae.errors import DiskError
 from cvae.model.likelihood import noise
 from cvae.model.objectives import objective
 from cvae.run import checkpoint
 from cvae.run.folder import read_json, read_settings
 from cvae.run.load import load
+from cvae.run.log import RunLog
 from cvae.training.phase import Phase, validate
 
 
@@ -89,3 +94,25 @@ def test_cvae_is_trained_on_top_of_the_best_baseline(place: Path) -> None:
         assert not torch.equal(tensor, last["average"][name])
         assert torch.equal(whole["model"][f"baseline_net.{name}"], tensor)
         assert torch.equal(load(place / "whole", CPU).state_dict()[f"baseline_net.{name}"], tensor)
+
+
+def test_log_that_fails_leaves_nothing_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither as it is made nor as it is closed: no file, no thread, no hook of ours."""
+
+    def left() -> tuple[object, int, int]:
+        return threading.excepthook, threading.active_count(), len(os.listdir("/proc/self/fd"))
+
+    before = left()
+    log = RunLog(tmp_path, {})
+    os.close(log._metrics.fileno())
+    with pytest.raises(DiskError, match="the log cannot be written"):
+        log.close()
+    assert left() == before
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cvae.run.log, "SummaryWriter", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        RunLog(tmp_path, {})
+    assert left() == before
