@@ -13,7 +13,7 @@ code is then 3. The only place that reads the test images. Exit codes: 0 done, 1
 2 usage, 3 a run was left out or there is none, 5 disk.
 """
 
-if __name__ in ("__main__", "cvae_commands.eval"):  # the second is cvae-eval
+if __name__ == "__main__":
     from cvae.startup import before_torch
 
     before_torch()

@@ -15,7 +15,7 @@ on minus the objective per image, early stopping on the validation images, the b
 130 / 143 interrupted by Ctrl-C / SIGTERM.
 """
 
-if __name__ in ("__main__", "cvae_commands.train"):  # the second is cvae-train
+if __name__ == "__main__":
     from cvae.startup import before_torch
 
     before_torch()
