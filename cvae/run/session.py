@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from cvae.data.mask_pictures import mask_png
 from cvae.data.masks import Split, is_picture, make_split
-from cvae.data.names import MNIST
 from cvae.data.sources import difference
 from cvae.distributed import Processes
 from cvae.errors import DataError, Interrupted, NonFiniteError, UsageError
@@ -32,11 +31,11 @@ from cvae.run.folder import (
     create_run,
     quoted,
     read_json,
-    read_record,
     read_split,
     write_json,
 )
 from cvae.run.history import changes, last_machine, resumed
+from cvae.run.images import recognised
 from cvae.run.load import start_from
 from cvae.run.lock import hold
 from cvae.run.log import RunLog
@@ -166,13 +165,9 @@ class Run:
 
     def _open(self, images: dict[str, Any]) -> State:
         self.lock = hold(self.folder, self.warn)
-        state, recorded = look_at(self.folder), read_record(self.folder)
-        if differs := difference(recorded, images):
-            raise DataError(f"{self.folder}: was begun on {differs}; --data says where those are that it was begun on")
+        state, (images, remarks) = look_at(self.folder), recognised(self.folder, images, self.settings.data)
+        state.remarks.extend(remarks)
         self.config = read_json(self.folder / CONFIG)
-        unknown = [part for part in images if recorded.get(part) is None]
-        if "train" not in recorded:
-            self._believe_in_mnist(state)
         if found := differences(last_machine(self.config), self._machine()):
             state.remarks.append(f"{self.folder}: from here on not bit for bit as it began: {', '.join(found)}")
         if "init" in self.config and state.last.get("phase") != "cvae":
@@ -180,23 +175,9 @@ class Run:
                 self.start = checkpoint.load(self.folder / INIT).get("model")
                 if kinds(self.start) is None:
                     raise DataError(f"{self.folder / INIT}: does not hold the weights that the run began with")
-        self.config["images"] = {**recorded, **{part: images[part] for part in unknown}}
+        self.config["images"] = images
         self.remarks, self.is_resumed = state.remarks, True
         return state
-
-    def _believe_in_mnist(self, state: State) -> None:
-        """Of a run of version 0.2, which does not say what its images are, and whose validation images were the last.
-
-        They are the last ones still of MNIST, and of no other set. Raises DataError.
-        """
-        if {self.config["settings"].get("data"), self.settings.data} <= {None, MNIST}:
-            state.remarks.append(f"{self.folder}: does not say on which images it was begun; MNIST is taken for them")
-            return
-        with advice(self.folder):
-            raise DataError(
-                f"{self.folder / CONFIG}: does not say on which images it was begun, as version 0.2 did not, "
-                "and this version divides all but MNIST in another way"
-            )
 
     def _machine(self) -> dict[str, Any]:
         return describe_machine(self.device, self.precision, self.processes.count, self.words)
