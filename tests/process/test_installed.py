@@ -22,7 +22,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
     folder = tmp_path_factory.mktemp("installed")
     source = folder / "source"
     source.mkdir()
-    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", "console.py", "train.py", "eval.py"):
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", "train.py", "eval.py"):
         shutil.copy(ROOT / name, source)
     shutil.copytree(ROOT / "cvae", source / "cvae", ignore=shutil.ignore_patterns("__pycache__"))
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
@@ -55,13 +55,13 @@ def test_commands_work_anywhere(command: Command, tmp_path: Path) -> None:
     assert (again.returncode, again.stderr.split(":")[0]) == (2, "cvae-train")
     code = """
 import signal, sys
-import cvae_commands.console, cvae_commands.train, cvae_commands.eval
+import cvae.console, cvae_commands.train, cvae_commands.eval
 print(signal.getsignal(signal.SIGINT) == signal.default_int_handler, "site-packages" in cvae_commands.train.__file__)
 """
     assert command("python", "-c", code, cwd=tmp_path).stdout == "True True\n"
     code = """
 import signal, sys
-import cvae_commands.console
+import cvae.console
 
 class Finder:
     def find_spec(self, name, path=None, target=None):
@@ -69,6 +69,6 @@ class Finder:
             print(signal.getsignal(signal.SIGINT) == signal.SIG_DFL)
 
 sys.meta_path.insert(0, Finder())
-cvae_commands.console.train()
+cvae.console.train()
 """
     assert command("python", "-c", code, "--help", cwd=tmp_path).stdout.startswith("True\n")

@@ -98,13 +98,14 @@ def test_what_only_posix_systems_have(tmp_path: Path) -> None:
         ("train", [*words, "--name", "a b"]),
         ("train", ["--resume", "runs/a b", "--epochs", "3"]),
         ("eval", ["--runs", "runs", "--samples", "3", "--device", "cpu", "--figure", "figure.png"]),
-        ("train", [*words, "--name", "a b", "--overwrite", "--init", "runs/a b"]),
+        ("train", [*words, "--name", "c", "--init", "runs/a b"]),
+        ("train", [*words, "--name", "a b", "--overwrite", "--init", "runs/c"]),
         ("train", [*words, "--name", "a b"]),
     ]
     code, out, err = finish(start([sys.executable, "-c", ELSEWHERE, ROOT, json.dumps(calls)], tmp_path))
     assert code == 0, err
     ends = [line for line in out.splitlines() if line.startswith("-- ")]
-    assert ends == ["-- train 0", "-- train 0", "-- eval 0", "-- train 0", "-- train 2"], err
+    assert ends == ["-- train 0", "-- train 0", "-- eval 0", "-- train 0", "-- train 0", "-- train 2"], err
     held = "train.py: runs/a b exists already: --resume 'runs/a b' goes on with it, --overwrite starts it anew\n"
     assert err == held
     assert epochs_logged(tmp_path / "runs/a b") == [("baseline", 1), ("cvae", 1), ("cvae", 2)]

@@ -1,4 +1,4 @@
-"""The commands of the installed package, `cvae-train` and `cvae-eval`: the scripts, in a process of their own."""
+"""The commands `cvae-train` and `cvae-eval`: the scripts, as `pip install` has them in the package `cvae_commands`."""
 
 from importlib import import_module
 
@@ -17,5 +17,5 @@ def evaluate() -> int:
 
 def _main(script: str) -> int:
     before_torch()
-    code: int = import_module(f"{__package__}.{script}").main()
+    code: int = import_module(f"cvae_commands.{script}").main()
     return code
