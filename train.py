@@ -43,8 +43,8 @@ from cvae.run.plan import parse, plan
 from cvae.run.session import Run
 from cvae.run.state import Progress
 from cvae.terminal import called, command
-from cvae.training.optimizer import GuardedAdam, scheduled_rate
-from cvae.training.phase import Phase, validate
+from cvae.training.optimizer import GuardedAdam
+from cvae.training.phase import Phase, scheduled_rate, validate
 from cvae.training.weights import WeightAverage, Weights
 
 REPORT_EVERY = 50  # steps between two looks at the device: the bar's loss, the gradients' health, the other processes
@@ -153,8 +153,9 @@ def train_epoch(phase: Phase, step: Step, take_step: Callable[..., None], epoch:
     permutation = runtime.permutation(len(step.images), s.seed, phase.name, epoch).to(run.device)
     runtime.seed_dropout(s.seed, phase.name, epoch, run.processes.rank)
     step.weights.model.train()
-    if s.targets == "binary":
-        step.images.redraw(s.seed, phase.name, epoch)
+    if s.targets == "binary" or s.bend:
+        bend = s.bend if phase.name == "cvae" else 0.0  # the baseline hardly overfits
+        step.images.redraw(s.seed, phase.name, epoch, binary=s.targets == "binary", bend=bend)
     optimizer.start_epoch()
     step.totals.zero()
     with run.progress_bar(where, steps * size) as bar:
@@ -194,7 +195,6 @@ def train_run(run: Run, load_images: Callable[[], TrainImages], resume: bool, ov
     digits = held_out[:NUM_DIGITS].clone()
     del images, held_out  # the image sets hold all that is needed
     x = split.split(digits.to(device) / 255)[0]
-
     baseline = cvae.to(device).baseline_net
     if last.get("phase") != "cvae":
         if resume:

@@ -79,12 +79,14 @@ class Settings:
         optional(NAME),
         "what is observed, in place of quadrants: 1, 2, 3, a mask's name, or a picture, white = given",
     )
+    preset: str = setting("default", NAME, "group of settings, each of which its own flag overrides")
     network: str = setting("tutorial", NAME, "networks of the CVAE and of its baseline")
     objective: str = setting("elbo", NAME, "objective of the CVAE")
     alpha: float = setting(0.5, SHARE, "weight of the elbo in the hybrid objective; that of gsnn is the rest")
     particles: int = setting(1, COUNT, "samples of z per image and step")
     hidden: tuple[int, ...] = setting((500, 500), SIZES, "sizes of the hidden layers")
-    latent_dim: int = setting(200, SIZE, "dimensions of z")
+    latent_dim: int = setting(200, SIZE, "dimensions of z, of all its levels together")
+    levels: int = setting(1, whole(1, 64, "a whole number from 1 to 64"), "levels of z, in the network deep")
     epochs: int = setting(30, COUNT, "largest number of epochs of the CVAE")
     baseline_epochs: int = setting(10, COUNT, "largest number of epochs of the baseline")
     patience: int = setting(3, COUNT, "epochs without improvement on the validation images before training stops")
@@ -100,6 +102,11 @@ class Settings:
     )
     weight_decay: float = setting(
         0.2, SHARE, "decoupled weight decay: this share of the weights, times the learning rate, is taken off each step"
+    )
+    bend: float = setting(
+        0.0,
+        SHARE,
+        "share of the CVAE's training images that are turned, scaled and sheared a little, anew in each epoch",
     )
     average: int = setting(
         500, whole(0, 1 << 31, "a whole number of at least 0"), "steps that the average of the weights spans; 0: none"
@@ -137,6 +144,8 @@ class Settings:
             kind, value = each.metadata["kind"], getattr(self, each.name)
             if not kind.is_good(value):
                 raise ValueError(f"{flag(each.name)[2:]} has to be {kind.wanted}, not {reprlib.repr(value)}")
+        if self.latent_dim % self.levels:
+            raise ValueError(f"latent-dim has to be a multiple of levels, not {self.latent_dim} for {self.levels}")
         if self.compile and self.objective == "iwae":
             raise ValueError("compile cannot be used with the objective iwae, whose gradient takes two backward passes")
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from cvae import runtime
+from cvae.data.bending import bent
 from cvae.data.masks import Split, described
 from cvae.settings import Settings
 
@@ -42,7 +43,7 @@ class ImageSet:
         self.split, self.num_observed = split, split.num_observed
         self.guesses: Tensor | None = None
         self._guess: Callable[[], None] = lambda: None  # computes the guesses
-        self._grey: Tensor | None = None  # the vectors before they were redrawn
+        self._stored: Tensor | None = None  # the vectors before they were redrawn
 
     def __len__(self) -> int:
         return len(self.vectors)
@@ -66,15 +67,17 @@ class ImageSet:
         self._guess = guess
         guess()
 
-    def redraw(self, *key: object) -> None:
-        """Draw black or white pixels anew, each white with its grey level as probability; key: of the random seed.
+    def redraw(self, *key: object, binary: bool, bend: float = 0.0) -> None:
+        """Draw the images anew from the stored ones: a share of them bent (`bent`), all black or white (`binarized`).
 
-        The vectors and the guesses change in place, where a CUDA graph reads them.
+        key: of the random seed. The vectors and the guesses change in place, where a CUDA graph reads them.
         """
-        if self._grey is None:
-            self._grey = self.vectors.clone()
-        for i, (rows, grey) in enumerate(zip(self.vectors.split(AT_ONCE), self._grey.split(AT_ONCE), strict=True)):
-            rows.copy_(binarized(grey, *key, i))
+        if self._stored is None:
+            self._stored = self.vectors.clone()
+        for i, (rows, drawn) in enumerate(zip(self.vectors.split(AT_ONCE), self._stored.split(AT_ONCE), strict=True)):
+            if bend:
+                drawn = self.split.vectors(bent(self.split.images(drawn), bend, *key, i))
+            rows.copy_(binarized(drawn, *key, i) if binary else drawn)
         self._guess()
 
     def batch(self, rows: Tensor | slice) -> Batch:

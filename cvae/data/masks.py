@@ -157,6 +157,11 @@ class Split:
         vectors = self.vectors(images)
         return vectors[..., : self.num_observed], vectors[..., self.num_observed :]
 
+    def images(self, vectors: Tensor) -> Tensor:
+        """The inverse of `vectors`: `[..., num_pixels]` as images `[..., height, width]`; any dtype."""
+        images = vectors.index_select(-1, self._on(vectors.device)[1])
+        return images.view(*vectors.shape[:-1], self.height, self.width)
+
     def compose(self, x: Tensor, y: Tensor) -> Tensor:
         """The images `[..., height, width]` whose observed pixels are x and whose hidden pixels are y.
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from cvae import runtime
 from cvae.data.masks import Split
 from cvae.model.cvae import CVAE, Draw, Latent
+from cvae.model.deep import Deep
 from cvae.model.densities import Gaussian
 from cvae.model.layers import MLP
 from cvae.settings import Settings
@@ -93,7 +94,7 @@ class Paper(OneLevel):
         return logits + guess
 
 
-NETWORKS: dict[str, Callable[[Split, Settings], CVAE]] = {"tutorial": Tutorial, "paper": Paper}
+NETWORKS: dict[str, Callable[[Split, Settings], CVAE]] = {"tutorial": Tutorial, "paper": Paper, "deep": Deep}
 
 
 def build(split: Split, s: Settings) -> CVAE:

@@ -11,6 +11,7 @@ from typing import Any
 from cvae.data.masks import MASKS
 from cvae.data.sources import named
 from cvae.errors import UsageError
+from cvae.presets import PRESETS
 from cvae.run.folder import CHOICES, find_run, read_settings
 from cvae.run.state import advice
 from cvae.settings import Settings, add_flags, flag
@@ -25,7 +26,7 @@ def parse(argv: Sequence[str] | None, manual: str | None) -> tuple[argparse.Name
     `words` of the first is the command line as it was given.
     """
     parser = argparse.ArgumentParser(description=manual, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_flags(parser, {**CHOICES, "observed": MASKS})
+    add_flags(parser, {**CHOICES, "observed": MASKS, "preset": PRESETS})
     parser.add_argument(
         "--runs", type=user_path, default=Path("runs"), metavar="DIR", help="folder of runs (default: %(default)s)"
     )
@@ -45,6 +46,8 @@ def parse(argv: Sequence[str] | None, manual: str | None) -> tuple[argparse.Name
         parser.error("--resume goes on with a run as it is: leave --name, --overwrite and --init out")
 
     given = {each.name: getattr(options, each.name) for each in fields(Settings) if hasattr(options, each.name)}
+    if options.resume is None:
+        given = {**PRESETS[given.get("preset", Settings.preset)], **given}
     if "hidden" in given:
         given["hidden"] = tuple(given["hidden"])
     if "data" in given:

@@ -1,6 +1,5 @@
 """One step of AdamW that no NaN and no infinity gets past, with loss scaling for float16, and without a host sync."""
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -8,7 +7,6 @@ from torch import Tensor
 from torch.optim.adamw import adamw  # AdamW's step as a function: an optimizer object per part costs more time
 
 from cvae.errors import NonFiniteError
-from cvae.settings import Settings
 from cvae.training.weights import Weights
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # of Kingma and Ba 2015
@@ -185,12 +183,3 @@ class GuardedAdam:
         for part in self._parts:
             part.updates.copy_(state["updates"])
         self.bad_streak = state["bad_streak"]
-
-
-def scheduled_rate(s: Settings, epoch: float, epochs: int) -> float:
-    """The learning rate at a moment, in epochs: a linear warm-up, then constant, or half a cosine down to zero."""
-    if epoch < s.warmup_epochs:
-        return s.learning_rate * (epoch + 0.01) / (s.warmup_epochs + 0.01)
-    if s.schedule == "constant":
-        return s.learning_rate
-    return s.learning_rate * 0.5 * (1 + math.cos(math.pi * (epoch - s.warmup_epochs) / (epochs - s.warmup_epochs)))

@@ -1,5 +1,6 @@
 """A phase of a run: what is trained, by which objective, on what, and how well it does on the validation images."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from cvae import runtime
 from cvae.data.images import ImageSet
 from cvae.distributed import Processes
 from cvae.model.objectives import Objective, Totals
+from cvae.settings import Settings
 
 VALIDATION_BATCH = 1000
 
@@ -48,3 +50,12 @@ def validate(phase: Phase, model: nn.Module, seed: int, precision: str, processe
             totals.add(phase.objective(model, batch, *eps))
     processes.sum_on_host_(totals.sums)
     return totals
+
+
+def scheduled_rate(s: Settings, epoch: float, epochs: int) -> float:
+    """The learning rate at a moment, in epochs: a linear warm-up, then constant, or half a cosine down to zero."""
+    if epoch < s.warmup_epochs:
+        return s.learning_rate * (epoch + 0.01) / (s.warmup_epochs + 0.01)
+    if s.schedule == "constant":
+        return s.learning_rate
+    return s.learning_rate * 0.5 * (1 + math.cos(math.pi * (epoch - s.warmup_epochs) / (epochs - s.warmup_epochs)))

@@ -90,15 +90,15 @@ def test_redrawn_in_place_with_the_guesses_of_what_is_drawn() -> None:
         return x @ weights.requires_grad_()
 
     images = ImageSet(LEVELS, split)
-    images.redraw(0, "baseline", 1)  # there are no guesses yet
+    images.redraw(0, "baseline", 1, binary=True)  # there are no guesses yet
     images.set_guesses(baseline, torch.bfloat16, size=3)
     assert images.guesses is not None
     places = images.vectors.data_ptr(), images.guesses.data_ptr()
     seen = []
     for epoch in (1, 2, 1):
-        images.redraw(0, "cvae", epoch)
+        images.redraw(0, "cvae", epoch, binary=True)
         fresh = ImageSet(LEVELS, split)
-        fresh.redraw(0, "cvae", epoch)
+        fresh.redraw(0, "cvae", epoch, binary=True)
         assert torch.equal(images.vectors, fresh.vectors)
         fresh.set_guesses(baseline, torch.bfloat16, size=3)
         assert fresh.guesses is not None

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from cvae.presets import PRESETS
 from cvae.run.folder import CHOICES
+from cvae.run.plan import parse, plan
 from cvae.settings import COUNT, SWITCH, Kind, Settings, add_flags, flag, setting
 
 ALL = {each.name: each for each in fields(Settings)}
@@ -15,12 +17,15 @@ EACH = pytest.mark.parametrize("name", ALL)
 OTHER: dict[str, tuple[list[str], Any]] = {
     "quadrants": (["3"], [3]),
     "observed": (["left"], "left"),
+    "preset": (["deep"], "deep"),
     "network": (["paper"], "paper"),
     "objective": (["gsnn"], "gsnn"),
     "alpha": (["0.25"], 0.25),
     "particles": (["7"], 7),
     "hidden": (["30", "20", "10"], [30, 20, 10]),
-    "latent_dim": (["9"], 9),
+    "levels": (["4"], 4),
+    "bend": (["0.5"], 0.5),
+    "latent_dim": (["12"], 12),
     "epochs": (["4"], 4),
     "baseline_epochs": (["5"], 5),
     "patience": (["6"], 6),
@@ -46,11 +51,14 @@ OTHER: dict[str, tuple[list[str], Any]] = {
 BAD: dict[str, list[Any]] = {
     "quadrants": [0, 4, True, 1.0, "1", None],
     "observed": [1, True, "x" * 10_000],
+    "preset": [None, 3],
     "network": [None, 3, "x" * 10_000],
     "objective": [None, 3],
     "alpha": [-0.1, 1.1, float("nan"), 1, None],
     "particles": [0, -1, 1.0, True, (1 << 31) + 1],
     "hidden": [(), (0,), [7], 7, (7, True), (1 << 16,), (7,) * 65, ((7,),)],
+    "levels": [0, 65, 1.0, True],
+    "bend": [-0.1, 1.1, 1],
     "latent_dim": [0, 1 << 16, 2.0],
     "epochs": [0, None],
     "baseline_epochs": [0, -3],
@@ -182,7 +190,7 @@ def test_missing_setting_is_what_the_runs_did_before(name: str) -> None:
 class Later(Settings):
     """The settings of a later version, which has two more."""
 
-    levels: int = setting(3, COUNT, "levels of z", before=1)
+    shades: int = setting(3, COUNT, "shades of z", before=1)
     flips: int = setting(2, COUNT, "flips of an image")
 
 
@@ -191,15 +199,15 @@ def test_run_opens_after_a_setting_was_added() -> None:
     begun = everything()
     opened = Later.from_dict(begun.to_dict())
     assert type(opened) is Later
-    assert (opened.levels, opened.flips) == (1, 2)
+    assert (opened.shades, opened.flips) == (1, 2)
     assert {name: value for name, value in opened.to_dict().items() if name in ALL} == begun.to_dict()
-    assert (Later().levels, Later().flips) == (3, 2)
-    assert Later.from_dict(Later(levels=5).to_dict()) == Later(levels=5)
-    with pytest.raises(ValueError, match=r"^levels has to be a positive whole number, not 0$"):
-        Later.from_dict({"levels": 0})
+    assert (Later().shades, Later().flips) == (3, 2)
+    assert Later.from_dict(Later(shades=5).to_dict()) == Later(shades=5)
+    with pytest.raises(ValueError, match=r"^shades has to be a positive whole number, not 0$"):
+        Later.from_dict({"shades": 0})
 
 
-@pytest.mark.parametrize("name", ["levels", "Epochs", "", "x" * 100_000, "batch-size", "\ud800"])
+@pytest.mark.parametrize("name", ["shades", "Epochs", "", "x" * 100_000, "batch-size", "\ud800"])
 def test_unknown_settings_are_refused_by_name(name: str) -> None:
     """This version would leave out what they ask for."""
     with pytest.raises(ValueError, match=r"^this version knows no setting '") as caught:
@@ -218,3 +226,14 @@ def test_what_cannot_be_compiled_is_refused_in_every_way_there_is() -> None:
     """On the command line, and in a `config.json` that was edited."""
     with pytest.raises(ValueError, match="compile cannot be used with the objective iwae"):
         Settings.from_dict({**Settings(objective="iwae").to_dict(), "compile": True})
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset(name: str) -> None:
+    """Its settings are good together; each is overridden by its own flag; what was chosen is recorded."""
+    options, given = parse(["--preset", name], None)
+    [(_, settings)] = plan(options, given)
+    assert settings == Settings(**PRESETS[name], preset=name)
+    options, given = parse(["--preset", name, "--hidden", "7", "--epochs", "3"], None)
+    [(_, settings)] = plan(options, given)
+    assert settings == Settings(**{**PRESETS[name], "hidden": (7,), "epochs": 3}, preset=name)

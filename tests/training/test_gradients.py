@@ -86,7 +86,7 @@ def test_every_trained_weight_has_a_gradient(make_toy, case):
     assert not any(name.startswith("baseline_net") for name in found)
     without = {name for name, gradient in found.items() if not gradient.ne(0).any()}
     if case.objective == "gsnn":
-        assert without == {name for name in found if name.startswith("recognition")}
+        assert without == {name for name in found if "recognition" in name}
         if "encoders.layers.0.weight" in found:
             of_prior, of_recognition = found["encoders.layers.0.weight"]
             assert of_prior.ne(0).any()
@@ -116,7 +116,7 @@ def test_half_precision_is_that_of_autocast(make_toy, case, precision):
     ours, theirs = results
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
-        assert tensor.ne(0).any(), name
+        assert tensor.ne(0).any() or (case.objective == "gsnn" and "recognition" in name), name
         assert (ours[name] - tensor).norm() <= 2 * torch.finfo(half).eps * tensor.norm(), name
 
 

@@ -1,0 +1,28 @@
+"""Presets: names for groups of settings, each of which a flag of its own overrides."""
+
+from typing import Any
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    # The tutorial's training, as close as it comes: Adam without decay, schedule and average, and early stopping.
+    "tutorial": {
+        "learning_rate": 1e-3,
+        "schedule": "constant",
+        "warmup_epochs": 0.0,
+        "weight_decay": 0.0,
+        "average": 0,
+        "epochs": 50,
+        "baseline_epochs": 50,
+    },
+    "paper": {"network": "paper"},
+    "deep": {
+        "network": "deep",
+        "hidden": (400, 400),
+        "latent_dim": 128,
+        "levels": 4,
+        "learning_rate": 1e-3,
+        "weight_decay": 0.3,
+        "bend": 0.5,
+        "epochs": 45,
+    },
+}
