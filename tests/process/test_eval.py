@@ -306,8 +306,8 @@ def mixed(place: Path, copied: Callable[..., Path], tmp_path: Path) -> dict[str,
     checkpoint.save(old / "best.pt", {**state, "phase": "joint"})
     change(old, "images", value=None)
     lines["old"] = "/config.json: does not say the size of the images"
-    change(copied(name="later"), "settings", "levels", value=2)
-    lines["later"] = "/config.json: this version knows no setting 'levels'"
+    change(copied(name="later"), "settings", "shades", value=2)
+    lines["later"] = "/config.json: this version knows no setting 'shades'"
     change(copied(name="no-data"), "settings", "data", value=str(tmp_path / "gone"))
     lines["no-data"] = f": {tmp_path}/gone: "
     write_data(tmp_path / "negative", 255 - load_train(settings_of(place)).train, 255 - images_of(place))

@@ -197,8 +197,8 @@ def test_setting_that_the_run_did_not_have_yet(place: Path, copied: Callable[[st
 
 def test_setting_of_a_later_version(copied: Callable[[str], Path]) -> None:
     run = copied("done")
-    change(run, "settings", "levels", value=2)
-    assert_refused(run, "this version knows no setting 'levels'")
+    change(run, "settings", "shades", value=2)
+    assert_refused(run, "this version knows no setting 'shades'")
 
 
 @pytest.mark.parametrize("name", ["network", "objective", "observed"])
