@@ -110,6 +110,11 @@ def binarized(images: Tensor, *key: object) -> Tensor:
     return (thresholds < images).view(torch.uint8).mul_(255)
 
 
+def is_redrawn(s: Settings) -> bool:
+    """Whether training images are drawn anew in each epoch, black or white or bent: the stored ones are kept beside."""
+    return s.targets == "binary" or s.bend > 0
+
+
 def as_targets(s: Settings, part: str, images: Tensor) -> Tensor:
     """One part of a source's images (`train`, `validation` or `test`; uint8), as the setting `targets` wants it.
 

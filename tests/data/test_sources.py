@@ -207,6 +207,7 @@ def test_more_images_than_the_memory_holds(tmp_path: Path) -> None:
         ({"train_limit": 8}, read),
         ({"size": 2}, 82 * 4 + 72 * (2 * 24 - 4)),
         ({"targets": "binary"}, 72 * (24 + 4 * 18) + 60 * 24),
+        ({"bend": 0.5}, 72 * (24 + 4 * 18) + 60 * 24),
     ):
         load_train(Settings(data=str(tmp_path), **more), Reading(byte))  # type: ignore[arg-type]
         refusal(tmp_path, reading=Reading(byte - 1), **more)
