@@ -153,9 +153,9 @@ def train_epoch(phase: Phase, step: Step, take_step: Callable[..., None], epoch:
     permutation = runtime.permutation(len(step.images), s.seed, phase.name, epoch).to(run.device)
     runtime.seed_dropout(s.seed, phase.name, epoch, run.processes.rank)
     step.weights.model.train()
-    if s.targets == "binary" or s.bend:
-        bend = s.bend if phase.name == "cvae" else 0.0  # the baseline hardly overfits
-        step.images.redraw(s.seed, phase.name, epoch, binary=s.targets == "binary", bend=bend)
+    binary, bend = s.targets == "binary", s.bend if phase.name == "cvae" else 0.0  # the baseline hardly overfits
+    if binary or bend:
+        step.images.redraw(s.seed, phase.name, epoch, binary=binary, bend=bend)
     optimizer.start_epoch()
     step.totals.zero()
     with run.progress_bar(where, steps * size) as bar:

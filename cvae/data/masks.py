@@ -172,8 +172,7 @@ class Split:
             wanted = f"x [..., {self.num_observed}] and y [..., {self.num_hidden}]"
             raise ValueError(f"the split is into {wanted}, not {list(x.shape)} and {list(y.shape)}")
         leading = torch.broadcast_shapes(x.shape[:-1], y.shape[:-1])
-        vectors = torch.cat([x.expand(*leading, -1), y.expand(*leading, -1)], dim=-1)
-        return vectors.index_select(-1, self._on(vectors.device)[1]).view(*leading, self.height, self.width)
+        return self.images(torch.cat([x.expand(*leading, -1), y.expand(*leading, -1)], dim=-1))
 
 
 def described(tensor: Tensor) -> str:

@@ -31,7 +31,6 @@ __all__ = ["READERS", "TestImages", "TrainImages", "difference", "load_test", "l
 READERS: tuple[Callable[[Path, Settings], Source | None], ...] = (find_idx, find_arrays, find_pictures)
 """Each finds images of its form at a path, or returns None; the first that finds any is taken."""
 
-
 SMALL = 4  # pixels a side: where these do not fit either, scaling the images does not help
 
 
@@ -202,7 +201,8 @@ def _read_all(planned: _Planned, s: Settings, reading: Reading) -> tuple[dict[st
     height, width = sizes[next(iter(sizes))]
     taken = f"{source.form} {source.place}".strip() + f": {', '.join(counts)} images of {height}×{width} pixels"
     for name, own in pixels.items():
-        own.copy_(as_targets(s, name, own))  # in place: no second set of them
+        if (drawn := as_targets(s, name, own)) is not own:
+            own.copy_(drawn)  # in place: no second set of them
     return pixels, printable("; ".join(dict.fromkeys(filter(None, [taken, *notes]))))
 
 

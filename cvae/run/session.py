@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -155,7 +156,7 @@ class Run:
     def _create(self, split: Split, images: dict[str, Any], overwrite: bool) -> None:
         if overwrite and os.path.islink(self.folder):
             self.say(f"{self.folder} is a link: the run is replaced to which it leads, {os.path.realpath(self.folder)}")
-        self.config = {"settings": self.settings.to_dict(), "images": images, **self._machine(), **self.config}
+        self.config = {"settings": self.settings.to_dict(), "images": images, **self._machine, **self.config}
         files: dict[str, Callable[[BinaryIO], object]] = {CONFIG: lambda file: file.write(as_json(self.config))}
         if is_picture(self.settings):
             files[OBSERVED] = lambda file: file.write(mask_png(split.observed))
@@ -168,7 +169,7 @@ class Run:
         state, (images, remarks) = look_at(self.folder), recognised(self.folder, images, self.settings.data)
         state.remarks.extend(remarks)
         self.config = read_json(self.folder / CONFIG)
-        if found := differences(last_machine(self.config), self._machine()):
+        if found := differences(last_machine(self.config), self._machine):
             state.remarks.append(f"{self.folder}: from here on not bit for bit as it began: {', '.join(found)}")
         if "init" in self.config and state.last.get("phase") != "cvae":
             with advice(self.folder):
@@ -179,6 +180,7 @@ class Run:
         self.remarks, self.is_resumed = state.remarks, True
         return state
 
+    @cached_property  # it asks git
     def _machine(self) -> dict[str, Any]:
         return describe_machine(self.device, self.precision, self.processes.count, self.words)
 
@@ -188,7 +190,7 @@ class Run:
             self._record_resumption(last)
 
     def _record_resumption(self, last: dict[str, Any]) -> None:
-        self.config = resumed(self.config, self.settings, last, self._machine())
+        self.config = resumed(self.config, self.settings, last, self._machine)
         write_json(self.folder / CONFIG, self.config)
 
     def is_finished(self, state: State) -> bool:
