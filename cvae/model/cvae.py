@@ -96,19 +96,20 @@ class CVAE(nn.Module):
         """The guess as it is given, or the baseline's for x.
 
         Raises ValueError where one of the four is not of this model's images. Shapes are always looked at; values, and
-        the weights' device, where the guess is computed in evaluation mode: a training must not wait for its device.
+        the weights' device, where the guess is computed in evaluation mode: a training must not wait for its device,
+        and an exported program has no exceptions.
         """
-        count = len(x)
+        count = x.shape[0]  # unlike len(x), a size that an exported program leaves open
         check("x", x, (count, self.split.num_observed), x.device)
         if y is not None:
             check("y", y, (count, self.split.num_hidden), x.device)
         if eps is not None:  # of one image it serves for all
-            each = 1 if eps.dim() == 3 and eps.shape[1] == 1 else count
-            check("eps", eps, (len(eps), each, self.latent_dim), x.device, "N(0, 1)")
+            each = 1 if eps.dim() == 3 and count != eps.shape[1] == 1 else count
+            check("eps", eps, (eps.shape[0], each, self.latent_dim), x.device, "N(0, 1)")
         if guess is not None:
             check("guess", guess, (count, self.split.num_hidden), x.device, "logits")
             return guess
-        if not self.training:
+        if not (self.training or torch.compiler.is_exporting()):
             check("x", x, x.shape, next(self.parameters()).device)
             for name, tensor in (("x", x), ("y", y)):
                 if tensor is not None and not ((tensor >= 0) & (tensor <= 1)).all():

@@ -3,7 +3,8 @@
 A run folder holds `config.json` (settings, images, machine, and when it was resumed where), `metrics.jsonl` (a line
 per epoch and phase), TensorBoard's events, `last.pt` (everything to go on from), `best.pt` (the best weights) and, once
 it is finished, `summary.json`; where the mask was a picture, `observed.png`, the mask itself; where it began with the
-weights of another run, `init.pt`, all weights as they were then.
+weights of another run, `init.pt`, all weights as they were then. A run that is passed on may have `model.safetensors`
+in the place of the checkpoints.
 """
 
 import json
@@ -27,6 +28,11 @@ from cvae.settings import LARGEST_SIDE, PRECISIONS, Settings
 
 CONFIG, METRICS, SUMMARY, OBSERVED = "config.json", "metrics.jsonl", "summary.json", "observed.png"
 BEST, LAST, INIT, EVENTS = "best.pt", "last.pt", "init.pt", "events.out.tfevents."
+WEIGHTS = "model.safetensors"
+
+REFERENCE, PACKAGE = "reference", Path(__file__).resolve().parents[1]
+COME_WITH = (PACKAGE.parent / "runs", PACKAGE)
+"""Where the folder of the runs that come with the program is: in a clone, and in the installed package."""
 
 CHOICES: dict[str, Collection[str]] = {"network": NETWORKS, "objective": OBJECTIVES}
 """Settings that are names of something in the code, each with the table in which it is found."""
@@ -103,7 +109,7 @@ def is_run(path: Path) -> bool:
 
 def _clear(path: Path) -> None:
     """Remove the files of a run, that by which it is known as one last."""
-    names = (SUMMARY, LAST, BEST, INIT, METRICS, OBSERVED)
+    names = (SUMMARY, LAST, BEST, WEIGHTS, INIT, METRICS, OBSERVED)
     for file in [*path.glob(EVENTS + "*"), *(path / name for name in names), path / CONFIG]:
         file.unlink(missing_ok=True)
 
@@ -111,12 +117,15 @@ def _clear(path: Path) -> None:
 def find_run(run: str | Path, runs: str | Path) -> Path:
     """The folder of a run: the one of this path, or else the one below the folder of runs.
 
-    Where there is neither, a plain name is meant as the second, and a path as the first.
+    Where there is neither, a plain name is meant as the second, and a path as the first; `reference/NAME` is also found
+    where it comes with the program.
     """
     path, below = Path(run), Path(runs) / run
-    if os.path.isdir(path):
-        return path
-    return below if os.path.isdir(below) or len(path.parts) <= 1 else path
+    known = [place / path for place in COME_WITH] if path.parts[:1] == (REFERENCE,) else []
+    for folder in (path, below, *known):
+        if os.path.isdir(folder):
+            return folder
+    return below if len(path.parts) <= 1 else path
 
 
 def read_settings(path: Path) -> Settings:
@@ -125,8 +134,13 @@ def read_settings(path: Path) -> Settings:
     if not os.path.isfile(file):
         raise DataError(f"{path} is no run folder: it has no {CONFIG}")
     config = read_json(file)
+    return known_settings(config.get("settings") if isinstance(config, dict) else None, file)
+
+
+def known_settings(values: object, file: Path) -> Settings:
+    """The settings that a file holds, as `Settings.to_dict` gives them. Raises DataError if they cannot be read."""
     try:
-        settings = Settings.from_dict(config.get("settings") if isinstance(config, dict) else None)
+        settings = Settings.from_dict(values)
     except ValueError as error:
         raise DataError(f"{file}: {error}") from None
     named = settings.observed is not None and not is_picture(settings)

@@ -1,6 +1,7 @@
 """A trained model, ready to use."""
 
 import hashlib
+import os
 from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,13 @@ import torch
 from cvae.data.masks import Split
 from cvae.errors import DataError, first_line
 from cvae.model.cvae import CVAE
-from cvae.model.networks import build
 from cvae.run import checkpoint
 from cvae.run.checkpoint import kinds
-from cvae.run.folder import BEST, LAST, find_run, quoted, read_settings, read_split
+from cvae.run.folder import BEST, LAST, WEIGHTS, find_run, quoted, read_record, read_settings, read_split
+from cvae.run.weights_file import Trained, assembled, read_trained, read_weights
 from cvae.terminal import called
+
+SUFFIX = Path(WEIGHTS).suffix
 
 
 def start_from(folder: Path, model: CVAE) -> tuple[str, dict[str, Any]]:
@@ -26,15 +29,7 @@ def start_from(folder: Path, model: CVAE) -> tuple[str, dict[str, Any]]:
     SHA-256 of the file. Where there are no best weights that can be read, the last ones are taken. The weights of a
     run whose baseline alone is trained so far go into the baseline. Raises DataError if none can be read, or none fit.
     """
-    path, key = folder / BEST, "model"
-    try:
-        content = checkpoint.load(path)
-    except DataError as error:
-        path, key = folder / LAST, "average"
-        try:
-            content = checkpoint.load(path)
-        except DataError:
-            raise error from None
+    path, key, content = _weights(folder)
     prefix = "baseline_net." if content.get("phase") == "baseline" else ""
     found = {prefix + name: kind for name, kind in (kinds(content.get(key)) or {}).items()}
     own = model.state_dict()
@@ -51,6 +46,19 @@ def start_from(folder: Path, model: CVAE) -> tuple[str, dict[str, Any]]:
     line = f"begins with the weights of {path}" + (f"; drawn anew, as these do not fit: {new}" if new else "") + remark
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return line, {"run": str(folder.resolve()), "file": path.name, "sha256": digest, "not_fitting": new}
+
+
+def _weights(folder: Path) -> tuple[Path, str, dict[str, Any]]:
+    """The file of a run's best weights, or else of the last ones, the key by which it has them, and what it holds."""
+    if is_passed_on(folder):
+        return folder / WEIGHTS, "model", {"phase": "cvae", "model": read_weights(folder / WEIGHTS)[1]}
+    try:
+        return folder / BEST, "model", checkpoint.load(folder / BEST)
+    except DataError as error:
+        try:
+            return folder / LAST, "average", checkpoint.load(folder / LAST)
+        except DataError:
+            raise error from None
 
 
 def _of_another_mask(folder: Path, split: Split) -> tuple[set[int], str]:
@@ -86,29 +94,42 @@ def _groups(names: Iterable[str], known: Container[str]) -> str:
 
 
 def load(run: str | Path, device: torch.device | str = "cpu", runs: str | Path = "runs") -> CVAE:
-    """The CVAE of a run with its best weights, frozen, in evaluation mode.
+    """The CVAE of a run with its best weights, or that of a `.safetensors` file, frozen, in evaluation mode.
 
-    run: its folder, or its name below the folder `runs`. The model's `split` says what it sees of an image.
+    run: the run's folder, or its name below the folder `runs`, or `reference/q1` and the like, which come with the
+    program; or the path of the file. The model's `split` says what it sees of an image.
     Raises DataError if there is no such run, or its weights cannot be read or are not of its settings, and ValueError
     for a device that there is not.
     """
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"the device {str(device)!r} cannot be used: {first_line(error).split('. ')[0]}") from None
+    return load_trained(run, device, runs).model
+
+
+def load_trained(run: str | Path, device: torch.device | str = "cpu", runs: str | Path = "runs") -> Trained:
+    """The same, with the settings and what identifies the images."""
+    check_device(device)
+    path = Path(run)
+    if path.suffix == SUFFIX and not os.path.isdir(path):
+        return read_trained(path, device)
     folder = find_run(run, runs)
+    if is_passed_on(folder):
+        return read_trained(folder / WEIGHTS, device)
     settings, split = read_settings(folder), read_split(folder)
     state = checkpoint.load(folder / BEST)
     if state.get("phase") != "cvae":
         resume = f"{called('train.py')} --resume {quoted(folder)}"
         raise DataError(f"{folder}: only its baseline is trained so far; go on with {resume}")
+    model = assembled(folder / BEST, settings, split, state.get("model")).to(device)
+    return Trained(model, settings, read_record(folder))
+
+
+def is_passed_on(folder: Path) -> bool:
+    """Whether the weights in a folder are in a file that others can read, in the place of the run's own."""
+    return os.path.isfile(folder / WEIGHTS) and not os.path.lexists(folder / BEST)
+
+
+def check_device(device: torch.device | str) -> None:
+    """Raises ValueError for a device that there is not."""
     try:
-        with torch.device("meta"):  # no memory is taken before the weights are known to fit
-            wanted = build(split, settings).state_dict()
-        if kinds(state["model"]) != kinds(wanted):
-            raise ValueError
-        model = build(split, settings)
-        model.load_state_dict(state["model"])
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
-        raise DataError(f"{folder / BEST}: does not hold the weights of a CVAE of the run's settings") from None
-    return model.to(device).requires_grad_(False).eval()
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"the device {str(device)!r} cannot be used: {first_line(error).split('. ')[0]}") from None
