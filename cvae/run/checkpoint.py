@@ -81,16 +81,21 @@ def load(path: Path) -> dict[str, Any]:
     body, tail = memoryview(data)[:-TAIL], data[-TAIL:]
     if tail != TAG + hashlib.sha256(body).digest():
         raise DataError(f"{path}: is damaged or no checkpoint of this program (its digest does not match)")
-    try:
-        _refuse_harm(body)
-        content = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
-    except Exception as error:  # a forged file may fail anywhere in the reader
-        raise DataError(f"{path}: is no checkpoint of this program ({type(error).__name__})") from None
+    content = unpickled(path, body, "is no checkpoint of this program")
     if not isinstance(content, dict) or type(content.get("format")) is not int or content["format"] != FORMAT:
         raise DataError(
             f"{path}: is not a checkpoint of format {FORMAT}, the only one that this version reads; train anew"
         )
     return content
+
+
+def unpickled(path: Path, body: bytes | memoryview, problem: str) -> Any:
+    """What `torch.save` wrote, if that is tensors and plain values alone; else a DataError that names the problem."""
+    try:
+        _refuse_harm(body)
+        return torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+    except Exception as error:  # a forged file may fail anywhere in the reader
+        raise DataError(f"{path}: {problem} ({type(error).__name__})") from None
 
 
 def kinds(state: object) -> dict[str, tuple[torch.Size, torch.dtype]] | None:
@@ -122,7 +127,7 @@ def _on_cpu(value: Any) -> Any:
     return value.cpu() if isinstance(value, torch.Tensor) else value
 
 
-def _refuse_harm(body: memoryview) -> None:
+def _refuse_harm(body: bytes | memoryview) -> None:
     """Raise unless the archive is uncompressed and its pickle names nothing but what tensors and dicts need."""
     with zipfile.ZipFile(io.BytesIO(body)) as archive:
         entries = archive.infolist()

@@ -21,6 +21,7 @@ from cvae.model.objectives import OBJECTIVES
 from cvae.run import checkpoint
 from cvae.run.folder import read_record, read_settings, read_size
 from cvae.run.load import load
+from cvae.run.tutorial import load_tutorial
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +112,8 @@ def test_it_is_ready_to_use(place: Path) -> None:
 
 def test_what_the_package_offers() -> None:
     assert cvae.load is load
-    assert cvae.__all__ == ["load"]
+    assert cvae.load_tutorial is load_tutorial
+    assert cvae.__all__ == ["load", "load_tutorial"]
     assert cvae.__version__
     with pytest.raises(AttributeError, match="'cvae' has no attribute 'no_such'"):
         cvae.no_such  # noqa: B018
