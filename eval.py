@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from cvae import runtime
 from cvae.data.images import ImageSet
@@ -39,7 +38,7 @@ from cvae.report import figures, tables
 from cvae.report.selection import Subject, find_runs, open_run, short_names
 from cvae.run.plan import absolute, user_path
 from cvae.settings import Settings
-from cvae.terminal import command, complain, program, say
+from cvae.terminal import Bar, command, complain, program, say
 
 RUNS = Path("runs")
 NUM_DIGITS, NUM_SAMPLES = 10, 10  # of the figure
@@ -192,8 +191,7 @@ def likelihoods(
     """A run's likelihoods of the test images, one by one; each process computes its share."""
     images = ImageSet(subject.test.images, subject.model.split, device)
     portions = [torch.empty(len(Likelihoods._fields), 0, dtype=torch.float64, device=device)]
-    hidden = not (processes.is_main and sys.stderr.isatty())
-    with tqdm(desc=name, total=len(images) // processes.count, unit="img", leave=False, disable=hidden) as bar:
+    with Bar(name, len(images) // processes.count, "img", processes.is_main) as bar:
         for portion in evaluate(subject.model, images, options.samples, options.seed, processes.share):
             portions.append(torch.stack(portion))
             bar.update(portions[-1].shape[1])

@@ -94,8 +94,10 @@ def fit(phase: Phase, run: Run, last: dict[str, Any]) -> Progress:
     s = run.settings
     step, progress = Step(phase, run), Progress()
     average, optimizer = step.average, step.optimizer
+    parts: dict[str, Any] = {"model": phase.model, "average": average.model, "optimizer": optimizer}
     if last.get("phase") == phase.name:
-        progress = run.restore(last, phase.model, average.model, optimizer)
+        progress = run.restore(last, parts)
+        step.weights.refresh()
     graphed = run.device.type == "cuda" and run.processes.count == 1 and not s.compile
     take_step = runtime.GraphedStep(step, run.warn) if graphed else step
 
@@ -107,7 +109,9 @@ def fit(phase: Phase, run: Run, last: dict[str, Any]) -> Progress:
         run.processes.average_(*phase.model.buffers(), *average.model.buffers())
         seconds = time.perf_counter() - started
         train = step.totals.means()
-        validation = validate(phase, average.model, s.seed, run.precision, run.processes).means()
+        with run.progress_bar(f"{phase.name}, validation", len(phase.validation) // run.processes.count) as bar:
+            totals = validate(phase, average.model, s.seed, run.precision, run.processes, bar.update)
+        validation = totals.means()
         train_loss, validation_loss = -maximised(train), -maximised(validation)
         if validation_loss < progress.best_loss:
             progress.best_loss, progress.best_epoch = validation_loss, progress.epoch
@@ -122,13 +126,8 @@ def fit(phase: Phase, run: Run, last: dict[str, Any]) -> Progress:
             "seconds": time.perf_counter() - started,
             **optimizer.skipped(),
         }
-        state = {
-            "model": phase.model.state_dict(),
-            "average": average.model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-        }
         picture = partial(phase.picture, average.model)
-        run.processes.on_main(partial(run.save_epoch, phase.name, progress, state, record, picture))
+        run.processes.on_main(partial(run.save_epoch, phase.name, progress, parts, record, picture))
         best = ", the best so far" if progress.epoch == progress.best_epoch else ""
         run.say(
             f"{phase.where(progress.epoch)}: loss {train_loss:.2f}, on validation images {validation_loss:.2f} "

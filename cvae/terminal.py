@@ -1,4 +1,5 @@
-"""Standard output and standard error, whatever they lead to: a terminal that is not UTF-8, a pipe, nothing at all."""
+"""Standard output and standard error, whatever they lead to: a terminal that is not UTF-8, a pipe, nothing at all;
+and how far something has come that takes its time."""
 
 import codecs
 import os
@@ -6,13 +7,16 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import wraps
-from io import TextIOWrapper
+from io import StringIO, TextIOWrapper
 from pathlib import Path
 from typing import ParamSpec, TextIO
+
+from tqdm import tqdm
 
 from cvae.errors import CvaeError, DiskError
 
 Arguments = ParamSpec("Arguments")
+BAR_AFTER_S, LINE_EVERY_S = 2, 60
 ASCII = {"±": "+-", "−": "-", "–": "-", "─": "-", "×": "x", "→": "->", "≤": "<=", "≥": ">=", "…": "...", "ŷ": "y"}
 """How characters are written where they cannot be shown; any other one by its number, as \\u00e9."""
 
@@ -101,3 +105,30 @@ def _lead_nowhere(stream: TextIO) -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, descriptor)
         os.close(nowhere)
+
+
+class Bar(tqdm):  # type: ignore[misc]
+    """How far something has come, with its rate and the time left: a bar on a terminal, else a line a minute.
+
+    The bar appears after two seconds, and leaves with the end of the `with` block; `update` counts.
+    total: how many of a unit there are. show: whether the user is to see it at all.
+    """
+
+    monitor_interval = 0  # no thread of its own
+
+    def __init__(self, what: str, total: int, unit: str, show: bool = True):
+        plain = "{desc}: {n_fmt} of {total_fmt} {unit}, {rate_fmt}, {remaining} left{postfix}"
+        form = None if sys.stderr.isatty() else plain
+        super().__init__(
+            desc=what, total=total, unit=unit, unit_scale=True, miniters=1, leave=False, disable=not show,
+            delay=BAR_AFTER_S if form is None else LINE_EVERY_S, mininterval=0.1 if form is None else LINE_EVERY_S,
+            bar_format=form, file=sys.stderr if form is None else StringIO(),
+        )  # fmt: skip
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        """Called by tqdm when it is time; returns whether there is something to be wiped away."""
+        if self.bar_format is None:
+            return bool(super().display(msg, pos))
+        if msg is None:
+            complain(str(self))
+        return False

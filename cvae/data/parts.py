@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cvae import runtime
 from cvae.errors import CvaeError, DataError, first_line
+from cvae.terminal import Bar
 
 Array = npt.NDArray[Any]
 
@@ -183,10 +184,12 @@ def taken(images: Tensor, rows: Tensor) -> Tensor:
     return images if torch.equal(rows, torch.arange(len(images))) else images[rows]
 
 
-def resized(pixels: Tensor, side: int, check: Callable[[], None]) -> Tensor:
+def resized(pixels: Tensor, side: int, reading: Reading) -> Tensor:
     """Images uint8 `[N, height, width]` scaled to `[N, side, side]`."""
     result = np.empty((len(pixels), side, side), np.uint8)
-    for i, image in enumerate(pixels.numpy()):
-        check()
-        result[i] = np.asarray(scaled(Image.fromarray(image), side))
+    with Bar("scaling", len(pixels), "img", reading.show) as bar:
+        for i, image in enumerate(pixels.numpy()):
+            reading.check()
+            result[i] = np.asarray(scaled(Image.fromarray(image), side))
+            bar.update()
     return torch.from_numpy(result)

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from tqdm import tqdm
 
 from cvae.data.parts import (
     GREY,
@@ -30,6 +29,7 @@ from cvae.data.parts import (
 )
 from cvae.errors import DataError
 from cvae.settings import Settings
+from cvae.terminal import Bar
 
 FORMATS = ("PNG", "JPEG", "BMP", "DIB", "GIF", "TIFF", "WEBP", "PPM")
 LEFT_OUT = ("__MACOSX",)  # folders that are never looked into, beside those whose names begin with a dot
@@ -75,11 +75,11 @@ def _part(folder: Path, names: Sequence[str], side: int | None) -> Part:
     def read(rows: Tensor, reading: Reading) -> Images:
         pixels = space(folder, len(rows), height, width)
         notes: list[str] = []
-        hidden = None if reading.show else True  # None: where there is no terminal
-        with tqdm(rows.tolist(), "pictures", unit="img", leave=False, disable=hidden, delay=2) as bar:
-            for i, row in enumerate(bar):
+        with Bar("pictures", len(rows), "img", reading.show) as bar:
+            for i, row in enumerate(rows.tolist()):
                 reading.check()
                 pixels[i] = read_picture(paths[row], side, expected, notes)
+                bar.update()
         return Images(torch.from_numpy(pixels), notes=notes)
 
     return Part(len(paths), height, width, read, paths.__getitem__, lambda count: count * height * width)

@@ -215,7 +215,7 @@ def _read(part: Part, rows: Tensor, s: Settings, reading: Reading) -> Images:
         pixels = pixels.transpose(1, 2).contiguous()
     if s.size is not None and pixels.shape[1:] != (s.size, s.size):
         notes = [*notes, f"scaled from {pixels.shape[1]}×{pixels.shape[2]}"]
-        pixels = resized(pixels, s.size, reading.check)
+        pixels = resized(pixels, s.size, reading)
     low, high = pixels.flatten(1).aminmax(dim=1)
     if len(constant := (low == high).nonzero().flatten()):
         more = f" (and {len(constant) - 1} more)" if len(constant) > 1 else ""

@@ -1,17 +1,15 @@
 """One training as it runs: what it runs on, where it writes, and what it leaves after each epoch."""
 
 import os
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO
 
 import torch
 from filelock import BaseFileLock
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from cvae.data.mask_pictures import mask_png
 from cvae.data.masks import Split, is_picture, make_split
@@ -44,8 +42,7 @@ from cvae.run.machine import describe_machine, differences
 from cvae.run.state import Progress, State, advice, fitting, look_at
 from cvae.runtime import Interruption
 from cvae.settings import Settings
-from cvae.terminal import called, complain, program, say
-from cvae.training.optimizer import GuardedAdam
+from cvae.terminal import Bar, called, complain, program, say
 
 
 @dataclass
@@ -90,10 +87,9 @@ class Run:
         if self.processes.is_main:
             complain(f"{program('train.py')}: {line}")
 
-    def progress_bar(self, where: str, total: int) -> "tqdm[NoReturn]":
-        """A bar over the images of an epoch; on a terminal only."""
-        hidden = self.quiet or not self.processes.is_main or not sys.stderr.isatty()
-        return tqdm(desc=where, total=total, unit="img", unit_scale=True, leave=False, disable=hidden)
+    def progress_bar(self, where: str, total: int) -> Bar:
+        """A bar over so many images, once for all processes."""
+        return Bar(where, total, "img", self.processes.is_main and not self.quiet)
 
     def begin_with(self, other: Path, model: CVAE) -> None:
         """Put the best weights of another run into a model, before `claim` makes the folder. Raises DataError."""
@@ -199,13 +195,14 @@ class Run:
             self.settings.epochs, self.settings.patience
         )
 
-    def restore(self, last: dict[str, Any], model: nn.Module, average: nn.Module, optimizer: GuardedAdam) -> Progress:
-        """Put model, average and optimizer where the checkpoint has them. Raises DataError if it does not fit them."""
+    def restore(self, last: dict[str, Any], parts: Mapping[str, Any]) -> Progress:
+        """Put the models and the optimizer, by their names in the checkpoint, where it has them.
+
+        Raises DataError if it does not fit them.
+        """
         with fitting(self.folder, LAST):
-            model.load_state_dict(last["model"])
-            average.load_state_dict(last["average"])
-            optimizer.load_state_dict(last["optimizer"])
-        optimizer.weights.refresh()
+            for name, part in parts.items():
+                part.load_state_dict(last[name])
         self.processes.on_main(lambda: self._begin_writing(last))
         return Progress(**last["progress"])
 
@@ -244,7 +241,7 @@ class Run:
         self,
         phase: str,
         progress: Progress,
-        state: dict[str, Any],
+        parts: Mapping[str, Any],
         record: dict[str, Any],
         picture: Callable[[], Tensor],
     ) -> None:
@@ -256,7 +253,8 @@ class Run:
         assert self.log is not None
         (self.folder / SUMMARY).unlink(missing_ok=True)  # that of a finished run which goes on with more epochs
         self.log.epoch(phase, record, picture())
-        content = {"phase": phase, "progress": asdict(progress), **state, "log": self.log.position()}
+        states = {name: part.state_dict() for name, part in parts.items()}
+        content = {"phase": phase, "progress": asdict(progress), **states, "log": self.log.position()}
         checkpoint.save(self.folder / LAST, content)
         self.save_best(content)
 

@@ -34,10 +34,17 @@ class Phase(NamedTuple):
 
 
 @torch.no_grad()
-def validate(phase: Phase, model: nn.Module, seed: int, precision: str, processes: Processes) -> Totals:
+def validate(
+    phase: Phase,
+    model: nn.Module,
+    seed: int,
+    precision: str,
+    processes: Processes,
+    done: Callable[[int], object] = lambda count: None,
+) -> Totals:
     """The objective's terms on the validation images, in this precision; the noise is the same in every epoch.
 
-    Each process takes its share of portions of the images.
+    Each process takes its share of portions of the images. done: told how many more images it has been through.
     """
     model.eval()
     images = phase.validation
@@ -48,6 +55,7 @@ def validate(phase: Phase, model: nn.Module, seed: int, precision: str, processe
         eps = phase.noise(len(batch.x), runtime.generator(device, seed, "validation", start))
         with runtime.autocast(precision, device):
             totals.add(phase.objective(model, batch, *eps))
+        done(len(batch.x))
     processes.sum_on_host_(totals.sums)
     return totals
 

@@ -15,7 +15,6 @@ from PIL import Image
 from support.images import everything, in_order, random_images, refusal, write_pictures
 from support.inprocess import TINY, call_eval, call_train, results
 from support.scripts import write_data
-from tqdm import tqdm
 
 from cvae.data.pictures import read_picture
 from cvae.data.sources import load_test, load_train
@@ -394,18 +393,17 @@ def test_pictures_are_read_once_for_all_runs(tmp_path: Path, read: list[str]) ->
 
 @pytest.mark.parametrize("quiet", [False, True])
 def test_bar_over_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quiet: bool) -> None:
-    """Where there is a terminal, unless --quiet is given."""
-    hidden = []
-
-    def bar(*words: Any, disable: bool | None, **named: Any) -> Any:
-        hidden.append(disable)
-        return tqdm(*words, disable=disable, **named)
-
-    monkeypatch.setattr("cvae.data.pictures.tqdm", bar)
+    """Of what takes its time, as if a minute passed with each image; with --quiet nothing is said."""
+    monkeypatch.setattr("cvae.terminal.LINE_EVERY_S", 0)
     data = write_pictures(tmp_path / "images", random_images(60, 6, 5))
     words = [*TINY, "--epochs", "1"] + ["--quiet"] * quiet
-    assert call_train("--data", data, *words, "--runs", tmp_path / "runs").code == 0
-    assert hidden == [True if quiet else None]
+    ended = call_train("--data", data, *words, "--runs", tmp_path / "runs")
+    assert ended.code == 0
+    lines = [line.split(",")[0] for line in ended.err.splitlines()]
+    assert [line for line in lines if line.startswith("pictures")] == [
+        f"pictures: {n}.{'0' if n > 9 else '00'} of 60.0 img" for n in range(61) if not quiet
+    ]
+    assert {line.split(":")[0] for line in lines} == (set() if quiet else {"pictures", "baseline", "cvae"})
 
 
 def test_missing_test_images_are_said_before_the_others_are_read(tmp_path: Path) -> None:
