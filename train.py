@@ -108,10 +108,9 @@ def fit(phase: Phase, run: Run, last: dict[str, Any]) -> Progress:
         run.processes.sum_on_host_(step.totals.sums)
         run.processes.average_(*phase.model.buffers(), *average.model.buffers())
         seconds = time.perf_counter() - started
-        train = step.totals.means()
         with run.progress_bar(f"{phase.name}, validation", len(phase.validation) // run.processes.count) as bar:
             totals = validate(phase, average.model, s.seed, run.precision, run.processes, bar.update)
-        validation = totals.means()
+        train, validation = step.totals.means(), totals.means()
         train_loss, validation_loss = -maximised(train), -maximised(validation)
         if validation_loss < progress.best_loss:
             progress.best_loss, progress.best_epoch = validation_loss, progress.epoch
@@ -154,7 +153,8 @@ def train_epoch(phase: Phase, step: Step, take_step: Callable[..., None], epoch:
     step.weights.model.train()
     binary, bend = s.targets == "binary", s.bend if phase.name == "cvae" else 0.0  # the baseline hardly overfits
     if binary or bend:
-        step.images.redraw(s.seed, phase.name, epoch, binary=binary, bend=bend)
+        with run.progress_bar(f"{where}, its images", len(step.images)) as bar:
+            step.images.redraw(s.seed, phase.name, epoch, binary=binary, bend=bend, done=bar.update)
     optimizer.start_epoch()
     step.totals.zero()
     with run.progress_bar(where, steps * size) as bar:

@@ -67,10 +67,13 @@ class ImageSet:
         self._guess = guess
         guess()
 
-    def redraw(self, *key: object, binary: bool, bend: float = 0.0) -> None:
+    def redraw(
+        self, *key: object, binary: bool, bend: float = 0.0, done: Callable[[int], object] = lambda count: None
+    ) -> None:
         """Draw the images anew from the stored ones: a share of them bent (`bent`), all black or white (`binarized`).
 
-        key: of the random seed. The vectors and the guesses change in place, where a CUDA graph reads them.
+        key: of the random seed. done: told how many more images it has drawn. The vectors and the guesses change in
+        place, where a CUDA graph reads them.
         """
         if self._stored is None:
             self._stored = self.vectors.clone()
@@ -78,6 +81,7 @@ class ImageSet:
             if bend:
                 drawn = self.split.vectors(bent(self.split.images(drawn), bend, *key, i))
             rows.copy_(binarized(drawn, *key, i) if binary else drawn)
+            done(len(rows))
         self._guess()
 
     def batch(self, rows: Tensor | slice) -> Batch:
