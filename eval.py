@@ -34,7 +34,7 @@ from cvae.data.sources import load_test, named
 from cvae.distributed import Processes
 from cvae.errors import DataError, UsageError
 from cvae.model.likelihood import Likelihoods, evaluate, noise
-from cvae.report import figures, tables
+from cvae.report import figures, realism, realism_figure, realism_table, tables
 from cvae.report.selection import Subject, find_runs, open_run, short_names
 from cvae.run.plan import absolute, user_path
 from cvae.settings import Settings
@@ -80,11 +80,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="N,N,…",
         help="test images for --figure and --samples-to, counted from 0 (default: the first ten)",
     )
+    add("--realism", action="store_true", help="measure realism and diversity of completions too: a second table")
+    add("--realism-images", type=positive, metavar="N", help="of the first N test images only (default: all)")
+    add("--realism-figure", type=user_path, metavar="PATH", help="draw completions of ever more ambiguous images")
     add("--data", metavar="PATH", help="where the images of the runs are now, as for train.py")
     add("--data-root", metavar="DIR", help="where torchvision's data sets are now, as for train.py")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:n (default: %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="random seed of the noise (default: %(default)s)")
     options = parser.parse_intermixed_args(argv)
+    if (options.realism_images or options.realism_figure) and not options.realism:
+        parser.error("--realism-images and --realism-figure need --realism")
     if options.digits and not (options.figure or options.samples_to):
         parser.error("--digits chooses test images for --figure and --samples-to: give one of them")
     try:
@@ -94,8 +99,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         }
         options.moved = {name: place for name, place in places.items() if place}
         Settings(**options.moved)
-        if options.figure:
-            figures.ending(options.figure)
+        for figure in filter(None, (options.figure, options.realism_figure)):
+            figures.ending(figure)
     except (ValueError, UsageError) as error:
         parser.error(str(error))
     return options
@@ -207,6 +212,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         device = runtime.resolve_device(options.device, processes.local_rank, processes.local_count)
         with runtime.prepare(device), processes.connected(device):
             subjects, problems = open_runs(options, device, processes)
+            cases, more = realism.open_cases(subjects if options.realism else {}, options.realism_images, processes)
+            problems += more
             if processes.is_main:
                 for line in problems:
                     complain(f"{program('eval.py')}: {line}")
@@ -219,11 +226,16 @@ def main(argv: Sequence[str] | None = None) -> int:
                 per_image = likelihoods(name, subject, options, device, processes)
                 test = subject.test.record["test"]["sha256"]
                 columns.append(tables.Column(name, subject.settings, options.samples, per_image, test, subject.epochs))
+            judged = {name: realism.judge(name, case, options.seed, device, processes) for name, case in cases.items()}
             if processes.is_main and columns:
                 table = tables.render(columns, options.format)
+                if options.realism:
+                    table = realism_table.render(table, options.format, judged, subjects)
                 if options.format == "text":
                     table = "\n".join(["", table, *drawn, ""] if drawn else ["", table])
                 say(table, end="")
+                if options.realism_figure:
+                    realism_figure.draw_all(cases, judged, options.realism_figure, options.seed)
     return DataError.exit_code if problems else 0
 
 

@@ -104,7 +104,7 @@ def _stem(name: str) -> str:
 
 
 def _part(path: Path, labels: Path | None) -> Part:
-    """The images in a file; the labels are only counted."""
+    """The images in a file; the labels are only counted, until somebody asks for them."""
     count, height, width = _announced(path, 3)
     if labels is not None and (number := _announced(labels, None)[0]) != count:
         raise DataError(f"{labels}: has {number} labels for the {count} images of {path.name}")
@@ -113,6 +113,7 @@ def _part(path: Path, labels: Path | None) -> Part:
         read=lambda rows, reading: Images(taken(read_idx(path, 3, check=reading.check), rows)),
         name=lambda row: f"{path}: image {row}",
         held=lambda number: (count + number) * height * width,
+        labels=None if labels is None else lambda: read_idx(labels, 1),
     )  # fmt: skip
 
 

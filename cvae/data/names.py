@@ -17,8 +17,10 @@ from cvae.settings import Settings
 MNIST = "mnist"
 COUNTS = {"train": 60_000, "t10k": 10_000}
 SHA256 = {  # of the files of MNIST, uncompressed
-    "train": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-    "t10k": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    "train-images": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    "t10k-images": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    "train-labels": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    "t10k-labels": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
 }
 
 EMNIST = ("byclass", "bymerge", "balanced", "letters", "digits", "mnist")
@@ -77,10 +79,15 @@ def _mnist(part: str) -> Part:
         read=lambda rows, reading: Images(taken(mnist(part, reading.check), rows)),
         name=lambda row: f"MNIST: image {row} of {part}",
         held=lambda count: count * 28 * 28,
+        labels=lambda: _embedded(f"{part}-labels", 1),
     )  # fmt: skip
 
 
 def mnist(part: str, check: Callable[[], None] = lambda: None) -> Tensor:
     """The images of the embedded MNIST, part `train` or `t10k`, uint8 `[N, 28, 28]`, as its files have them."""
-    with resources.as_file(resources.files("cvae.data") / "mnist" / f"{part}-images-idx3-ubyte.xz") as path:
-        return read_idx(path, 3, SHA256[part], check)
+    return _embedded(f"{part}-images", 3, check)
+
+
+def _embedded(name: str, num_dims: int, check: Callable[[], None] = lambda: None) -> Tensor:
+    with resources.as_file(resources.files("cvae.data") / "mnist" / f"{name}-idx{num_dims}-ubyte.xz") as path:
+        return read_idx(path, num_dims, SHA256[name], check)

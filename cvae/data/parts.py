@@ -69,7 +69,8 @@ class Part:
     """The images of one part of a set, not read yet: how many there are, of what size.
 
     read: rows, int64 `[n]` → these images in this order, all of this size. name: the words for the image of a row.
-    held: the bytes that reading so many of them holds at its peak.
+    held: the bytes that reading so many of them holds at its peak. labels: reads the classes of all of them, uint8
+    `[count]`; None where there are none.
     """
 
     count: int
@@ -78,6 +79,7 @@ class Part:
     read: Callable[[Tensor, Reading], Images]
     name: Callable[[int], str]
     held: Callable[[int], int]
+    labels: Callable[[], Tensor] | None = None
 
 
 class Source(NamedTuple):

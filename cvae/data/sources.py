@@ -26,7 +26,17 @@ from cvae.errors import DataError, printable
 from cvae.settings import LARGEST_SIDE, Settings
 from cvae.terminal import say
 
-__all__ = ["READERS", "TestImages", "TrainImages", "difference", "load_test", "load_train", "named", "record"]
+__all__ = [
+    "READERS",
+    "TestImages",
+    "TrainImages",
+    "difference",
+    "load_labels",
+    "load_test",
+    "load_train",
+    "named",
+    "record",
+]
 
 READERS: tuple[Callable[[Path, Settings], Source | None], ...] = (find_idx, find_arrays, find_pictures)
 """Each finds images of its form at a path, or returns None; the first that finds any is taken."""
@@ -88,6 +98,22 @@ def load_test(s: Settings = Settings(), reading: Reading = Reading()) -> TestIma
         _check_room(planned, _plan_test, s, reading)
         pixels, about = _read_all(planned, s, reading)
         return TestImages(pixels["test"], about, record(**pixels))
+
+
+def load_labels(s: Settings, part: str) -> Tensor:
+    """The classes of the images of one part, `train`, `validation` or `test`, int64 `[N]`, in the order of the images.
+
+    Those of the test images are for `eval.py` alone. Raises DataError where there are none, or they cannot be read.
+    """
+    with _one_line():
+        source, rows, _ = _plan_test(s) if part == "test" else _plan_train(s)
+        images, own = rows[part]
+        if images.labels is None:
+            place = source.place or source.form
+            raise DataError(
+                f"{place}: has no labels, by which images are classified; MNIST and IDX files can have them"
+            )
+        return images.labels().long()[own]
 
 
 class _Planned(NamedTuple):

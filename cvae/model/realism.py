@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+NEIGHBOURS = 5  # k of density and coverage
 ROWS_AT_ONCE = 1000  # of a matrix of distances
 
 
@@ -46,7 +47,8 @@ def entropy(probabilities: Tensor) -> Tensor:
 
     That of frequencies is too small by about (classes that come − 1) / 2S (Miller 1955).
     """
-    return torch.special.entr(probabilities).sum(-1)
+    each: Tensor = torch.special.entr(probabilities)
+    return each.sum(-1)
 
 
 def energy_score(completions: Tensor, y: Tensor) -> Tensor:
@@ -73,13 +75,13 @@ def squared_errors(completions: Tensor, y: Tensor) -> Tensor:
     return (completions - y).square().mean(-1).double()
 
 
-def density_and_coverage(real: Tensor, fake: Tensor, neighbours: int = 5) -> tuple[Tensor, Tensor]:
+def density_and_coverage(real: Tensor, fake: Tensor, neighbours: int = NEIGHBOURS) -> tuple[Tensor, Tensor]:
     """Density per fake image `[M]` and coverage per real image `[N]` in features real `[N, F]` and fake `[M, F]`.
 
     The ball about a real image reaches to its k-th nearest other one. density_j = the number of balls that fake j is
     in, / k; coverage_i = 1 if any fake is in the ball of i, else 0. Their means are the measures. Raises ValueError for
     no more than k real images.
-    Source: Naeem et al. 2020; k = 5 is theirs.
+    Source: Naeem et al. 2020, k = 5 among it.
     """
     if len(real) <= neighbours:
         raise ValueError(f"more than {neighbours} real images are needed, not {len(real)}")
@@ -93,7 +95,7 @@ def density_and_coverage(real: Tensor, fake: Tensor, neighbours: int = 5) -> tup
     return density, torch.cat(covered)
 
 
-def coverage_of_the_truth(count: int, neighbours: int = 5) -> float:
+def coverage_of_the_truth(count: int, neighbours: int = NEIGHBOURS) -> float:
     """What coverage is in expectation for as many fakes as real images, N each, from one distribution.
 
     1 − Π_{i=1…k} (N − i) / (2N − i), about 1 − 2^−k; the expected density is then 1. Source: Naeem et al. 2020.

@@ -55,7 +55,11 @@ def save_safetensors(model: CVAE, settings: Settings, path: Path, half: bool = F
 def as_safetensors(trained: Trained, half: bool = False) -> bytes:
     """What the file of a trained model holds. half: weights in float16."""
     tensors = {name: _stored(tensor, half) for name, tensor in trained.model.state_dict().items()}
-    metadata = description(trained)
+    return with_digest(tensors, description(trained))
+
+
+def with_digest(tensors: Weights, metadata: dict[str, str]) -> bytes:
+    """What a file of tensors on the CPU and of texts holds, which `read_weights` reads."""
     return safetensors.torch.save(tensors, {**metadata, "sha256": _digest(metadata, tensors)})
 
 

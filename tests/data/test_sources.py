@@ -4,13 +4,14 @@ import hashlib
 import inspect
 import lzma
 import shlex
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from support.images import everything, in_order, random_images, refusal
+from support.images import everything, in_order, random_images, refusal, write_pictures
 from support.scripts import NAMES, idx_bytes, write_data
 from torch import Tensor
 
@@ -20,7 +21,7 @@ from cvae.data.images import ImageSet
 from cvae.data.masks import Split, quadrants
 from cvae.data.names import SHA256, TORCHVISION, mnist
 from cvae.data.parts import Reading
-from cvae.data.sources import difference, load_test, load_train, named
+from cvae.data.sources import difference, load_labels, load_test, load_train, named
 from cvae.errors import DataError
 from cvae.settings import Settings
 
@@ -55,9 +56,12 @@ def test_embedded_files_have_the_digests_of_the_originals() -> None:
 
 @pytest.mark.parametrize("part", NAMES)
 def test_embedded_mnist_is_checked_when_it_is_loaded(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
-    monkeypatch.setitem(SHA256, part, "0" * 64)
+    for name in ("images", "labels"):
+        monkeypatch.setitem(SHA256, f"{part}-{name}", "0" * 64)
     with pytest.raises(DataError, match=f"{NAMES[part][0]}.xz: is damaged"):
         load_train()
+    with pytest.raises(DataError, match=f"{NAMES[part][1]}.xz: is damaged"):
+        load_labels(Settings(), {"train": "train", "t10k": "test"}[part])
 
 
 def test_embedded_mnist_is_decompressed_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -367,3 +371,51 @@ def test_batches_hold_every_pixel_once_and_scaled(num_quadrants: int) -> None:
     assert torch.equal(split.compose(x, y), images.float() / 255)
     rows = torch.tensor([7, 0, 7])
     assert torch.equal(image_set.batch(rows).y, y[rows])
+
+
+# Labels
+
+
+def labelled(folder: Path, seed_of_images: int = 0) -> Path:
+    """Images whose corner tells their label."""
+    for part, count in (("train", 60), ("t10k", 9)):
+        labels = torch.arange(count, dtype=torch.uint8) % 7
+        images = random_images(count, 5, 4, seed_of_images)
+        images[:, 0, 0] = labels
+        for name, array in zip(NAMES[part], (images, labels), strict=True):
+            (folder / name).write_bytes(idx_bytes(array))
+    return folder
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_labels_are_in_the_order_of_the_images(tmp_path: Path, seed: int) -> None:
+    """Which a seed permutes."""
+    s = Settings(data=str(labelled(tmp_path)), seed=seed)
+    images = load_train(s)
+    assert torch.equal(load_labels(s, "train"), images.train[:, 0, 0].long())
+    assert torch.equal(load_labels(s, "validation"), images.validation[:, 0, 0].long())
+    assert torch.equal(load_labels(s, "test"), load_test(s).images[:, 0, 0].long())
+
+
+def test_labels_of_mnist_are_those_of_torchvision(tmp_path: Path) -> None:
+    torchvision = pytest.importorskip("torchvision")
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name in (*NAMES["train"], *NAMES["t10k"]):
+        packed = resources.files("cvae.data") / "mnist" / f"{name}.xz"
+        (raw / name).write_bytes(lzma.decompress(packed.read_bytes()))
+    train, test = (torchvision.datasets.MNIST(tmp_path, train=part).targets for part in (True, False))
+    assert torch.equal(torch.cat([load_labels(Settings(), part) for part in ("train", "validation")]), train)
+    assert torch.equal(load_labels(Settings(), "test"), test)
+
+
+def test_no_labels(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "pictures", random_images(12, 4, 5))
+    labelled(tmp_path)
+    (tmp_path / NAMES["t10k"][1]).unlink()
+    for folder, part in (("pictures", "train"), ("", "test")):
+        with pytest.raises(DataError) as caught:
+            load_labels(Settings(data=str(tmp_path / folder)), part)
+        assert str(caught.value) == (
+            f"{tmp_path / folder}: has no labels, by which images are classified; MNIST and IDX files can have them"
+        )

@@ -1,0 +1,120 @@
+"""The table of realism and diversity, beside that of likelihoods: as text or Markdown, or in its records."""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from cvae.model.likelihood import Estimate
+from cvae.report.realism import COMPLETIONS, Judged
+from cvae.report.selection import Subject
+
+COLUMNS = {
+    "nn": "NN", "nn_drawn": "NN, drawn", "cvae": "CVAE", "cvae_drawn": "CVAE, drawn", "truth": "truth",
+    "x_only": "x only",
+}  # fmt: skip
+
+ROWS = {
+    "validity": "validity",
+    "confidence": "confidence",
+    "log_score": "log score of the class, nats",
+    "entropy": "entropy of the classes, nats",
+    "correlation": "… correlated with x only's",
+    "energy_score": "energy score",
+    "mse": "mean squared error",
+    "best_mse": f"… best of {COMPLETIONS}",
+    "density": "density",
+    "coverage": "coverage",
+}
+
+NOTES = (
+    f"{COMPLETIONS} completions of each image; ± is the standard error over the images. NN and CVAE are pixel means; "
+    "drawn: each pixel drawn from them, black or white. x only: the classifier that sees the observed pixels alone.",
+    "Validity: the share of completions that the classifier of whole images takes for the true class; that of the "
+    "truth is its accuracy on these test images. Confidence: its probability of the class that it takes them for.",
+    "Log score: of the true class under the frequencies of the classes among the completions, lower is better; none "
+    "can be expected to do better than the best classifier of x. The entropy of these frequencies is right where it is "
+    "that of x only, image by image: high where x does not settle the class.",
+    "Energy score and squared errors: of the hidden pixels, lower is better. Density and coverage: of the classifier's "
+    "features, of one completion an image; those of the truth are what other true images have in expectation.",
+)
+
+
+def render(table: str, form: str, judged: Mapping[str, Judged], subjects: Mapping[str, Subject]) -> str:
+    """The table of likelihoods in one of its forms, with that of realism after it, or in its records.
+
+    judged: by the names of the runs; a run without has an empty record.
+    """
+    if form == "json":
+        records = [{**each, "realism": _record(judged.get(each["run"]))} for each in json.loads(table)]
+        return json.dumps(records, indent=2) + "\n"
+    if form == "csv":
+        lines = csv.DictReader(io.StringIO(table))
+        return _csv([{**each, "realism": _record(judged.get(each["run"])) or {}} for each in lines])
+    if not judged:
+        return table
+    blocks = [_block(f"{name} ({subjects[name].model.split.name})", each, form) for name, each in judged.items()]
+    mark = "[{}] {}" if form == "text" else "{}. {}"
+    notes = "\n".join(mark.format(i, note) for i, note in enumerate(NOTES, start=1))
+    return "\n".join([table, *blocks, notes]) + "\n"
+
+
+def _block(name: str, judged: Judged, form: str) -> str:
+    """The table of a run."""
+    found, count = judged.estimates(), len(judged.features["truth"])
+    cells = [[f"{name}, {count:,} images", *COLUMNS.values()]]
+    for row, label in ROWS.items():
+        cells.append([label, *(_cell(found.get((who, row)), 4 if "mse" in row else 3) for who in COLUMNS)])
+    if form == "markdown":
+        cells.insert(1, ["---", *["---:"] * len(COLUMNS)])
+        return "".join("| " + " | ".join(each.replace("|", "\\|") for each in row) + " |\n" for row in cells)
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, ["─" * width for width in widths])
+    lines = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in cells)
+    return "".join("  ".join(line) + "\n" for line in lines)
+
+
+def _cell(estimate: Estimate | None, digits: int) -> str:
+    if estimate is None or math.isnan(estimate.mean):
+        return "–"
+    error = "" if math.isnan(estimate.stderr) else f" ± {estimate.stderr:.{digits}f}"
+    return f"{estimate.mean:.{digits}f}{error}"
+
+
+def _record(judged: Judged | None) -> dict[str, Any] | None:
+    """What JSON has of a run: by whose they are and by name, mean and standard error, None where there is none."""
+    if judged is None:
+        return None
+    found = judged.estimates()
+    whose = {who: {row: found[who, row] for row in ROWS if (who, row) in found} for who in COLUMNS}
+    return {
+        "images": len(judged.features["truth"]),
+        "completions": COMPLETIONS,
+        **{
+            who: {
+                row: {part: None if math.isnan(value) else value for part, value in each._asdict().items()}
+                for row, each in own.items()
+            }
+            for who, own in whose.items()
+        },
+    }
+
+
+def _csv(records: list[dict[str, Any]]) -> str:
+    """One line a run, what it has not left empty."""
+    flat = [_flat(record) for record in records]
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, list(dict.fromkeys(key for each in flat for key in each)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    return buffer.getvalue()
+
+
+def _flat(record: dict[str, Any], before: str = "") -> dict[str, Any]:
+    """Entries of entries, each by all of their names."""
+    flat: dict[str, Any] = {}
+    for key, value in record.items():
+        flat |= _flat(value, f"{before}{key}_") if isinstance(value, dict) else {before + key: value}
+    return flat
