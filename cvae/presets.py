@@ -17,8 +17,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"network": "paper"},
     "deep": {
         "network": "deep",
-        "hidden": (400, 400),
-        "latent_dim": 128,
+        "hidden": (500, 256),
+        "latent_dim": 64,
         "levels": 4,
         "learning_rate": 1e-3,
         "weight_decay": 0.3,

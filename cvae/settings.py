@@ -87,6 +87,7 @@ class Settings:
     hidden: tuple[int, ...] = setting((500, 500), SIZES, "sizes of the hidden layers")
     latent_dim: int = setting(200, SIZE, "dimensions of z, of all its levels together")
     levels: int = setting(1, whole(1, 64, "a whole number from 1 to 64"), "levels of z, in the network deep")
+    channels: int = setting(32, SIZE, "channels of the convolutions, in the network deep")
     epochs: int = setting(30, COUNT, "largest number of epochs of the CVAE")
     baseline_epochs: int = setting(10, COUNT, "largest number of epochs of the baseline")
     patience: int = setting(3, COUNT, "epochs without improvement on the validation images before training stops")

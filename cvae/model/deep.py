@@ -5,15 +5,14 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from cvae.data.masks import Split
+from cvae.model.convolutions import SMALL, Decoder, Dense, Encoder
 from cvae.model.cvae import CVAE, Draw, Latent
-from cvae.model.densities import Gaussian, widen
-from cvae.model.layers import MLP, Linear
+from cvae.model.densities import Gaussian
+from cvae.model.layers import MLP
 from cvae.settings import Settings
 
 LARGEST = 4.0
 """The bound of a level's log-scales, and of the recognition network's above the prior network's: e⁴ = 55."""
-
-SMALL = 0.1  # what last layers are scaled by at first: p and q are nearly N(0, 1), and blocks nearly the identity
 
 
 class Deep(CVAE):
@@ -21,20 +20,22 @@ class Deep(CVAE):
 
     A state goes from level to level: the sum of what each z adds to it and of residual blocks. The
     prior network sees it and features of x and ŷ; the recognition network sees features of x and y too, and says how q
-    differs from p. The logits follow from the last state, which has x by z alone.
+    differs from p. The logits follow from the last state, which has x by z alone. Images are encoded and decoded by
+    residual convolutions of `s.channels` channels.
 
-    `s.hidden[0]` is the width of all layers, `s.latent_dim` the dimensions of all `s.levels` levels together.
+    `s.hidden` are the baseline's layers, and the last of them is the width of the state and of the features;
+    `s.latent_dim` are the dimensions of all `s.levels` levels together.
     Source: Sønderby et al. 2016 (ladder VAE) and Vahdat and Kautz 2020 (q relative to p), here conditional on x.
     """
 
     def __init__(self, split: Split, s: Settings):
         super().__init__(split, MLP((split.num_observed, *s.hidden, split.num_hidden)), s.latent_dim)
         self.dim = s.latent_dim // s.levels
-        width = s.hidden[0]
-        self.prior_features = Features(split.num_pixels, width, 2 * s.levels)
-        self.recognition_features = Features(split.num_pixels, width, s.levels)
+        width = s.hidden[-1]
+        self.prior_features = Encoder(split, s.channels, width, 2 * s.levels)
+        self.recognition_features = Encoder(split, s.channels, width, s.levels)
         self.levels = nn.ModuleList(Level(width, self.dim, is_top=i == 0) for i in range(s.levels))
-        self.logits = Dense(width, split.num_hidden)
+        self.logits = Decoder(split, s.channels, width)
 
     def from_posterior(
         self, x: Tensor, y: Tensor, guess: Tensor | None, eps: Tensor, detach_z: bool = False
@@ -63,22 +64,7 @@ class Deep(CVAE):
             latents.append(Latent(z, noise, q, p))
             state = level.next_state(state, z)
         assert state is not None
-        return Draw(self.logits(silu(state)), tuple(latents))
-
-
-class Features(nn.Module):
-    """Pixels `[B, pixels]` → what so many places use of them, `[B, width]` each."""
-
-    def __init__(self, pixels: int, width: int, places: int):
-        super().__init__()
-        self.places = places
-        self.first, self.second, self.last = (
-            Dense(pixels, width), Dense(width, width), Dense(width, places * width)
-        )  # fmt: skip
-
-    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        features: Tensor = self.last(silu(self.second(silu(self.first(pixels)))))
-        return features.chunk(self.places, dim=-1)
+        return Draw(self.logits(state), tuple(latents))
 
 
 class Level(nn.Module):
@@ -116,17 +102,3 @@ def added(layer: nn.Module | None, state: Tensor | None, features: Tensor) -> Te
 def bounded(log_scale: Tensor) -> Tensor:
     """The same where it is small, and never beyond ±LARGEST."""
     return LARGEST * torch.tanh(log_scale / LARGEST)
-
-
-class Dense(nn.Module):
-    """A linear layer for inputs of any leading dimensions, in float32 or wider; its outputs vary as its inputs do."""
-
-    def __init__(self, fan_in: int, fan_out: int, gain: float = 1.0):
-        super().__init__()
-        self.linear = Linear(fan_in, fan_out, copies=1, relu=False)
-        nn.init.normal_(self.linear.weight, std=gain * fan_in**-0.5)
-        nn.init.zeros_(self.linear.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.flatten(0, -2)[None].to(self.linear.weight.dtype)
-        return widen(self.linear(rows)).squeeze(0).unflatten(0, x.shape[:-1])  # type: ignore[no-any-return]

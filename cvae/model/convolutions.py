@@ -1,0 +1,107 @@
+"""Residual convolutions over the patches of an image, for networks that see an image or draw one.
+
+An image is cut into patches of `PATCH`×`PATCH` pixels, whose pixels are channels: `[B, channels, rows, columns]`, a
+seventh of the places of MNIST's 28×28 a side. Layers keep the type of their weights; what leaves is float32 or wider.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import conv2d, pad, pixel_shuffle, pixel_unshuffle, silu
+
+from cvae.data.masks import Split
+from cvae.model.densities import widen
+from cvae.model.layers import Linear
+
+PATCH = 4
+BLOCKS_IN, BLOCKS_OUT = 2, 3
+SMALL = 0.1
+"""What last layers are scaled by at first: residual blocks are nearly the identity then."""
+
+
+class Dense(nn.Module):
+    """A linear layer for inputs of any leading dimensions, in float32 or wider; its outputs vary as its inputs do."""
+
+    def __init__(self, fan_in: int, fan_out: int, gain: float = 1.0):
+        super().__init__()
+        self.linear = Linear(fan_in, fan_out, copies=1, relu=False)
+        nn.init.normal_(self.linear.weight, std=gain * fan_in**-0.5)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2)[None].to(self.linear.weight.dtype)
+        return widen(self.linear(rows)).squeeze(0).unflatten(0, x.shape[:-1])  # type: ignore[no-any-return]
+
+
+class Convolution(nn.Module):
+    """A 3×3 convolution that keeps rows and columns; its outputs vary as its inputs do."""
+
+    def __init__(self, channels_in: int, channels_out: int, gain: float = 1.0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels_out, channels_in, 3, 3))
+        self.bias = nn.Parameter(torch.zeros(channels_out))
+        nn.init.normal_(self.weight, std=gain / math.sqrt(9 * channels_in))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv2d(x.to(self.weight.dtype), self.weight, self.bias, padding=1)
+
+
+class Block(nn.Module):
+    """What is added to a state by two convolutions."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.first, self.last = Convolution(channels, channels), Convolution(channels, channels, SMALL)
+
+    def forward(self, state: Tensor) -> Tensor:
+        return state + self.last(silu(self.first(silu(state))))  # type: ignore[no-any-return]
+
+
+class Encoder(nn.Module):
+    """Pixels `[B, num_pixels]`, observed first → what so many places use of the image, `[B, width]` each."""
+
+    def __init__(self, split: Split, channels: int, width: int, places: int):
+        super().__init__()
+        self.split, self.places = split, places
+        self.register_buffer("observed", split.observed.float(), persistent=False)
+        self.first = Convolution(2 * PATCH**2, channels)
+        self.blocks = nn.Sequential(*(Block(channels) for _ in range(BLOCKS_IN)))
+        self.second, self.last = Dense(channels * math.prod(grid(split)), width), Dense(width, places * width)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        image = self.split.images(pixels)
+        seen = torch.stack([image, self.observed.to(image.dtype).expand_as(image)], dim=1)  # type: ignore[operator]
+        rows, columns = grid(self.split)
+        whole = pad(seen, (0, columns * PATCH - self.split.width, 0, rows * PATCH - self.split.height))
+        state = self.blocks(self.first(with_channels_last(pixel_unshuffle(whole, PATCH))))
+        features: Tensor = self.last(silu(self.second(silu(state).flatten(1))))
+        return features.chunk(self.places, dim=-1)
+
+
+class Decoder(nn.Module):
+    """A state `[L, B, width]` → the logits of the hidden pixels, `[L, B, num_hidden]`."""
+
+    def __init__(self, split: Split, channels: int, width: int):
+        super().__init__()
+        self.split, self.channels = split, channels
+        self.first = Dense(width, channels * math.prod(grid(split)))
+        self.blocks = nn.Sequential(*(Block(channels) for _ in range(BLOCKS_OUT)))
+        self.last = Convolution(channels, PATCH**2)
+
+    def forward(self, state: Tensor) -> Tensor:
+        split = self.split
+        patches = self.first(silu(state)).flatten(0, -2).unflatten(-1, (self.channels, *grid(split)))
+        logits: Tensor = widen(self.last(silu(self.blocks(with_channels_last(patches).to(self.last.weight.dtype)))))
+        whole = pixel_shuffle(logits, PATCH)[:, 0, : split.height, : split.width]
+        return split.split(whole)[1].unflatten(0, state.shape[:-1])
+
+
+def grid(split: Split) -> tuple[int, int]:
+    """The rows and columns of patches that an image takes, the last ones not filled where the size is no multiple."""
+    return math.ceil(split.height / PATCH), math.ceil(split.width / PATCH)
+
+
+def with_channels_last(patches: Tensor) -> Tensor:
+    """In the order in which convolutions are fastest."""
+    return patches.contiguous(memory_format=torch.channels_last)
