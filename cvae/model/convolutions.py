@@ -92,9 +92,9 @@ class Decoder(nn.Module):
     def forward(self, state: Tensor) -> Tensor:
         split = self.split
         patches = self.first(silu(state)).flatten(0, -2).unflatten(-1, (self.channels, *grid(split)))
-        logits: Tensor = widen(self.last(silu(self.blocks(with_channels_last(patches).to(self.last.weight.dtype)))))
+        logits = widen(self.last(silu(self.blocks(with_channels_last(patches).to(self.last.weight.dtype)))))
         whole = pixel_shuffle(logits, PATCH)[:, 0, : split.height, : split.width]
-        return split.split(whole)[1].unflatten(0, state.shape[:-1])
+        return split.split(whole)[1].unflatten(0, state.shape[:-1])  # type: ignore[no-any-return]
 
 
 def grid(split: Split) -> tuple[int, int]:
