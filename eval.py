@@ -5,6 +5,7 @@
     python eval.py --runs q1 q2 --samples 1000        # the same as without the flag; tighter estimates
     python eval.py --format markdown                  # or json, csv
     python eval.py q1 --figure completions.png --digits 3,17,42 --samples-to pictures
+    python eval.py q1 --realism                       # and realism and diversity of completions: docs/realism.md
     torchrun --nproc-per-node 2 eval.py               # the images shared by two processes: the same table
 
 One column a run, in nats per image, lower is better, with the standard error over the images beside each number. A run
