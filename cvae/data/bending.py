@@ -1,22 +1,24 @@
-"""Images turned, scaled and sheared a little: pictures that might as well be in the training set."""
+"""Images turned, scaled, sheared and bent a little: pictures that might as well be in the training set."""
 
 import math
 
 import torch
 from torch import Tensor
-from torch.nn.functional import affine_grid, grid_sample
+from torch.nn.functional import affine_grid, grid_sample, interpolate
 
 from cvae import runtime
 
-DEGREES, STRETCH, SHEAR = 6.0, 0.05, 0.08  # at most, in either direction
+DEGREES, STRETCH, SHEAR = 8.0, 0.07, 0.11  # at most, in either direction
+PUSH, KNOTS = 0.4 / 28, 5  # the standard deviation of what is pushed where, of the image's side; the points a side
 
 
 def bent(images: Tensor, share: float, *key: object) -> Tensor:
-    """Some of the images turned, stretched in height and in width, and sheared, each at random; the others as they are.
+    """Some of the images turned, stretched in height and in width, sheared and bent, at random; the others as they are.
 
     images: uint8 `[N, height, width]`, 0 to 255. share: the probability of each to be bent. key: of the random seed, as
-    in `runtime.derive_seed`. Each amount is uniform between plus and minus the largest one. What comes from outside
-    of an image is black; levels between pixels are interpolated.
+    in `runtime.derive_seed`. Angle, stretches and shear are uniform between plus and minus the largest one. Bending
+    pushes KNOTS×KNOTS points of an image by normal random amounts across and down, and what is between them smoothly.
+    What comes from outside of an image is black. Source of the bending: Simard et al. 2003.
     """
     random = runtime.generator(images.device, *key, "bent")
 
@@ -28,17 +30,20 @@ def bent(images: Tensor, share: float, *key: object) -> Tensor:
     height, width = 1 + uniform(STRETCH), 1 + uniform(STRETCH)
     across = torch.stack([angle.cos() * width, shear - angle.sin() * height], dim=-1)
     down = torch.stack([angle.sin() * width, angle.cos() * height], dim=-1)
-    seen = with_levels_of(images, warped(images, torch.stack([across, down], dim=1)))
-    return torch.where(chosen[:, None, None], seen, images)
+    pushed = 2 * PUSH * torch.randn(len(images), 2, KNOTS, KNOTS, generator=random, device=images.device)
+    seen = warped(images, torch.stack([across, down], dim=1), pushed)
+    return torch.where(chosen[:, None, None], with_levels_of(images, seen), images)
 
 
-def warped(images: Tensor, matrices: Tensor) -> Tensor:
-    """Images uint8 `[N, height, width]` seen through matrices `[N, 2, 2]`, about their middles.
+def warped(images: Tensor, matrices: Tensor, pushed: Tensor) -> Tensor:
+    """Images uint8 `[N, height, width]` seen through matrices `[N, 2, 2]`, about their middles, and pushed.
 
-    A pixel at (across, down), in halves of the image's sides from its middle, shows what was at the matrix times it.
+    A pixel at (across, down), in halves of the image's sides from its middle, shows what was at the matrix times it,
+    plus what is pushed there: `[N, 2, KNOTS, KNOTS]`, across and down, the outer knots on the image's edges.
     """
     theta = torch.cat([matrices, torch.zeros_like(matrices[..., :1])], dim=-1)
     grid = affine_grid(theta, [len(images), 1, *images.shape[1:]], align_corners=False)
+    grid = grid + interpolate(pushed, images.shape[1:], mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
     seen = grid_sample(images[:, None].float(), grid, mode="bicubic", align_corners=False)
     return seen.squeeze(1).clamp(0, 255).round().to(torch.uint8)
 

@@ -5,13 +5,14 @@ import torch
 from torch import Tensor
 
 from cvae.data import bending
-from cvae.data.bending import bent, warped, with_levels_of
+from cvae.data.bending import KNOTS, bent, warped, with_levels_of
 from cvae.data.images import ImageSet
 from cvae.data.masks import Split, quadrants
 from cvae.data.names import mnist
 from cvae.model.densities import bernoulli_entropy
 
 IMAGES = mnist("train")[:400]
+NOWHERE = torch.zeros(400, 2, KNOTS, KNOTS)
 
 
 def test_warped_turns_and_stretches() -> None:
@@ -24,13 +25,29 @@ def test_warped_turns_and_stretches() -> None:
         return 120 + 50 * at[..., 0] - 30 * at[..., 1] + 30 * at[..., 0] * at[..., 1]
 
     place = torch.stack([across, down], dim=-1)
-    image = levels(place)
-    for matrix, found in zip(matrices, warped(image.round().to(torch.uint8).expand(20, 28, 28), matrices), strict=True):
+    images = levels(place).round().to(torch.uint8).expand(20, 28, 28)
+    for matrix, found in zip(matrices, warped(images, matrices, NOWHERE[:20]), strict=True):
         seen = place @ matrix.T
         inside = seen.abs().amax(-1) < 24 / 28  # the four pixels around are all of the image
         assert inside.sum() > 300
         assert (found - levels(seen))[inside].abs().max() < 1.6  # both rounded, and cubic weights of rounded levels
         assert (found[seen.abs().amax(-1) > 32 / 28] == 0).all()
+
+
+def test_warped_pushes() -> None:
+    """What is pushed everywhere alike moves the image: by whole pixels, exactly; at one knot, what is near it alone."""
+    still = torch.eye(2).expand(400, 2, 2)
+    pushed = torch.zeros(400, 2, KNOTS, KNOTS)
+    pushed[:, 0], pushed[:, 1] = 2 * 3 / 28, -2 * 1 / 28
+    moved = torch.zeros_like(IMAGES)
+    moved[:, 1:, :-3] = IMAGES[:, :-1, 3:]
+    assert torch.equal(warped(IMAGES, still, pushed), moved)
+    one = torch.zeros(400, 2, KNOTS, KNOTS)
+    one[:, :, 1, 1] = 2 * 2 / 28
+    changed = (warped(IMAGES, still, one) != IMAGES).any(0)
+    assert changed[4:12, 4:12].float().mean() > 0.8
+    assert not changed[22:].any()
+    assert not changed[:, 22:].any()
 
 
 def test_levels_stay_distributed_as_they_were() -> None:
@@ -39,7 +56,7 @@ def test_levels_stay_distributed_as_they_were() -> None:
     def entropy(images: Tensor) -> float:
         return float(bernoulli_entropy(images.flatten(1).double() / 255).mean())
 
-    softened = warped(IMAGES, torch.eye(2).expand(400, 2, 2) + torch.tensor([[0.0, 0.1], [-0.1, 0.0]]))
+    softened = warped(IMAGES, torch.eye(2).expand(400, 2, 2) + torch.tensor([[0.0, 0.1], [-0.1, 0.0]]), NOWHERE)
     assert entropy(softened) > 1.15 * entropy(IMAGES)
     assert entropy(with_levels_of(IMAGES, softened)) == pytest.approx(entropy(IMAGES), rel=0.01)
 
@@ -72,7 +89,7 @@ def test_it_is_a_little(monkeypatch: pytest.MonkeyPatch) -> None:
     ratio = bent(IMAGES, 1.0, 3).flatten(1).double().sum(1) / ink
     assert ratio.min() > 0.75
     assert ratio.max() < 1.25
-    for name in ("DEGREES", "STRETCH", "SHEAR"):
+    for name in ("DEGREES", "STRETCH", "SHEAR", "PUSH"):
         monkeypatch.setattr(bending, name, 0.0)
     assert torch.equal(bent(IMAGES, 1.0, 3), IMAGES)
 
