@@ -15,14 +15,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "baseline_epochs": 50,
     },
     "paper": {"network": "paper"},
-    "deep": {
+    "best": {
         "network": "deep",
         "hidden": (500, 256),
+        "channels": 32,
         "latent_dim": 64,
         "levels": 4,
-        "learning_rate": 1e-3,
-        "weight_decay": 0.3,
-        "bend": 0.5,
-        "epochs": 45,
+        "weight_decay": 0.1,
+        "bend": 0.9,
+        "epochs": 100,
+        "patience": 10,
     },
 }

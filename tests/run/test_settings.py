@@ -17,7 +17,7 @@ EACH = pytest.mark.parametrize("name", ALL)
 OTHER: dict[str, tuple[list[str], Any]] = {
     "quadrants": (["3"], [3]),
     "observed": (["left"], "left"),
-    "preset": (["deep"], "deep"),
+    "preset": (["best"], "best"),
     "network": (["paper"], "paper"),
     "objective": (["gsnn"], "gsnn"),
     "alpha": (["0.25"], 0.25),
