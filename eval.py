@@ -2,7 +2,9 @@
 
     python eval.py                                    # all finished runs below runs/
     python eval.py q1 runs/ablation other/run         # runs and folders of runs, by path or by name below runs/
-    python eval.py --runs q1 q2 --samples 1000        # the same as without the flag; tighter estimates
+    python eval.py --runs q1 q2 --samples 100 5000    # the same as without the flag; rows at other numbers of samples
+    python eval.py q1 wide --against q1               # and the differences from q1, image by image
+    python eval.py s0 s1 s2 --seeds                   # runs that differ in their seeds alone as one column
     python eval.py --format markdown                  # or json, csv
     python eval.py q1 --figure completions.png --digits 3,17,42 --samples-to pictures
     python eval.py q1 --realism                       # and realism and diversity of completions: docs/realism.md
@@ -34,12 +36,14 @@ from cvae.data.parts import Reading
 from cvae.data.sources import load_test, named
 from cvae.distributed import Processes
 from cvae.errors import DataError, UsageError
-from cvae.model.likelihood import Likelihoods, evaluate, noise
+from cvae.model.likelihood import noise
 from cvae.report import figures, realism, realism_figure, realism_table, tables
-from cvae.report.selection import Subject, find_runs, open_run, short_names
+from cvae.report.estimates import Sampling, resolve_precision, result_of
+from cvae.report.results import Column, by_setting
+from cvae.report.selection import Subject, compared, find_runs, open_run, short_names, with_reference
 from cvae.run.plan import absolute, user_path
 from cvae.settings import Settings
-from cvae.terminal import Bar, command, complain, program, say
+from cvae.terminal import command, complain, program, say
 
 RUNS = Path("runs")
 NUM_DIGITS, NUM_SAMPLES = 10, 10  # of the figure
@@ -54,12 +58,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("named", nargs="*", help="run or folder of runs, as a path or a name below runs/ (default: runs/)", **run)
     add("--runs", nargs="+", action="extend", help="the same; may be repeated", **run)
     add("--unfinished", action="store_true", help="evaluate the best weights so far of runs that are not finished")
+    add("--against", type=user_path, metavar="RUN", help="run to compare the others with, image by image")
+    add("--seeds", action="store_true", help="runs that differ in their seeds alone as one column, their mean")
+    numbers: dict[str, Any] = {"type": positive, "nargs": "+", "default": [100, 1000], "metavar": "S"}
+    add("--samples", help="samples of z per image, a row of each estimate for each S (default: 100 1000)", **numbers)
+    precisions = ("auto", "fp32", "bf16")
     add(
-        "--samples",
-        type=positive,
-        default=100,
-        metavar="S",
-        help="samples of z per image and estimate (default: %(default)s)",
+        "--precision",
+        choices=precisions,
+        default="auto",
+        help="of products; auto: bf16 on CPUs that have it, else fp32",
     )
     add("--format", choices=tables.FORMATS, default="text", help="format of the table (default: %(default)s)")
     add(
@@ -75,12 +83,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="DIR",
         help="write each completion as a PNG file of its own, of several runs in a folder each; replaces no file",
     )
-    add(
-        "--digits",
-        type=indices,
-        metavar="N,N,…",
-        help="test images for --figure and --samples-to, counted from 0 (default: the first ten)",
-    )
+    digits = "test images for --figure and --samples-to, counted from 0 (default: the first ten)"
+    add("--digits", type=indices, metavar="N,N,…", help=digits)
     add("--realism", action="store_true", help="measure realism and diversity of completions too: a second table")
     add("--realism-images", type=positive, metavar="N", help="of the first N test images only (default: all)")
     add("--realism-figure", type=user_path, metavar="PATH", help="draw completions of ever more ambiguous images")
@@ -89,6 +93,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--device", default="auto", help="auto, cpu, cuda or cuda:n (default: %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="random seed of the noise (default: %(default)s)")
     options = parser.parse_intermixed_args(argv)
+    options.samples = tuple(sorted(set(options.samples)))
     if (options.realism_images or options.realism_figure) and not options.realism:
         parser.error("--realism-images and --realism-figure need --realism")
     if options.digits and not (options.figure or options.samples_to):
@@ -109,9 +114,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def positive(word: str) -> int:
     """A positive whole number, within reason."""
-    if not 1 <= (value := int(word)) <= MOST_SAMPLES:
-        raise argparse.ArgumentTypeError(f"has to be from 1 to {MOST_SAMPLES}, not {value}")
-    return value
+    if not (word.isascii() and word.isdecimal() and 1 <= int(word[:20]) <= MOST_SAMPLES):
+        raise argparse.ArgumentTypeError(f"has to be from 1 to {MOST_SAMPLES}, not {word!r}; runs are named before it")
+    return int(word)
 
 
 def indices(word: str) -> list[int]:
@@ -129,6 +134,8 @@ def open_runs(
 ) -> tuple[dict[str, Subject], list[str]]:
     """The runs to be evaluated, by their names in the table, and a line about each that all processes leave out."""
     folders, problems = processes.on_main(partial(find_runs, options.named + options.runs, RUNS))
+    if options.against is not None:
+        folders = processes.on_main(partial(with_reference, folders, options.against, RUNS))
     reading = Reading.on(device, processes.local_count, show=processes.is_main)
     load_images = cache(lambda settings: load_test(settings, reading))  # once for the runs that share them
     found = []
@@ -191,19 +198,6 @@ def draw_all(subjects: dict[str, Subject], options: argparse.Namespace) -> list[
     return lines
 
 
-def likelihoods(
-    name: str, subject: Subject, options: argparse.Namespace, device: torch.device, processes: Processes
-) -> Likelihoods:
-    """A run's likelihoods of the test images, one by one; each process computes its share."""
-    images = ImageSet(subject.test.images, subject.model.split, device)
-    portions = [torch.empty(len(Likelihoods._fields), 0, dtype=torch.float64, device=device)]
-    with Bar(name, len(images) // processes.count, "img", processes.is_main) as bar:
-        for portion in evaluate(subject.model, images, options.samples, options.seed, processes.share):
-            portions.append(torch.stack(portion))
-            bar.update(portions[-1].shape[1])
-    return Likelihoods(*processes.gather(torch.cat(portions, dim=1)))
-
-
 @command("eval.py")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
@@ -213,6 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         device = runtime.resolve_device(options.device, processes.local_rank, processes.local_count)
         with runtime.prepare(device), processes.connected(device):
             subjects, problems = open_runs(options, device, processes)
+            against = compared(subjects, options.against, RUNS, problems)
             cases, more = realism.open_cases(subjects if options.realism else {}, options.realism_images, processes)
             problems += more
             if processes.is_main:
@@ -222,13 +217,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                     for line in dict.fromkeys(subject.test.about for subject in subjects.values()):
                         say(line)
             drawn = processes.on_main(partial(draw_all, subjects, options))
-            columns = []
-            for name, subject in subjects.items():
-                per_image = likelihoods(name, subject, options, device, processes)
-                test = subject.test.record["test"]["sha256"]
-                columns.append(tables.Column(name, subject.settings, options.samples, per_image, test, subject.epochs))
+            how = Sampling(options.samples, options.seed, resolve_precision(options.precision, device))
+            found = {name: result_of(name, subject, how, processes) for name, subject in subjects.items()}
             judged = {name: realism.judge(name, case, options.seed, device, processes) for name, case in cases.items()}
-            if processes.is_main and columns:
+            if processes.is_main and found:
+                results = [each._replace(against=found.get(against.get(name, ""))) for name, each in found.items()]
+                columns = by_setting(results) if options.seeds else [Column((result,)) for result in results]
                 table = tables.render(columns, options.format)
                 if options.realism:
                     table = realism_table.render(table, options.format, judged, subjects)

@@ -111,6 +111,7 @@ def fit(phase: Phase, run: Run, last: dict[str, Any]) -> Progress:
         with run.progress_bar(f"{phase.name}, validation", len(phase.validation) // run.processes.count) as bar:
             totals = validate(phase, average.model, s.seed, run.precision, run.processes, bar.update)
         train, validation = step.totals.means(), totals.means()
+        validation |= phase.active_units(average.model, s.seed, run.precision) if "kl" in validation else {}
         train_loss, validation_loss = -maximised(train), -maximised(validation)
         if validation_loss < progress.best_loss:
             progress.best_loss, progress.best_epoch = validation_loss, progress.epoch

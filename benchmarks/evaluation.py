@@ -45,6 +45,7 @@ from cvae.errors import CvaeError
 from cvae.model import likelihood
 from cvae.model.cvae import CVAE
 from cvae.model.networks import Tutorial
+from cvae.model.objectives import log_mean_exp
 from cvae.run.folder import read_settings
 from cvae.run.load import load
 
@@ -66,7 +67,8 @@ def ours(cvae: CVAE, images: ImageSet, samples: int, seed: int) -> Tensor:
         batch = images.batch(slice(start, start + likelihood.IMAGES_AT_ONCE))
         batch = batch._replace(guess=cvae.baseline_net(batch.x))
         random = runtime.generator(DEVICE, seed, "evaluation", start)
-        values.append(likelihood.importance_sampling_nll(cvae, batch, samples, random))
+        draws = (cvae.from_posterior(*batch, eps) for eps in likelihood.portions(samples, batch, cvae, random))
+        values.append(-log_mean_exp(torch.cat([draw.log_weights(batch.y) for draw in draws]).double()))
     return torch.cat(values)
 
 

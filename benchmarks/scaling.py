@@ -38,7 +38,7 @@ from cvae.settings import Settings
 BATCHES = (32, 64, 128, 256, 512, 1024)
 HIDDEN = (125, 250, 500, 1000, 2000)
 SIDES = (14, 28, 56, 112)
-SAMPLES = (10, 50, 100, 200)
+SAMPLES = (100, 200, 1000)
 RANKS = (1, 2)
 
 
@@ -67,7 +67,7 @@ def evaluation_times(rounds: int) -> dict[str, float]:
     for _ in range(rounds):
         for samples in SAMPLES:
             started = time.perf_counter()
-            list(evaluate(model, images, samples, seed=0))
+            list(evaluate(model, images, [samples], seed=0))
             seconds[str(samples)].append((time.perf_counter() - started) * 1000 / len(images))
     return {name: median(values) for name, values in seconds.items()}
 

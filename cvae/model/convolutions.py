@@ -1,7 +1,7 @@
 """Residual convolutions over the patches of an image, for networks that see an image or draw one.
 
-An image is cut into patches of `PATCH`×`PATCH` pixels, whose pixels are channels: `[B, channels, rows, columns]`, so
-that MNIST's 28×28 are 7×7 places. What leaves is in float32 or wider; within, autocast chooses the type.
+An image is cut into patches of `PATCH`×`PATCH` pixels, whose pixels are channels: `[B, channels, rows, columns]`, a
+seventh of the places of MNIST's 28×28 a side. Layers keep the type of their weights; what leaves is float32 or wider.
 """
 
 import math
@@ -44,7 +44,7 @@ class Convolution(nn.Module):
         nn.init.normal_(self.weight, std=gain / math.sqrt(9 * channels_in))
 
     def forward(self, x: Tensor) -> Tensor:
-        return conv2d(x, self.weight, self.bias, padding=1)
+        return conv2d(x.to(self.weight.dtype), self.weight, self.bias, padding=1)
 
 
 class Block(nn.Module):
@@ -92,7 +92,7 @@ class Decoder(nn.Module):
     def forward(self, state: Tensor) -> Tensor:
         split = self.split
         patches = self.first(silu(state)).flatten(0, -2).unflatten(-1, (self.channels, *grid(split)))
-        logits = widen(self.last(silu(self.blocks(with_channels_last(patches)))))
+        logits = widen(self.last(silu(self.blocks(with_channels_last(patches).to(self.last.weight.dtype)))))
         whole = pixel_shuffle(logits, PATCH)[:, 0, : split.height, : split.width]
         return split.split(whole)[1].unflatten(0, state.shape[:-1])  # type: ignore[no-any-return]
 

@@ -51,12 +51,17 @@ class Draw(NamedTuple):
         return reduce(torch.add, (gaussian_log_prob(z, p) - gaussian_log_prob(z, q) for z, _, q, p in self.latents))
 
     @property
-    def kl(self) -> Tensor:
-        """KL(q(z|x,y) ‖ p(z|x)), each level in closed form given what was drawn above it: nats, `[B]` or `[L, B]`.
+    def kl_of_levels(self) -> list[Tensor]:
+        """KL(q(z|x,y) ‖ p(z|x)) of each level, in closed form given what was drawn above it: nats, `[B]` or `[L, B]`.
 
         Zero where z comes from the prior network.
         """
-        return reduce(torch.add, (gaussian_kl(q, p) for _, _, q, p in self.latents))
+        return [gaussian_kl(q, p) for _, _, q, p in self.latents]
+
+    @property
+    def kl(self) -> Tensor:
+        """KL(q(z|x,y) ‖ p(z|x)) of all levels together, nats, `[B]` or `[L, B]`."""
+        return reduce(torch.add, self.kl_of_levels)
 
 
 class CVAE(nn.Module):

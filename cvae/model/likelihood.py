@@ -5,7 +5,7 @@ portion of images in the set, whatever the number of processes.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,10 +15,10 @@ from cvae import runtime
 from cvae.data.images import Batch, ImageSet
 from cvae.model.cvae import CVAE
 from cvae.model.densities import bernoulli_entropy, bernoulli_log_prob
-from cvae.model.objectives import elbo, log_mean_exp
+from cvae.model.objectives import elbo, kl_levels, log_mean_exp
 
 ELBO_SAMPLES = 10  # as many as the tutorial takes for its "Monte Carlo" row
-IMAGES_AT_ONCE, SAMPLES_AT_ONCE = 20, 50  # bound the memory, and keep a draw's logits in the processor's cache
+IMAGES_AT_ONCE, SAMPLES_AT_ONCE = 10, 100  # bound the memory, and keep a draw's logits in the processor's cache
 
 
 class Estimate(NamedTuple):
@@ -29,13 +29,17 @@ class Estimate(NamedTuple):
 
 
 class Likelihoods(NamedTuple):
-    """Negative log-likelihoods and their bounds per image, nats `[N]` float64, lower is better.
+    """Negative log-likelihoods and what goes with them per image, `[N]`, or `[K, N]` for K numbers of samples; float64.
 
+    In nats, lower is better:
     nn_nll: of the baseline's guess. cvae_neg_elbo: an upper bound on −log p(y|x), with ELBO_SAMPLES of z ~ q(z|x,y).
-    cvae_mc_nll: −log of the mean of p(y|x,z) over S samples z ~ p(z|x). cvae_is_nll: −log of the mean of the
-    importance weights over S samples z ~ q(z|x,y). In expectation both lie above −log p(y|x); they approach it as S
-    grows.
+    cvae_mc_nll `[K, N]`: −log of the mean of p(y|x,z) over S samples z ~ p(z|x). cvae_is_nll `[K, N]`: −log of the mean
+    of the importance weights over S samples z ~ q(z|x,y). In expectation both lie above −log p(y|x); they approach it
+    as S grows.
     floor: the entropy of y's grey levels, which no Bernoulli negative log-likelihood of y can fall below.
+
+    And: kl `[levels, N]`, KL(q ‖ p) of each level, from top to bottom, in the −ELBO: nats.
+    ess `[K, N]`: the effective sample size of the S importance weights, from 1 to S.
     """
 
     nn_nll: Tensor
@@ -43,10 +47,8 @@ class Likelihoods(NamedTuple):
     cvae_mc_nll: Tensor
     cvae_is_nll: Tensor
     floor: Tensor
-
-    def estimates(self) -> dict[str, Estimate]:
-        """Mean and standard error over the images of each of them."""
-        return {name: estimate(values) for name, values in self._asdict().items()}
+    kl: Tensor
+    ess: Tensor
 
 
 def estimate(values: Tensor) -> Estimate:
@@ -56,16 +58,18 @@ def estimate(values: Tensor) -> Estimate:
 
 
 def evaluate(
-    model: CVAE, images: ImageSet, samples: int, seed: int, share: Callable[[int], slice] = slice
+    model: CVAE, images: ImageSet, samples: Sequence[int], seed: int, share: Callable[[int], slice] = slice
 ) -> Iterator[Likelihoods]:
-    """The likelihoods of the images, `IMAGES_AT_ONCE` at a time and in order.
+    """The likelihoods of the images, `IMAGES_AT_ONCE` at a time and in order; those of no image if it has none.
 
-    share: which of so many portions of images this process takes; all of them where it is not given. Raises ValueError
-    for images with another split or on another device than the model's, and for fewer than one sample.
+    samples: the numbers of samples S. All estimates of an image come from the same draws, of which each takes the first
+    S: it is the same whatever other numbers there are. share: which of so many portions of images this process takes;
+    all of them where it is not given. Raises ValueError for images with another split or on another device than the
+    model's, and for fewer than one sample.
     Source: Sohn et al. 2015, the two estimates of the conditional log-likelihood; Burda et al. 2016 for the second.
     """
-    if samples < 1:
-        raise ValueError(f"at least one sample is needed, not {samples}")
+    if min(samples, default=0) < 1:
+        raise ValueError(f"at least one sample is needed, not {list(samples)}")
     if images.split is not model.split and not torch.equal(images.split.observed, model.split.observed):
         own, other = (f"{split.num_observed} of {split.num_pixels} pixels" for split in (model.split, images.split))
         raise ValueError(f"the images have another split than the model: {other} observed, and not its {own}")
@@ -76,43 +80,49 @@ def evaluate(
 
 @torch.inference_mode()
 def _evaluated(
-    model: CVAE, images: ImageSet, samples: int, seed: int, share: Callable[[int], slice]
+    model: CVAE, images: ImageSet, samples: Sequence[int], seed: int, share: Callable[[int], slice]
 ) -> Iterator[Likelihoods]:  # fmt: skip
     starts = range(0, len(images), IMAGES_AT_ONCE)
-    for start in starts[share(len(starts))]:
+    own = starts[share(len(starts))]
+    for start in own or starts[:1]:
         batch = images.batch(slice(start, start + IMAGES_AT_ONCE))
         random = runtime.generator(images.vectors.device, seed, "evaluation", start)
-        yield _evaluate(model, batch, samples, random)
+        found = _evaluate(model, batch, samples, random)
+        yield found if own else Likelihoods(*(values[..., :0] for values in found))
 
 
-def _evaluate(model: CVAE, batch: Batch, samples: int, random: torch.Generator) -> Likelihoods:
+def _evaluate(model: CVAE, batch: Batch, samples: Sequence[int], random: torch.Generator) -> Likelihoods:
     guess = model.baseline_net(batch.x)
     batch = batch._replace(guess=guess)
+    terms = elbo(model, batch, noise(ELBO_SAMPLES, len(batch.x), model, random))
+    of_prior, of_posterior = [], []
+    for eps in portions(max(samples), batch, model, random):
+        of_prior.append(model.from_prior(batch.x, batch.guess, eps).log_likelihood(batch.y))
+        of_posterior.append(model.from_posterior(*batch, eps).log_weights(batch.y))
+    log_p, log_weights = torch.cat(of_prior).double(), torch.cat(of_posterior).double()
     return Likelihoods(
         nn_nll=-bernoulli_log_prob(batch.y, guess).double(),
-        cvae_neg_elbo=-elbo(model, batch, noise(ELBO_SAMPLES, len(batch.x), model, random))["elbo"].double(),
-        cvae_mc_nll=monte_carlo_nll(model, batch, samples, random),
-        cvae_is_nll=importance_sampling_nll(model, batch, samples, random),
+        cvae_neg_elbo=-terms["elbo"].double(),
+        cvae_mc_nll=-torch.stack([log_mean_exp(log_p[:s]) for s in samples]),
+        cvae_is_nll=-torch.stack([log_mean_exp(log_weights[:s]) for s in samples]),
         floor=bernoulli_entropy(batch.y).double(),
+        kl=torch.stack(kl_levels(terms)).double(),
+        ess=torch.stack([effective_sample_size(log_weights[:s]) for s in samples]),
     )
 
 
-def monte_carlo_nll(model: CVAE, batch: Batch, samples: int, random: torch.Generator) -> Tensor:
-    """−log of the mean of p(y|x,z) over so many z ~ p(z|x): nats `[B]`, float64."""
-    draws = (model.from_prior(batch.x, batch.guess, eps) for eps in portions(samples, batch, model, random))
-    return -log_mean_exp(torch.cat([draw.log_likelihood(batch.y) for draw in draws]).double())
+def effective_sample_size(log_weights: Tensor) -> Tensor:
+    """(Σw)² / Σw² over the first dimension, from log w: `[S, B]` → `[B]`, from 1, one weight alone, to S, all alike.
 
-
-def importance_sampling_nll(model: CVAE, batch: Batch, samples: int, random: torch.Generator) -> Tensor:
-    """−log of the mean of p(y|x,z) p(z|x) / q(z|x,y) over so many z ~ q(z|x,y): nats `[B]`, float64."""
-    draws = (model.from_posterior(*batch, eps) for eps in portions(samples, batch, model, random))
-    return -log_mean_exp(torch.cat([draw.log_weights(batch.y) for draw in draws]).double())
+    Source: Kong 1992.
+    """
+    return (2 * log_weights.logsumexp(0) - (2 * log_weights).logsumexp(0)).exp()
 
 
 def portions(samples: int, batch: Batch, model: CVAE, random: torch.Generator) -> Iterator[Tensor]:
-    """The noise of so many samples, SAMPLES_AT_ONCE at a time."""
+    """The noise of so many samples, SAMPLES_AT_ONCE at a time; the first ones are the same however many there are."""
     for first in range(0, samples, SAMPLES_AT_ONCE):
-        yield noise(min(SAMPLES_AT_ONCE, samples - first), len(batch.x), model, random)
+        yield noise(SAMPLES_AT_ONCE, len(batch.x), model, random)[: samples - first]
 
 
 def noise(samples: int, count: int, model: CVAE, random: torch.Generator) -> Tensor:

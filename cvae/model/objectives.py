@@ -7,8 +7,9 @@ maximised. Its keyword-only parameters are settings of the same name. A new obje
 
 import inspect
 import math
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
+from operator import add
 from typing import TypeVar
 
 import torch
@@ -22,7 +23,7 @@ from cvae.settings import Settings
 Value = TypeVar("Value", Tensor, float)
 
 Terms = dict[str, Tensor]
-"""Per image, nats `[B]`, higher is better but for those called `kl`; the first is what is maximised."""
+"""Per image, nats `[B]`, higher is better but for `kl` and `kl_1`, …; the first is what is maximised."""
 
 Objective = Callable[..., Terms]
 """A function of a model, a batch, and noise if it takes any."""
@@ -40,8 +41,8 @@ def elbo(model: CVAE, batch: Batch, eps: Tensor) -> Terms:
     tutorial samples its KL too, at the same z; the closed form has the same expectation and less variance.
     """
     draw = model.from_posterior(*batch, eps)
-    log_likelihood, kl = draw.log_likelihood(batch.y).mean(0), mean_of_samples(draw.kl)
-    return {"elbo": log_likelihood - kl, "log_likelihood": log_likelihood, "kl": kl}
+    log_likelihood, kl = draw.log_likelihood(batch.y).mean(0), kl_terms(draw)
+    return {"elbo": log_likelihood - kl["kl"], "log_likelihood": log_likelihood, **kl}
 
 
 def gsnn(model: CVAE, batch: Batch, eps: Tensor) -> Terms:
@@ -73,8 +74,8 @@ def iwae(model: CVAE, batch: Batch, eps: Tensor) -> Terms:
     if log_weights.requires_grad:
         differentiable = doubly_reparameterized(draw, log_likelihood, log_weights)
         bound = bound.detach() + (differentiable - differentiable.detach())
-    reported, kl = log_likelihood.mean(0).detach(), mean_of_samples(draw.kl).detach()
-    return {"iwae": bound, "elbo": reported - kl, "log_likelihood": reported, "kl": kl}
+    reported, kl = log_likelihood.mean(0).detach(), {name: term.detach() for name, term in kl_terms(draw).items()}
+    return {"iwae": bound, "elbo": reported - kl["kl"], "log_likelihood": reported, **kl}
 
 
 def doubly_reparameterized(draw: Draw, log_likelihood: Tensor, log_weights: Tensor) -> Tensor:
@@ -109,9 +110,21 @@ def log_mean_exp(log_weights: Tensor) -> Tensor:
     return log_weights.logsumexp(0) - math.log(len(log_weights))
 
 
-def mean_of_samples(kl: Tensor) -> Tensor:
-    """A KL per image `[B]`, of which there is one for each sample, `[L, B]`, where there are levels below the first."""
-    return kl if kl.dim() == 1 else kl.mean(0)
+def kl_terms(draw: Draw) -> Terms:
+    """KL(q ‖ p), nats `[B]`, a mean over the samples: `kl`, and `kl_1`, …, by level, where there are several."""
+    return by_level("kl", [kl if kl.dim() == 1 else kl.mean(0) for kl in draw.kl_of_levels])
+
+
+def kl_levels(terms: Terms) -> list[Tensor]:
+    """The KL of each level, from top to bottom, among terms that `kl_terms` gave."""
+    return [term for name, term in terms.items() if name.startswith("kl_")] or [terms["kl"]]
+
+
+def by_level(name: str, values: Sequence[Value]) -> dict[str, Value]:
+    """A quantity's sum over the levels of z by its name, and where there are several, that of each: `name_1` is the
+    top."""
+    each = {f"{name}_{i}": value for i, value in enumerate(values, start=1)}
+    return {name: reduce(add, values)} | (each if len(values) > 1 else {})
 
 
 def maximised(terms: dict[str, Value]) -> Value:

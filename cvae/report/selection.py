@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from cvae.data.sources import TestImages, difference
-from cvae.errors import DataError
+from cvae.errors import DataError, UsageError
 from cvae.model.cvae import CVAE
 from cvae.run.folder import (
     BEST,
@@ -65,6 +65,18 @@ def find_runs(words: Sequence[Path], runs: Path) -> tuple[list[Path], list[str]]
     return list(found.values()), problems
 
 
+def with_reference(folders: list[Path], run: Path, runs: Path) -> list[Path]:
+    """The folders, that of the run which they are compared with among them, and first if it was not.
+
+    run: its path, or its name below the folder `runs`. Raises UsageError if there is no such run.
+    """
+    folder = find_run(run, runs)
+    if not _is_run(folder):
+        raise UsageError(f"--against {run}: there is no such run")
+    is_there = os.path.realpath(folder) in map(os.path.realpath, folders)
+    return folders if is_there else [folder, *folders]
+
+
 def _is_run(folder: Path) -> bool:
     """Whether there is anything of a run in a folder."""
     return any(os.path.isfile(folder / name) for name in (CONFIG, BEST, LAST, SUMMARY))
@@ -109,6 +121,36 @@ def open_run(
     if (other := difference(read_record(folder), test.record)) is not None:
         raise DataError(f"{folder}: was begun on {other}; --data says where its own are")
     return Subject(folder, settings, model, test, epochs)
+
+
+def compared(subjects: dict[str, Subject], run: Path | None, runs: Path, problems: list[str]) -> dict[str, str]:
+    """The name of the run that each of the others is compared with, by name; a line is added about each that cannot be.
+
+    run: the one that others are compared with, if any, as `with_reference` has found it. Raises DataError if it is not
+    among the subjects: it was left out.
+    """
+    if run is None:
+        return {}
+    folder = find_run(run, runs).resolve()
+    reference = next((name for name, subject in subjects.items() if subject.folder.resolve() == folder), None)
+    if reference is None:
+        raise DataError("\n".join([*problems, f"--against {run}: cannot be evaluated"]))
+    found = {}
+    for name, subject in subjects.items():
+        if name == reference:
+            continue
+        if reason := _difference(subject, subjects[reference]):
+            problems.append(f"{subject.folder}: cannot be compared with {subjects[reference].folder}: {reason}")
+        else:
+            found[name] = reference
+    return found
+
+
+def _difference(subject: Subject, other: Subject) -> str | None:
+    """Why the estimates of two runs cannot be compared image by image; None where they can."""
+    if not torch.equal(subject.test.images, other.test.images):
+        return "the test images are others"
+    return None if torch.equal(subject.model.split.observed, other.model.split.observed) else "the mask is another"
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:

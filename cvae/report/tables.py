@@ -1,129 +1,137 @@
 """The table of conditional log-likelihoods, as text, Markdown, JSON or CSV."""
 
-import csv
-import io
-import json
-import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
 
-from cvae.data.masks import mask_name
-from cvae.errors import printable
-from cvae.model.likelihood import ELBO_SAMPLES, Estimate, Likelihoods, estimate
-from cvae.settings import Settings
+from cvae.model.activity import LEAST_VARIANCE
+from cvae.model.likelihood import ELBO_SAMPLES, estimate
+from cvae.report.records import as_csv, as_json
+from cvae.report.results import OF_RECOGNITION, SMALL, Column, Result, Row
 
 FORMATS = ("text", "markdown", "json", "csv")
 
-ROWS = {
-    "NN (baseline)": "nn_nll",
-    "CVAE (−ELBO)": "cvae_neg_elbo",
-    "CVAE (Monte Carlo)": "cvae_mc_nll",
-    "CVAE (importance sampling)": "cvae_is_nll",
-    "Performance gap": "gap",
+LABELS = {
+    "nn_nll": "NN (baseline)",
+    "cvae_neg_elbo": "CVAE (−ELBO)",
+    "cvae_mc_nll": "CVAE (Monte Carlo, S = {:,})",
+    "cvae_is_nll": "CVAE (importance sampling, S = {:,})",
+    "gap": "Performance gap",
+    "ess": "Effective samples of S = {:,}",
+    "active_units": "Active units of z",
 }
+SAMPLED = ("cvae_mc_nll", "cvae_is_nll", "ess")  # what there is for each number of samples S
 
 # Pyro's tutorial on the CVAE, its table of results: published figures, by the number of quadrants.
 TUTORIAL = {1: (100.4, 71.8), 2: (61.9, 51.0), 3: (25.4, 24.2)}
 MNIST = "6d87418db22cc8025d05968bec9bd5c3932904b23485740db143a061a2c9d161"
 """The SHA-256 of the pixels of MNIST's test images, wherever they come from."""
 
-# What the objective gsnn does not train: estimates that take z from the recognition network say nothing of its runs.
-OF_RECOGNITION = ("cvae_neg_elbo", "cvae_is_nll", "gap")
-
-
-class Column(NamedTuple):
-    """One run's results: its settings, the samples S per estimate, the values per image.
-
-    images: the SHA-256 of the test images. epochs: how many an unfinished run has had; None for a finished one.
-    """
-
-    run: str
-    settings: Settings
-    samples: int
-    per_image: Likelihoods
-    images: str | None = None
-    epochs: int | None = None
-
-    @property
-    def observed(self) -> str:
-        """What its models are given, in words."""
-        return mask_name(self.settings)
-
-    @property
-    def heading(self) -> str:
-        """The run, and what sets its numbers apart."""
-        marks = [self.observed]
-        marks += [] if self.is_grey else ["binarized"]
-        marks += [] if self.epochs is None else [f"epoch {self.epochs} so far"]
-        return f"{self.name} ({', '.join(marks)})"
-
-    @property
-    def name(self) -> str:
-        """The run as a line of text can show it."""
-        return printable(self.run)
-
-    @property
-    def is_grey(self) -> bool:
-        """Whether its pixels are grey levels, and not drawn black or white."""
-        return self.settings.targets == "grey"
-
-    @property
-    def is_of_the_tutorial(self) -> bool:
-        """Whether the tutorial's figures are of the same: quadrants of MNIST in grey levels."""
-        return self.images == MNIST and self.settings.observed is None and self.is_grey
-
-    def has(self, key: str) -> bool:
-        """Whether the estimate of this name says something of the run."""
-        return self.settings.objective != "gsnn" or key not in OF_RECOGNITION
-
-    def estimates(self) -> dict[str, Estimate]:
-        """Mean and standard error by key; `gap` is NN minus importance sampling, image by image."""
-        gap = estimate(self.per_image.nn_nll - self.per_image.cvae_is_nll)
-        return {**self.per_image.estimates(), "gap": gap}
+Cells = list[list[str]]
 
 
 def render(columns: Sequence[Column], form: str) -> str:
-    """The table in one of `FORMATS`; all numbers but the gap are negative log-likelihoods in nats per image."""
-    renderers: dict[str, Callable[[Sequence[Column]], str]] = {
-        "text": _text, "markdown": _markdown, "json": _json, "csv": _csv
-    }  # fmt: skip
-    return renderers[form](columns)
+    """The table in one of `FORMATS`, of columns with the same numbers of samples S.
+
+    All numbers but the gap are negative log-likelihoods in nats per image. JSON and CSV have a record for each run, its
+    own, whatever other runs are in its column.
+    """
+    if form in ("text", "markdown"):
+        return _text(columns) if form == "text" else _markdown(columns)
+    results = [result for column in columns for result in column.results]
+    return as_json(results) if form == "json" else as_csv(results)
 
 
-def _cells(columns: Sequence[Column]) -> list[list[str]]:
-    """The header and the rows, as strings."""
-    header = ["nats per image, lower is better", *(column.heading for column in columns)]
-    return [header] + [[label, *(_cell(column, key) for column in columns)] for label, key in ROWS.items()]
+def _rows(samples: Sequence[int], *keys: str) -> Iterator[Row]:
+    """The rows of these quantities: one each, or one for each S."""
+    for key in keys:
+        yield from (Row(key, s) for s in (samples if key in SAMPLED else [None]))
 
 
-def _cell(column: Column, key: str) -> str:
-    mean, stderr = column.estimates()[key]
-    return f"{mean:.2f} ± {stderr:.2f}" if column.has(key) else "–"
+def _blocks(columns: Sequence[Column]) -> list[Cells]:
+    """The table, and that of the differences if there are any: the header and the rows of each, as strings."""
+    samples = columns[0].first.samples
+    first = [["nats per image, lower is better", *(column.heading for column in columns)]]
+    first += [[_label(row), *(_cell(column, row) for column in columns)] for row in _rows(samples, *LABELS)]
+    pairs = [(column, found) for column in columns if (found := _reference(column, columns)) is not None]
+    if not pairs:
+        return [first]
+    differences = [[f"minus {pairs[0][1].name}, below zero is better", *(column.heading for column, _ in pairs)]]
+    for row in _rows(samples, *(key for key in LABELS if key not in ("ess", "active_units"))):
+        differences.append([_label(row), *(_difference(*pair, row) for pair in pairs)])
+    return [first, differences]
+
+
+def _label(row: Row) -> str:
+    return LABELS[row.key].format(row.samples)
+
+
+def _reference(column: Column, columns: Sequence[Column]) -> Column | None:
+    """The column that one is compared with: the one that has the run of `Result.against`; None for that one itself."""
+    against = column.first.against
+    found = (other for other in columns if any(against and result.run == against.run for result in other.results))
+    return next((other for other in found if other is not column), None)
+
+
+def _cell(column: Column, row: Row) -> str:
+    if not column.first.has(row.key):
+        return "–"
+    if row.key == "active_units":
+        counts = ", ".join("+".join(str(active) for active, _ in result.units) for result in column.results)
+        return f"{counts} of {sum(count for _, count in column.first.units)}"
+    if row.key == "ess":
+        found = [result.effective_samples(row.samples or 0) for result in column.results]
+        median, few = (sum(numbers) / len(found) for numbers in zip(*found, strict=True))
+        return f"{median:.1f}, {few:.1%} below {SMALL}"
+    mean, stderr = estimate(column.values(row))
+    spread = column.spread(row)
+    return f"{mean:.2f} ± {stderr:.2f}" + ("" if spread is None else f", seeds ± {spread:.2f}")
+
+
+def _difference(column: Column, reference: Column, row: Row) -> str:
+    if not (column.first.has(row.key) and reference.first.has(row.key)):
+        return "–"
+    mean, stderr = estimate(column.values(row) - reference.values(row))
+    return f"{mean:+.3f} ± {stderr:.3f}"
 
 
 def _notes(columns: Sequence[Column]) -> list[str]:
-    counts = sorted({len(column.per_image.nn_nll) for column in columns})
-    samples = sorted({column.samples for column in columns})
+    runs = [column.first for column in columns]
+    counts = sorted({len(run.per_image.nn_nll) for run in runs})
     notes = [
-        f"± is the standard error over the {_listed(counts)} test images. Samples of z per image: "
-        f"{ELBO_SAMPLES} for −ELBO, {_listed(samples)} for Monte Carlo and importance sampling."
+        f"± is the standard error over the {' or '.join(map(str, counts))} test images. −ELBO is estimated with "
+        f"{ELBO_SAMPLES} samples of z per image, Monte Carlo and importance sampling with S."
+        + " Matrix products are in bfloat16 (--precision)."
+        * any(run.precision == "bf16" for run in runs)
     ]
-    if grey := [column for column in columns if column.is_grey]:
-        floors = ", ".join(f"{column.estimates()['floor'].mean:.1f} for {column.name}" for column in grey)
+    if several := [column for column in columns if len(column.results) > 1]:
+        names = "; ".join(f"{column.name}: seeds {_seeds(column)}" for column in several)
+        notes.append(
+            f"Runs that differ in their seeds alone are one column, their mean; seeds ± is the standard deviation "
+            f"between them, and no standard error. {names}."
+        )
+    if any(run.against is not None for run in runs):
+        notes.append(
+            "Differences are taken image by image, between means over the seeds where there are several; ± is their "
+            "own standard error over the images."
+        )
+    if grey := [column for column in columns if column.first.is_grey]:
+        floors = ", ".join(f"{column.values(Row('floor')).mean():.1f} for {column.name}" for column in grey)
         notes.append(
             "Grey levels under a Bernoulli are no normalised density; their own entropy is a floor under every row "
             f"but the gap: {floors}."
         )
-    known = {column.settings.quadrants: column.observed for column in columns if column.is_of_the_tutorial}
+    known_runs = {run.settings.quadrants: run.observed for run in runs if _is_of_the_tutorial(run)}
     example = " (with one quadrant of MNIST and 100 samples, about 82 where importance sampling gives 64)"
     notes.append(
         "Monte Carlo and importance sampling lie above −log p(y|x) in expectation: the smaller of the two is the one "
-        f"to quote. For a well trained run it is importance sampling{example * (1 in known)}."
+        f"to quote. For a well trained run it is importance sampling{example * (1 in known_runs)}. Its effective "
+        "samples, the square of the sum of the weights over the sum of their squares: the median over the images, and "
+        f"how many images have less than {SMALL}, so that a few samples make the estimate."
     )
-    if not all(column.has(key) for column in columns for key in OF_RECOGNITION):
+    notes.append(f"Active: the mean of q(z|x,y) has a variance over the images above {LEAST_VARIANCE}; by level of z.")
+    if not all(run.has(key) for run in runs for key in OF_RECOGNITION):
         notes.append("–: the objective gsnn trains no recognition network, which these estimates take z from.")
-    if known:
-        figures = ((*TUTORIAL[quadrants], observed) for quadrants, observed in sorted(known.items()))
+    if known_runs:
+        figures = ((*TUTORIAL[quadrants], observed) for quadrants, observed in sorted(known_runs.items()))
         tutorial = "; ".join(f"NN {nn}, CVAE {cvae} for {observed}" for nn, cvae, observed in figures)
         notes.append(
             f"The tutorial's published table on MNIST: {tutorial}. Its CVAE row is a −ELBO; it stopped early "
@@ -132,78 +140,36 @@ def _notes(columns: Sequence[Column]) -> list[str]:
     return notes
 
 
-def _listed(numbers: Sequence[int]) -> str:
-    return " or ".join(str(number) for number in numbers)
+def _is_of_the_tutorial(run: Result) -> bool:
+    """Whether the tutorial's figures are of the same: quadrants of MNIST in grey levels."""
+    return run.images == MNIST and run.settings.observed is None and run.is_grey
+
+
+def _seeds(column: Column) -> str:
+    return ", ".join(str(result.settings.seed) for result in column.results)
 
 
 def _text(columns: Sequence[Column]) -> str:
-    cells = _cells(columns)
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    lines = [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in cells
-    ]
-    lines.insert(1, "  ".join("─" * width for width in widths))
-    return (
-        "\n".join(lines) + "\n\n" + "\n".join(f"[{i}] {note}" for i, note in enumerate(_notes(columns), start=1)) + "\n"
-    )
+    blocks = []
+    for cells in _blocks(columns):
+        widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+        lines = [
+            "  ".join(
+                [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+            )
+            for row in cells
+        ]
+        lines.insert(1, "  ".join("─" * width for width in widths))
+        blocks.append("\n".join(lines))
+    notes = "\n".join(f"[{i}] {note}" for i, note in enumerate(_notes(columns), start=1))
+    return "\n\n".join([*blocks, notes]) + "\n"
 
 
 def _markdown(columns: Sequence[Column]) -> str:
-    cells = _cells(columns)
-    rule = ["---", *["---:"] * len(columns)]
-    escaped = [[cell.replace("|", "\\|") for cell in row] for row in [cells[0], rule, *cells[1:]]]
-    lines = ["| " + " | ".join(row) + " |" for row in escaped]
-    return (
-        "\n".join(lines) + "\n\n" + "\n".join(f"{i}. {note}" for i, note in enumerate(_notes(columns), start=1)) + "\n"
-    )
-
-
-def _record(column: Column) -> dict[str, Any]:
-    estimates = column.estimates()
-    gap = estimates.pop("gap")
-    return {
-        "run": column.run,
-        "quadrants": column.settings.quadrants if column.settings.observed is None else None,
-        "observed": column.observed,
-        "targets": column.settings.targets,
-        "unfinished_at_epoch": column.epochs,
-        "network": column.settings.network,
-        "objective": column.settings.objective,
-        "samples": column.samples,
-        "images": len(column.per_image.nn_nll),
-        **{
-            key: {"mean": value.mean, "stderr": _known(value.stderr)}
-            if column.has(key)
-            else dict.fromkeys(value._fields)
-            for key, value in estimates.items()
-        },
-        "gap": gap.mean if column.has("gap") else None,
-        "gap_stderr": _known(gap.stderr) if column.has("gap") else None,
-    }
-
-
-def _known(stderr: float) -> float | None:
-    """The standard error; None for that of a single image, a NaN, which JSON does not have."""
-    return None if math.isnan(stderr) else stderr
-
-
-def _json(columns: Sequence[Column]) -> str:
-    return json.dumps([_record(column) for column in columns], indent=2) + "\n"
-
-
-def _csv(columns: Sequence[Column]) -> str:
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    for number, column in enumerate(columns):
-        flat: dict[str, Any] = {}
-        for key, value in _record(column).items():
-            flat |= (
-                {f"{key}_{part}": number for part, number in value.items()} if isinstance(value, dict) else {key: value}
-            )
-        if number == 0:
-            writer.writerow(flat)
-        writer.writerow(flat.values())
-    return buffer.getvalue()
+    blocks = []
+    for cells in _blocks(columns):
+        rule = ["---", *["---:"] * (len(cells[0]) - 1)]
+        escaped = [[cell.replace("|", "\\|") for cell in row] for row in [cells[0], rule, *cells[1:]]]
+        blocks.append("\n".join("| " + " | ".join(row) + " |" for row in escaped))
+    notes = "\n".join(f"{i}. {note}" for i, note in enumerate(_notes(columns), start=1))
+    return "\n\n".join([*blocks, notes]) + "\n"

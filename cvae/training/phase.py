@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from cvae import runtime
 from cvae.data.images import ImageSet
 from cvae.distributed import Processes
-from cvae.model.objectives import Objective, Totals
+from cvae.model.activity import active_units
+from cvae.model.objectives import Objective, Totals, by_level
 from cvae.settings import Settings
 
 VALIDATION_BATCH = 1000
@@ -27,6 +28,11 @@ class Phase(NamedTuple):
     validation: ImageSet
     noise: Callable[[int, torch.Generator], tuple[Tensor, ...]]  # of so many images: what the objective takes of it
     picture: Callable[[Any], Tensor]  # of a model, for the log
+
+    def active_units(self, model: Any, seed: int, precision: str) -> dict[str, float]:
+        """How many dimensions of z are active on the validation images, in all and by level, for the log."""
+        units = active_units(model, self.validation, seed, precision)
+        return by_level("active_units", [float(active) for active, _ in units])
 
     def where(self, epoch: int) -> str:
         """An epoch of the phase, in words."""

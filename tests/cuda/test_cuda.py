@@ -261,8 +261,8 @@ def test_evaluation_is_that_of_the_cpu(device, run_training, monkeypatch):
         monkeypatch.setattr(likelihood, "noise", lambda *arguments, where=where: draw(*arguments).to(where))
         model = load(run, where)
         images = ImageSet(evaluation.load_test().images, model.split, where)
-        portions = [torch.stack(portion).cpu() for portion in evaluate(model, images, 70, 0)]
-        found.append(torch.cat(portions, 1))
+        portions = evaluate(model, images, [70], 0)
+        found.append([torch.cat(values, dim=-1).cpu() for values in zip(*portions, strict=True)])
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 

@@ -425,6 +425,18 @@ def test_terms(make_toy, name):
         assert not any(term.requires_grad for other, term in terms.items() if other != "iwae")
 
 
+@pytest.mark.parametrize("name", ["elbo", "iwae", "hybrid"])
+def test_kl_of_each_level(make_toy, name):
+    """The levels' sum is the KL that the bound has, and each is that of its own distributions."""
+    toy = make_toy(particles=3, network=TEST_NETWORKS["two levels"])
+    terms = objective(Settings(objective=name))(toy.cvae, toy.batch, toy.eps)
+    torch.testing.assert_close(terms["kl"], terms["kl_1"] + terms["kl_2"], rtol=1e-12, atol=0)
+    for i, (_, _, q, p) in enumerate(toy.cvae.from_posterior(*toy.batch, toy.eps).latents, start=1):
+        normal, other = (torch.distributions.Normal(loc, log_scale.exp()) for loc, log_scale in (q, p))
+        kl = torch.distributions.kl_divergence(normal, other).sum(-1)
+        torch.testing.assert_close(terms[f"kl_{i}"], kl if i == 1 else kl.mean(0), rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("network", ["tutorial", "two levels"])
 def test_iwae_has_the_same_value_with_and_without_a_gradient(make_toy, network):
     toy = make_toy(particles=3, network=TEST_NETWORKS.get(network, network))
@@ -457,7 +469,8 @@ def test_limits_of_the_hybrid_objective(make_toy, network, particles):
             theirs = torch.zeros_like(ours) if theirs is None else theirs
             torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     terms = hybrid(toy.cvae, toy.batch, toy.eps, alpha=0.3)
-    assert list(terms) == ["hybrid", "elbo", "log_likelihood", "kl", "gsnn"]
+    of_levels = ["kl_1", "kl_2"] if network == "two levels" else []
+    assert list(terms) == ["hybrid", "elbo", "log_likelihood", "kl", *of_levels, "gsnn"]
     torch.testing.assert_close(terms["hybrid"], 0.3 * terms["elbo"] + 0.7 * terms["gsnn"], rtol=1e-14, atol=0)
 
 

@@ -82,9 +82,9 @@ def test_evaluation_of_other_images(make_toy: Callable[..., Any]) -> None:
     for observed in (quadrants(2, 6, 6), quadrants(1, 8, 8), as_many):
         others = ImageSet(torch.zeros(3, *observed.shape, dtype=torch.uint8), Split(observed))
         with pytest.raises(ValueError, match="another split"):
-            evaluate(model, others, 2, 0)
+            evaluate(model, others, [2], 0)
     with pytest.raises(ValueError, match="at least one sample"):
-        evaluate(model, ImageSet(images, model.split), 0, 0)
+        evaluate(model, ImageSet(images, model.split), [2, 0], 0)
     with pytest.raises(ValueError, match="the images are on meta, and the model on cpu"):
-        evaluate(model, ImageSet(images, model.split, "meta"), 2, 0)
-    assert len(list(evaluate(model, ImageSet(images, model.split), 2, 0))) == 1
+        evaluate(model, ImageSet(images, model.split, "meta"), [2], 0)
+    assert len(list(evaluate(model, ImageSet(images, model.split), [2], 0))) == 1

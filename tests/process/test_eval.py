@@ -19,9 +19,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.inprocess import TINY, Ended, call_eval, call_train, interrupted_after
+from support.inprocess import TINY, Ended, call, call_eval, call_train, interrupted_after
 from support.scripts import ROOT, write_data
-from support.trainings import ENVIRONMENT, contents, finish, start, torchrun
+from support.trainings import ENVIRONMENT, contents, events, finish, start, torchrun
+from torch.utils._pytree import tree_flatten
 
 import eval as evaluation
 import train
@@ -29,8 +30,10 @@ from cvae.data.sources import load_test, load_train
 from cvae.errors import UsageError
 from cvae.model.likelihood import Likelihoods
 from cvae.report.figures import ENDINGS, completions, write_picture
-from cvae.report.tables import MNIST, Column, render
+from cvae.report.results import Column, Result, Row, by_setting
+from cvae.report.tables import MNIST, render
 from cvae.run import checkpoint
+from cvae.run.folder import read_metrics
 from cvae.run.load import load
 from cvae.settings import Settings
 from cvae.terminal import safe_output
@@ -90,12 +93,10 @@ def records(ended: Ended, code: int = 0) -> list[dict[str, Any]]:
 
 def assert_agree(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
     """To the rounding of sums in another order."""
-    for one, other in zip(found, expected, strict=True):
-        assert one.keys() == other.keys()
-        for key, value in other.items():
-            assert one[key] == (value if value is None or isinstance(value, str) else pytest.approx(value, rel=1e-6)), (
-                key
-            )
+    leaves, others = tree_flatten(found), tree_flatten(expected)
+    assert leaves[1] == others[1]
+    for one, other in zip(leaves[0], others[0], strict=True):
+        assert one == (pytest.approx(other, rel=1e-6) if isinstance(other, float) else other)
 
 
 def change(run: Path, *keys: str, value: Any) -> None:
@@ -116,8 +117,21 @@ def images_of(place: Path) -> torch.Tensor:
     return load_test(settings_of(place)).images
 
 
-def values(count: int = 4) -> Likelihoods:
-    return Likelihoods(*torch.rand(5, count, dtype=torch.float64))
+def values(count: int = 4, numbers: int = 1, levels: int = 1) -> Likelihoods:
+    """Random ones, for so many numbers of samples."""
+    rows = {"cvae_mc_nll": (numbers,), "cvae_is_nll": (numbers,), "ess": (numbers,), "kl": (levels,)}
+    return Likelihoods(
+        **{name: torch.rand(*rows.get(name, ()), count, dtype=torch.float64) for name in Likelihoods._fields}
+    )
+
+
+def result(run: str = "q1", images: str | None = None, epochs: int | None = None, **settings: Any) -> Result:
+    """A run's, of random numbers at S = 9."""
+    return Result(run, Settings(**settings), (9,), values(), [(3, 4)], "fp32", images, epochs)
+
+
+def rendered(form: str, *results: Result) -> str:
+    return render([Column((each,)) for each in results], form)
 
 
 def pixels(path: Path) -> np.ndarray[Any, Any]:
@@ -152,6 +166,186 @@ def test_csv(table: list[dict[str, Any]]) -> None:
             assert float(row[f"{key}_mean"]) == record[key]["mean"]
             assert float(row[f"{key}_stderr"]) == record[key]["stderr"]
         assert float(row["gap"]) == record["gap"]
+        assert float(row["by_samples_3_ess_median"]) == record["ess"]["median"]
+        assert int(row["active_units_1"]) == record["active_units"][0]
+
+
+def test_several_numbers_of_samples(table: list[dict[str, Any]]) -> None:
+    """Each has its rows; the largest stands for the run; none depends on the others."""
+    (found,) = records(call_eval("q1", "--format", "json", "--samples", "40", "3", "40"))
+    assert (found["samples"], list(found["by_samples"])) == (3, ["3"]), "the last flag counts"
+    words = ["q1", "--device", "cpu", "--precision", "fp32", "--samples", "40", "3", "40"]
+    (found,) = records(call(evaluation, *words, "--format", "json"))
+    assert (found["samples"], list(found["by_samples"])) == (40, ["3", "40"])
+    assert {key: found[key] for key in found["by_samples"]["40"]} == found["by_samples"]["40"]
+    (alone,) = records(call_eval("q1", "--precision", "fp32", "--format", "json"))
+    assert_agree([found["by_samples"]["3"]], [alone["by_samples"]["3"]])
+    assert found["cvae_is_nll"]["mean"] < alone["cvae_is_nll"]["mean"]
+    assert 1 <= found["by_samples"]["3"]["ess"]["median"] <= 3 < found["ess"]["median"] <= 40
+    assert found["by_samples"]["3"]["ess"]["below_5"] == 1 > found["ess"]["below_5"]
+    printed = call(evaluation, *words).out
+    for number in ("3", "40"):
+        for label, key in (("Monte Carlo", "cvae_mc_nll"), ("importance sampling", "cvae_is_nll")):
+            mean = found["by_samples"][number][key]["mean"]
+            assert re.search(rf"^CVAE \({label}, S = {number}\) +{mean:.2f} ± ", printed, re.MULTILINE)
+        ess = found["by_samples"][number]["ess"]
+        row = f"{ess['median']:.1f}, {ess['below_5']:.1%} below 5"
+        assert re.search(rf"^Effective samples of S = {number} +{re.escape(row)}$", printed, re.MULTILINE)
+
+
+def test_bfloat16_is_close_to_float32() -> None:
+    """Within what eight bits of mantissa make of it, and it is said which it was."""
+    wide, half = (records(call_eval("q1", "--precision", name, "--format", "json"))[0] for name in ("fp32", "bf16"))
+    assert (wide["precision"], half["precision"]) == ("fp32", "bf16")
+    for key in LIKELIHOODS:
+        assert half[key]["mean"] == pytest.approx(wide[key]["mean"], rel=1e-3)
+    assert half["cvae_is_nll"] != wide["cvae_is_nll"]
+    assert "in bfloat16" in call_eval("q1", "--precision", "bf16").out
+    assert "in bfloat16" not in call_eval("q1", "--precision", "fp32").out
+
+
+# Seeds, and differences
+
+
+def of_seeds(count: int = 3) -> list[Result]:
+    """Runs of one setting, and one of another; they differ by amounts that are the same for all images, and noise."""
+    return [
+        *(result(f"s{i}", "0" * 64, seed=i)._replace(per_image=values(50)) for i in range(count)),
+        result("other", "0" * 64, hidden=(7,))._replace(per_image=values(50)),
+    ]
+
+
+def test_seeds_are_one_column() -> None:
+    """Mean and standard error of the runs' mean per image, and the standard deviation between the runs' means."""
+    results = of_seeds()
+    columns = by_setting([results[0], results[3], *results[1:3]])
+    assert [[each.run for each in column.results] for column in columns] == [["s0", "s1", "s2"], ["other"]]
+    lines = render(columns, "text").splitlines()
+    assert re.search(r" s0, s1, s2 \(1 quadrant, 3 seeds\) +other \(1 quadrant\)$", lines[0])
+    numbers = np.stack([each.per_image.cvae_is_nll[0].numpy() for each in results[:3]])
+    error, spread = numbers.mean(0).std(ddof=1) / math.sqrt(50), numbers.mean(1).std(ddof=1)
+    (line,) = (line for line in lines if "importance sampling, S = 9" in line)
+    assert f"  {numbers.mean():.2f} ± {error:.2f}, seeds ± {spread:.2f}  " in line
+    assert "s0, s1, s2: seeds 0, 1, 2." in render(columns, "markdown")
+    own = json.loads(render(columns, "json"))
+    assert [record["seed"] for record in own] == [0, 1, 2, 0]
+    assert [record["cvae_is_nll"]["mean"] for record in own[:3]] == pytest.approx(numbers.mean(1), rel=1e-12)
+
+
+def test_what_is_no_other_seed_of_the_same() -> None:
+    """Another setting, other images, fewer epochs so far, the same seed once more; the device does not count."""
+    runs = [
+        result("a", "0" * 64, seed=1),
+        result("b", "0" * 64, seed=2, device="cpu"),
+        result("c", "0" * 64, seed=3, learning_rate=1.0),
+        result("d", "1" * 64, seed=4),
+        result("e", "0" * 64, 3, seed=5),
+        result("f", "0" * 64, seed=1),
+        result("g", "0" * 64, seed=2),
+    ]
+    groups = ["".join(each.run for each in column.results) for column in by_setting(runs)]
+    assert groups == ["ab", "c", "d", "e", "fg"]
+
+
+def test_differences_are_paired_by_image() -> None:
+    """Their standard error is that of the differences: far less than those of the means, where images differ alike."""
+    a, b = of_seeds()[:2]
+    hard = torch.linspace(0, 1000, 50, dtype=torch.float64)
+    a, b = (each._replace(per_image=Likelihoods(*(v + hard for v in each.per_image))) for each in (a, b))
+    a = a._replace(against=b)
+    own = {
+        key: (a.values(Row(key, s)) - b.values(Row(key, s))).numpy()
+        for key, s in (("nn_nll", None), ("cvae_is_nll", 9))
+    }
+    (record, other) = json.loads(rendered("json", a, b))
+    assert other["against"] is None
+    assert record["against"]["run"] == "s1"
+    for key, differences in own.items():
+        error = differences.std(ddof=1) / math.sqrt(50)
+        assert record["against"][key] == pytest.approx({"mean": differences.mean(), "stderr": error}, rel=1e-9)
+        assert error < record[key]["stderr"] / 100
+    block = rendered("text", a, b).split("\n\n")[1].splitlines()
+    assert block[0].split("  ")[0] == "minus s1, below zero is better"
+    assert block[0].endswith("  s0 (1 quadrant)")
+    assert f"{own['nn_nll'].mean():+.3f} ± " in block[2]
+    assert not any(line.startswith(("Effective", "Active")) for line in block)
+
+
+def test_differences_of_settings_are_of_their_means_over_seeds() -> None:
+    results = of_seeds()
+    against = [results[0], *(each._replace(against=results[0]) for each in results[1:])]
+    block = render(by_setting(against), "markdown").split("\n\n")[1].splitlines()
+    assert block[0] == "| minus s0, s1, s2, below zero is better | other (1 quadrant) |"
+    means = torch.stack([each.per_image.nn_nll for each in results[:3]]).mean(0)
+    assert block[2].startswith(f"| NN (baseline) | {(results[3].per_image.nn_nll - means).mean():+.3f} ± ")
+
+
+def test_against(place: Path, copied: Callable[..., Path], table: list[dict[str, Any]]) -> None:
+    """The named run is among the table's, first if nobody named it; runs with another mask are refused in a line."""
+    copy = copied(name="copy")
+    ended = call_eval(copy, "q2", "--against", "q1", "--format", "json")
+    assert ended.code == 3
+    assert ended.line == "runs/q2: cannot be compared with runs/q1: the mask is another"
+    found = json.loads(ended.out)
+    assert [(record["run"], record["against"] and record["against"]["run"]) for record in found] == [
+        ("q1", None), ("copy", "q1"), ("q2", None)
+    ]  # fmt: skip
+    zero = {"mean": 0.0, "stderr": 0.0}
+    assert found[1]["against"]["cvae_is_nll"] == found[1]["against"]["by_samples"]["3"]["cvae_mc_nll"] == zero
+    assert found[0] == table[0]
+    assert "minus q1" not in call_eval("q1", "q2", "--against", "runs/q1").out, "there is none to compare"
+    text = call_eval(copy, "q1", "--against", place / "runs/q1").out
+    assert re.search(r"^minus q1, below zero is better +copy \(1 quadrant\)$", text, re.MULTILINE)
+    columns = csv.DictReader(io.StringIO(call_eval(copy, "--against", "q1", "--format", "csv").out))
+    assert [row["against_nn_nll_mean"] for row in columns] == ["", "0.0"]
+
+
+def test_against_what_cannot_be_evaluated(tmp_path: Path) -> None:
+    ended = call_eval("q1", "--against", "nowhere")
+    assert (ended.code, ended.line) == (2, "--against nowhere: there is no such run")
+    ended = call_eval("q1", "--against", "unfinished/begun")
+    assert (ended.code, ended.out) == (3, "")
+    assert ended.err.splitlines()[0].startswith("eval.py: unfinished/begun: is not finished")
+    assert ended.err.splitlines()[-1].endswith("--against unfinished/begun: cannot be evaluated")
+
+
+def test_other_test_images_are_not_compared(place: Path, copied: Callable[..., Path], tmp_path: Path) -> None:
+    other = copied(name="other")
+    images = images_of(place).flip(0)
+    change(other, "settings", "data", value=str(write_data(tmp_path / "flipped", images.repeat(2, 1, 1), images)))
+    change(other, "images", value={"height": 10, "width": 9})
+    ended = call_eval(other, "--against", "q1")
+    assert (ended.code, ended.line) == (3, f"{other}: cannot be compared with runs/q1: the test images are others")
+
+
+def test_levels_of_z(place: Path) -> None:
+    """A network of several: each with its KL, whose sum the −ELBO has, and its active units."""
+    runs = place / "levels"
+    words = ["--data", "data", "--network", "deep", "--levels", "2", *TINY]
+    assert call_train(*words, "--runs", runs).code == 0
+    (found,) = records(call_eval(runs, "--format", "json"))
+    assert (len(found["kl"]), found["units"]) == (2, [2, 2])
+    assert all(level["mean"] > 0 for level in found["kl"])
+    active = "+".join(map(str, found["active_units"]))
+    assert re.search(rf"^Active units of z +{re.escape(active)} of 4$", call_eval(runs).out, re.MULTILINE)
+    logged = read_metrics(runs / "q1/metrics.jsonl")[-1]
+    for part in ("train", "validation"):
+        assert logged[f"{part}_kl"] == pytest.approx(logged[f"{part}_kl_1"] + logged[f"{part}_kl_2"], rel=1e-6)
+    each = [logged[f"validation_active_units_{i}"] for i in (1, 2)]
+    assert logged["validation_active_units"] == sum(each)
+    assert {f"cvae/{name}/validation" for name in ("kl_1", "kl_2", "active_units_1")} <= events(runs / "q1")[
+        "scalars"
+    ].keys()
+
+
+def test_gsnn_says_nothing_of_its_recognition_network(place: Path) -> None:
+    assert call_train("--data", "data", "--objective", "gsnn", *TINY, "--runs", "gsnn").code == 0
+    (found,) = records(call_eval("gsnn", "--format", "json"))
+    assert found["kl"] is found["active_units"] is found["cvae_is_nll"]["mean"] is found["ess"]["median"] is None
+    assert found["cvae_mc_nll"]["mean"] > 0
+    rows = {line.split("  ")[0]: line.split()[-1] for line in call_eval("gsnn").out.splitlines() if "  " in line}
+    assert rows["Active units of z"] == rows["Effective samples of S = 3"] == rows["Performance gap"] == "–"
+    assert not any("active_units" in name for name in read_metrics(place / "gsnn/q1/metrics.jsonl")[-1])
 
 
 @pytest.mark.parametrize("form", ["text", "markdown"])
@@ -161,8 +355,8 @@ def test_table_to_read(table: list[dict[str, Any]], form: str) -> None:
     labels = {
         "NN (baseline)": "nn_nll",
         "CVAE (−ELBO)": "cvae_neg_elbo",
-        "CVAE (Monte Carlo)": "cvae_mc_nll",
-        "CVAE (importance sampling)": "cvae_is_nll",
+        "CVAE (Monte Carlo, S = 3)": "cvae_mc_nll",
+        "CVAE (importance sampling, S = 3)": "cvae_is_nll",
     }
     for label, key in labels.items():
         (line,) = (line for line in ended.out.splitlines() if line.removeprefix("| ").startswith(label))
@@ -183,7 +377,7 @@ def test_seed_of_the_noise(table: list[dict[str, Any]]) -> None:
 def test_single_test_image_has_no_standard_error_and_json_says_so() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, of the standard deviation of one number
-        text = render([Column("q1", Settings(), 5, values(1))], "json")
+        text = rendered("json", result()._replace(per_image=values(1)))
     (record,) = json.loads(text, parse_constant=pytest.fail)
     assert record["nn_nll"]["stderr"] is None
     assert record["gap_stderr"] is None
@@ -193,29 +387,29 @@ def test_published_figures_stand_under_columns_of_the_same_alone() -> None:
     """Quadrants of MNIST in grey levels, wherever MNIST comes from; each number of quadrants for itself."""
     assert load_test().record["test"]["sha256"] == MNIST
     published = {1: ("100.4", "71.8", "about 82"), 2: ("61.9", "51.0"), 3: ("25.4", "24.2")}
-    same = {k: Column(f"q{k}", Settings(quadrants=k, data="/copy/of/mnist"), 100, values(), MNIST) for k in published}
+    same = {k: result(f"q{k}", MNIST, quadrants=k, data="/copy/of/mnist") for k in published}
     others = [
-        Column("fashion", Settings(), 100, values(), "0" * 64),
-        Column("half", Settings(observed="left"), 100, values(), MNIST),
-        Column("binary", Settings(targets="binary"), 100, values(), MNIST),
-        Column("fixed", Settings(targets="binary-fixed"), 100, values(), MNIST),
+        result("fashion", "0" * 64),
+        result("half", MNIST, observed="left"),
+        result("binary", MNIST, targets="binary"),
+        result("fixed", MNIST, targets="binary-fixed"),
     ]
     for form in ("text", "markdown"):
         for k, figures in published.items():
-            printed = render([same[k], *others], form)
+            printed = rendered(form, same[k], *others)
             assert all(figure in printed for figure in figures)
             assert not any(figure in printed for other in published if other != k for figure in published[other])
-        printed = render(others, form)
+        printed = rendered(form, *others)
         assert "tutorial" not in printed
         assert "MNIST" not in printed
         assert not any(figure in printed for figures in published.values() for figure in figures)
 
 
 def test_entropy_of_grey_levels_is_for_grey_levels_alone() -> None:
-    grey, binary = Column("g", Settings(), 9, values()), Column("b", Settings(targets="binary"), 9, values())
-    floor = grey.estimates()["floor"].mean
-    assert f"a floor under every row but the gap: {floor:.1f} for g.\n" in render([grey, binary], "text")
-    assert "floor" not in render([binary], "text")
+    grey, binary = result("g"), result("b", targets="binary")
+    floor = grey.per_image.floor.mean()
+    assert f"a floor under every row but the gap: {floor:.1f} for g.\n" in rendered("text", grey, binary)
+    assert "floor" not in rendered("text", binary)
 
 
 @pytest.mark.parametrize(
@@ -229,16 +423,16 @@ def test_entropy_of_grey_levels_is_for_grey_levels_alone() -> None:
     ],
 )
 def test_heading(settings: dict[str, Any], epochs: int | None, heading: str) -> None:
-    column = Column("a", Settings(**settings), 9, values(), None, epochs)
-    assert render([column], "text").splitlines()[0].endswith(f"  {heading}")
-    assert json.loads(render([column], "json"))[0]["unfinished_at_epoch"] == epochs
+    found = result("a", None, epochs, **settings)
+    assert rendered("text", found).splitlines()[0].endswith(f"  {heading}")
+    assert json.loads(rendered("json", found))[0]["unfinished_at_epoch"] == epochs
 
 
 def test_names_that_would_break_a_table() -> None:
-    column = Column("a|b\nc", Settings(), 9, values())
-    lines = render([column], "markdown").splitlines()
+    found = result("a|b\nc")
+    lines = rendered("markdown", found).splitlines()
     assert lines[0] == "| nats per image, lower is better | a\\|b\\nc (1 quadrant) |"
-    assert json.loads(render([column], "json"))[0]["run"] == "a|b\nc"
+    assert json.loads(rendered("json", found))[0]["run"] == "a|b\nc"
 
 
 # Which runs
@@ -372,7 +566,8 @@ def test_unfinished_runs(place: Path) -> None:
     assert ended.code == 3
     assert ended.line.startswith("unfinished/baseline: only its baseline is trained so far")
     assert "  begun (1 quadrant, epoch 2 so far)\n" in ended.out
-    [record] = records(call_eval("unfinished/begun", "q1", "--unfinished", "--format", "json"))[:1]
+    words = ["--unfinished", "--precision", "fp32", "--format", "json"]
+    [record] = records(call_eval("unfinished/begun", "q1", *words))[:1]
     assert (record["run"], record["unfinished_at_epoch"]) == ("begun", 2)
     # By the best weights so far: the baseline's guess of the test images is computed here once more.
     model = load(place / "unfinished/begun")
@@ -473,7 +668,7 @@ def test_pictures_that_cannot_be_drawn(
 ) -> None:
     """It is said before the evaluation is spent, and nothing is written."""
     before = contents(place)
-    monkeypatch.setattr(evaluation, "evaluate", lambda *_: pytest.fail("it evaluates"))
+    monkeypatch.setattr(evaluation, "result_of", lambda *_: pytest.fail("it evaluates"))
     ended = call_eval("q1", *words)
     assert ended.code == code
     assert ended.line.startswith(reason)
@@ -489,7 +684,10 @@ def test_pictures_that_cannot_be_drawn(
         (["--digits", "", "--figure", "f.png"], "argument --digits: "),
         (["--digits", "3"], "--digits chooses test images for --figure and --samples-to"),
         (["--samples", "0"], "argument --samples: "),
-        (["--samples", "x"], "argument --samples: "),
+        (
+            ["--samples", "100", "q1"],
+            "argument --samples: has to be from 1 to 1000000, not 'q1'; runs are named before it",
+        ),
         (["--format", "xml"], "argument --format: "),
         (["--seed", "1.5"], "argument --seed: "),
         (["--data", "x" * 10_001], "data has to be a name"),
@@ -599,11 +797,10 @@ def test_other_encodings(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None
         assert caught.value.code == 0
         assert written.getvalue()
         assert (sys.stdout, stream.errors) == (stream, "strict")
-    column = Column("q\udcff", Settings(), 9, values())
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
     with safe_output():
-        print("±−×ŷ\udcff", render([column], "json"), end="")
+        print("±−×ŷ\udcff", rendered("json", result("q\udcff")), end="")
     text, _, table = written.getvalue().decode(encoding).partition(" ")
     readings = {"ascii": "+--xy", "cp1252": "±-×y", "cp437": "±-xy", "utf-8": "±−×ŷ"}
     assert text == readings[encoding] + "\\udcff"
