@@ -161,7 +161,7 @@ def draw(subject: Subject, figure: Path | None, samples: list[Path], options: ar
     random = [runtime.generator(device, options.seed, "figure", digit) for digit in digits]
     eps = torch.cat([noise(NUM_SAMPLES, 1, model, each) for each in random], dim=1)
     guess = model.baseline_net(x).sigmoid()
-    rows = figures.completion_rows(images, split, guess, model.complete(x, eps))
+    rows = figures.completion_rows(images, split, guess, model.completions(x, eps))
     if figure is not None:
         figures.write_picture(figure, figures.as_picture(figures.draw_rows(rows)))
     figures.write_pieces(samples, rows)

@@ -216,7 +216,7 @@ def train_run(run: Run, load_images: Callable[[], TrainImages], resume: bool, ov
     phase = Phase(
         "cvae", cvae, objective(s), s.epochs, train, validation,
         noise=lambda count, random: (noise(s.particles, count, cvae, random),),
-        picture=lambda model: completions(digits, split, baseline(x).sigmoid(), model.complete(x, eps)),
+        picture=lambda model: completions(digits, split, baseline(x).sigmoid(), model.completions(x, eps)),
     )  # fmt: skip
     progress = fit(phase, run, last)
     run.processes.on_main(lambda: run.finish(progress))

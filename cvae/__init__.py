@@ -4,13 +4,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cvae.data.digits import as_digit
+    from cvae.report.figures import show
     from cvae.run.load import load
     from cvae.run.tutorial import load_tutorial
 
 __version__ = "0.3.0"
-__all__ = ["load", "load_tutorial"]
+__all__ = ["as_digit", "load", "load_tutorial", "show"]
 
-_PLACES = {"load": "cvae.run.load", "load_tutorial": "cvae.run.tutorial"}
+_PLACES = {
+    "as_digit": "cvae.data.digits",
+    "load": "cvae.run.load",
+    "load_tutorial": "cvae.run.tutorial",
+    "show": "cvae.report.figures",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,6 @@
-"""The commands `cvae-train` and `cvae-eval`: the scripts, as `pip install` has them in the package `cvae_commands`."""
+"""The installed commands: `cvae-train` and `cvae-eval`, which are the scripts as `pip install` has them in the package
+`cvae_commands`, and those of modules.
+"""
 
 from importlib import import_module
 
@@ -7,15 +9,20 @@ from cvae.startup import before_torch
 
 def train() -> int:
     """`train.py`; returns the exit code."""
-    return _main("train")
+    return _main("cvae_commands.train")
 
 
 def evaluate() -> int:
     """`eval.py`; returns the exit code."""
-    return _main("eval")
+    return _main("cvae_commands.eval")
 
 
-def _main(script: str) -> int:
+def complete() -> int:
+    """`python -m cvae.report.complete`; returns the exit code."""
+    return _main("cvae.report.complete")
+
+
+def _main(module: str) -> int:
     before_torch()
-    code: int = import_module(f"cvae_commands.{script}").main()
+    code: int = import_module(module).main()
     return code

@@ -17,7 +17,10 @@ from cvae.errors import CvaeError, DiskError
 
 Arguments = ParamSpec("Arguments")
 BAR_AFTER_S, LINE_EVERY_S = 2, 60
-ASCII = {"±": "+-", "−": "-", "–": "-", "─": "-", "×": "x", "→": "->", "≤": "<=", "≥": ">=", "…": "...", "ŷ": "y"}
+ASCII = {
+    "±": "+-", "−": "-", "–": "-", "─": "-", "×": "x", "→": "->", "≤": "<=", "≥": ">=", "…": "...", "ŷ": "y",
+    "▀": '"', "▄": "_", "█": "#",
+}  # fmt: skip
 """How characters are written where they cannot be shown; any other one by its number, as \\u00e9."""
 
 

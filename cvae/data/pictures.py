@@ -85,6 +85,11 @@ def _part(folder: Path, names: Sequence[str], side: int | None) -> Part:
     return Part(len(paths), height, width, read, paths.__getitem__, lambda count: count * height * width)
 
 
+def pictures_below(folder: str | Path) -> list[str]:
+    """The paths in a folder of all pictures below it, sorted, as `find_pictures` takes them. Raises DataError."""
+    return _Listing(Path(folder)).pictures
+
+
 class _Listing:
     """What lies below a folder: `pictures`, their paths in it, sorted; and the number of `others`.
 
@@ -161,6 +166,12 @@ def read_picture(
         simplefilter("error", Image.DecompressionBombWarning)
         with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
             return _decoded(image, str(path), side, expected, notes)
+
+
+def grey_levels(picture: Image.Image, name: str = "the picture") -> Array:
+    """The grey levels of an open picture, as `read_picture` gives them. name: for messages."""
+    with naming(name, "cannot be read as a picture"):
+        return _decoded(picture, name, None, None, [])
 
 
 def _decoded(image: Image.Image, path: str, side: int | None, expected: Expected | None, notes: list[str]) -> Array:

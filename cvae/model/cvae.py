@@ -4,14 +4,21 @@ Images are vectors with their observed pixels first (`Split.vectors`): x `[B, nu
 both in [0, 1]. guess: the logits of the baseline's guess ŷ for y, `[B, num_hidden]`; computed where it is None.
 """
 
+import math
+import operator
 from functools import reduce
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from cvae import runtime
+from cvae.data.given import Picture, as_images, as_pixels
+from cvae.data.images import Batch
 from cvae.data.masks import Split, described
 from cvae.model.densities import Gaussian, bernoulli_log_prob, gaussian_kl, gaussian_log_prob
+
+Seed = int | torch.Generator | None
 
 
 class Latent(NamedTuple):
@@ -128,13 +135,65 @@ class CVAE(nn.Module):
         self.baseline_net.eval()
         return self
 
-    def complete(self, x: Tensor, eps: Tensor) -> Tensor:
+    def completions(self, x: Tensor, eps: Tensor) -> Tensor:
         """Completions of x: the pixel means of p(y|x,z) at z ~ p(z|x), in [0, 1], `[S, B, num_hidden]`.
 
         eps: the noise, `[S, B, latent_dim]`, or `[S, 1, latent_dim]` to use the same for all images. Raises ValueError
         for tensors of other shapes, and for values of x outside [0, 1].
         """
         return self.from_prior(x, None, eps).logits.sigmoid()
+
+    @torch.no_grad()
+    def complete(
+        self, picture: Picture, samples: int = 10, seed: Seed = None, temperature: float = 1.0
+    ) -> Tensor:  # fmt: skip
+        """Pictures `[samples, B, height, width]` in [0, 1]: the observed pixels as given, the hidden ones completed.
+
+        picture: B pictures, as `as_images` takes them; their hidden pixels may hold anything. seed: a number, or a
+        generator on the model's device; None: other samples each time, drawn by the default generator. temperature: a
+        factor of z's noise, 1 for samples of p(z|x), 0 for its mean. Raises ValueError for what is of another size,
+        type or range, and DataError for a file that cannot be read.
+        """
+        from cvae.model.likelihood import noise  # it imports this module
+
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"temperature has to be a number from 0 on, not {temperature}")
+        observed = self.split.split(as_images(picture, self.split))[0]
+        x = self._pixels("the observed part of a picture", observed)
+        eps = noise(_positive(samples), len(x), self, self._random(seed)).to(x.dtype)
+        return self.split.compose(x, self.completions(x, temperature * eps))
+
+    @torch.no_grad()
+    def log_likelihood(self, picture: Picture, samples: int = 1000, seed: Seed = None) -> Tensor:
+        """log p(y|x) of whole pictures, nats per image `[B]`, float64, higher is better.
+
+        An estimate by importance sampling, with so many samples of z ~ q(z|x,y); in expectation it lies below the true
+        value. Arguments and errors as those of `complete`, but that no pixel may hold anything else than its level.
+        """
+        from cvae.model.likelihood import IMAGES_AT_ONCE, importance_sampling_nll  # it imports this module
+
+        x, y = self.split.split(self._pixels("a picture", as_images(picture, self.split)))
+        random, count = self._random(seed), _positive(samples)
+        batches = map(Batch, x.split(IMAGES_AT_ONCE), y.split(IMAGES_AT_ONCE))
+        return -torch.cat([importance_sampling_nll(self, batch, count, random) for batch in batches])
+
+    def _pixels(self, name: str, pixels: Tensor) -> Tensor:
+        return as_pixels(name, pixels, like=next(self.parameters()))
+
+    def _random(self, seed: Seed) -> torch.Generator:
+        device = next(self.parameters()).device
+        if isinstance(seed, torch.Generator):
+            if seed.device.type != device.type:
+                raise ValueError(f"the generator has to be on {device}, as the model is, not on {seed.device}")
+            return seed
+        number = int(torch.randint(1 << 62, ())) if seed is None else operator.index(seed)
+        return runtime.generator(device, number, "pictures")
+
+
+def _positive(samples: int) -> int:
+    if operator.index(samples) < 1:
+        raise ValueError(f"samples has to be a number from 1 on, not {samples}")
+    return samples
 
 
 def check(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device, values: str = "in [0, 1]") -> None:

@@ -10,7 +10,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from cvae.data.masks import Split
+from cvae.data.given import in_range
+from cvae.data.masks import Split, described
 from cvae.errors import DiskError, UsageError
 from cvae.run.checkpoint import write_atomically
 
@@ -56,19 +57,23 @@ def completion_rows(
     images: uint8 `[N, height, width]`. y_hat: ŷ, in [0, 1], `[N, num_hidden]`. samples: `[S, N, num_hidden]`. Each row
     comes back as its label and its pictures, `[N, 3, height, width]` in [0, 1], on the CPU.
     """
-    x, y = split.split(images.cpu().float() / 255)
-    given = _colour(split.compose(x, torch.zeros_like(y)))
-    given = torch.where(split.observed, given, torch.tensor(NOT_GIVEN)[:, None, None])
+    images = images.cpu().float() / 255
+    x = split.split(images)[0]
     name = split.name if len(split.name) <= LONGEST_NAME else split.name[: LONGEST_NAME - 1] + "…"
-    rows = [(f"input: {name}" if name else "input", given), ("truth", _colour(split.compose(x, y)))]
-    rows.append(("NN", _colour(split.compose(x, y_hat.detach().cpu().float()))))
+    rows = [(f"input: {name}" if name else "input", as_given(images, split)), ("truth", colour(images))]
+    rows.append(("NN", colour(split.compose(x, y_hat.detach().cpu().float()))))
     if samples is not None:
-        completed = _colour(split.compose(x, samples.detach().cpu().float()))
+        completed = colour(split.compose(x, samples.detach().cpu().float()))
         rows += [(f"CVAE {i}", sample) for i, sample in enumerate(completed, start=1)]
     return rows
 
 
-def _colour(images: Tensor) -> Tensor:
+def as_given(images: Tensor, split: Split) -> Tensor:
+    """Grey images `[…, height, width]` in [0, 1] in colours `[…, 3, height, width]`, hidden pixels in NOT_GIVEN."""
+    return torch.where(split.observed, colour(images), torch.tensor(NOT_GIVEN)[:, None, None])
+
+
+def colour(images: Tensor) -> Tensor:
     """Grey images `[..., height, width]` as `[..., 3, height, width]`."""
     return images.unsqueeze(-3).expand(*images.shape[:-2], 3, *images.shape[-2:])
 
@@ -80,7 +85,8 @@ def draw_rows(rows: list[tuple[str, Tensor]]) -> Tensor:
     """
     font = ImageFont.load_default(size=FONT_SIZE)
     margin = max(int(font.getlength(label)) for label, _ in rows) + 2 * FONT_SIZE // 3
-    count, _, height, width = rows[0][1].shape
+    _, _, height, width = rows[0][1].shape
+    count = max(len(images) for _, images in rows)
     side = max(height, width)
     zoom = min(LARGEST_TILE / side, max(1, round(TILE / side)))
     tile = max(1, round(width * zoom)), max(1, round(height * zoom))
@@ -96,6 +102,20 @@ def draw_rows(rows: list[tuple[str, Tensor]]) -> Tensor:
     return (
         torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(*picture.size[::-1], 3).permute(2, 0, 1)
     )
+
+
+def show(pictures: Tensor) -> Image.Image:
+    """Grey pictures beside each other as one Pillow image, which a notebook shows.
+
+    pictures: `[H, W]`, `[N, H, W]`, or `[S, B, H, W]` as `model.complete` gives them: a row for each of B, with its S
+    completions; uint8, or floats in [0, 1]. Raises ValueError for others.
+    """
+    levels = pictures.dtype == torch.uint8 or pictures.is_floating_point()
+    if not 2 <= pictures.dim() <= 4 or not pictures.numel() or not levels or not in_range(pictures):
+        wanted = "uint8 or floats in [0, 1], [H, W], [N, H, W] or [S, B, H, W]"
+        raise ValueError(f"pictures to be shown are {wanted}, not {described(pictures)}")
+    rows = pictures.transpose(0, 1) if pictures.dim() == 4 else pictures.reshape(1, -1, *pictures.shape[-2:])
+    return as_picture(draw_rows([("", row) for row in colour(rows.detach().cpu())]))
 
 
 def as_picture(image: Tensor) -> Image.Image:
@@ -138,16 +158,21 @@ def refuse_to_replace(paths: Sequence[Path]) -> None:
             raise UsageError(f"{path} exists already and is left as it is; choose another folder")
 
 
-def write_pieces(paths: Sequence[Path], rows: list[tuple[str, Tensor]]) -> None:
-    """Write each image of the rows to a file of its own, pixel for pixel; grey but for the row of inputs.
-
-    Raises DiskError, also where the folder cannot be made.
-    """
+def make_folders(paths: Sequence[Path]) -> None:
+    """Make the folders of these files. Raises DiskError."""
     try:
         for folder in {path.parent for path in paths}:
             folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DiskError(f"{folder}: cannot be made ({error.strerror or error})") from None
+
+
+def write_pieces(paths: Sequence[Path], rows: list[tuple[str, Tensor]]) -> None:
+    """Write each image of the rows to a file of its own, pixel for pixel; grey but for the row of inputs.
+
+    Raises DiskError, also where the folder cannot be made.
+    """
+    make_folders(paths)
     images = [(label, image) for label, row in rows for image in row]
     for path, (label, image) in zip(paths, images, strict=True) if paths else ():
         picture = as_picture(image)

@@ -59,7 +59,7 @@ def test_evaluation_and_completions_stay_on_the_device(monkeypatch, network):
             portions = list(evaluate(model, training.phase.train, [60, 110], 0))
             x = training.phase.train.batch(slice(10)).x
             # In evaluation mode it looks at the values of x too, of which there are none here.
-            samples = model.train().complete(x, torch.randn(5, 1, 4, device=CUDA))
+            samples = model.train().completions(x, torch.randn(5, 1, 4, device=CUDA))
         assert [len(each) for each in portions] == [len(Likelihoods._fields)] * 4
         assert all(values.device == CUDA for each in portions for values in each)
         assert samples.shape == (5, 10, model.split.num_hidden)

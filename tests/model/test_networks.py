@@ -77,7 +77,7 @@ def test_shapes(make_toy, network, case, particles):
         assert draw.kl.shape in ((count,), (particles, count))
         assert all(tensor.isfinite().all() for tensor in tensors_of(draw))
     for eps in (toy.eps, toy.eps[:, :1]):
-        completions = model.complete(toy.x, eps)
+        completions = model.completions(toy.x, eps)
         assert completions.shape == (particles, count, toy.split.num_hidden)
         assert ((completions >= 0) & (completions <= 1)).all()
 
@@ -559,7 +559,7 @@ def test_completions_are_the_plain_ones(make_toy, network, case):
     for eps in (toy.eps, toy.eps[:, :1]):
         logits = reference.generation(loc + scale * eps, images)
         plain = torch.where(reference.observed, images, torch.sigmoid(logits))
-        ours = toy.split.compose(toy.x, toy.cvae.complete(toy.x, eps)).flatten(2)
+        ours = toy.split.compose(toy.x, toy.cvae.completions(toy.x, eps)).flatten(2)
         torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-14)
 
 

@@ -56,7 +56,7 @@ def test_what_is_not_of_the_model(
         model.from_prior(x, guess, eps)
 
     def complete(x: Tensor, y: Tensor, guess: Tensor | None, eps: Tensor) -> None:
-        model.complete(x, eps)
+        model.completions(x, eps)
 
     calls = [draw, *([draw_from_prior] if name != "y" else []), *([complete] if name in ("x", "eps") else [])]
     for call in calls:

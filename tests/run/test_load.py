@@ -104,7 +104,7 @@ def test_it_is_ready_to_use(place: Path) -> None:
     assert (model.split.height, model.split.width) == (10, 9)
     assert torch.equal(model.split.observed.nonzero(), torch.cartesian_prod(torch.arange(5, 10), torch.arange(4)))
     x = model.split.split(torch.rand(3, 10, 9))[0]
-    completions = model.complete(x, torch.randn(5, 3, 4))
+    completions = model.completions(x, torch.randn(5, 3, 4))
     assert completions.shape == (5, 3, model.split.num_hidden)
     assert 0 < completions.min() < completions.max() < 1
     assert model.split.compose(x, completions).shape == (5, 3, 10, 9)
