@@ -178,7 +178,10 @@ class Split:
 def described(tensor: Tensor) -> str:
     """The type, shape and range of a tensor, for an error message."""
     ordered = tensor.numel() and not tensor.is_complex() and not tensor.is_meta
-    values = f" from {tensor.min():g} to {tensor.max():g}" if ordered else ""
+    values = ""
+    if ordered:
+        low, high = tensor.double().aminmax()  # not all integers have an order of their own in PyTorch
+        values = f" from {low:g} to {high:g}"
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}{values}"
 
 

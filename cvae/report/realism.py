@@ -134,7 +134,7 @@ def completions(model: CVAE, batch: Batch, eps: Tensor, random: torch.Generator)
     eps: the noise, `[S, B, latent_dim]`. random: for the pixels that are drawn.
     """
     guess = model.baseline_net(batch.x).sigmoid()[None]
-    means = model.complete(batch.x, eps)
+    means = model.completions(batch.x, eps)
     drawn = (torch.bernoulli(each.expand_as(means), generator=random) for each in (guess, means))
     return dict(zip(COMPLETED, (guess, next(drawn), means, next(drawn), batch.y[None]), strict=True))
 

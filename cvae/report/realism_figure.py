@@ -47,7 +47,7 @@ def draw(case: Case, judged: Judged, seed: int) -> Image.Image:
     images, split = case.images[numbers], case.model.split
     x, y, _ = ImageSet(images, split, device).batch(slice(None))
     random = [runtime.generator(device, seed, "realism figure", number) for number in numbers]
-    means = case.model.complete(x, torch.cat([noise(COMPLETIONS, 1, case.model, each) for each in random], dim=1))
+    means = case.model.completions(x, torch.cat([noise(COMPLETIONS, 1, case.model, each) for each in random], dim=1))
     columns = completion_rows(images, split, case.model.baseline_net(x).sigmoid(), means[:SHOWN])
     charts = {
         "x only": case.judges.x_only(split.compose(x, y)).softmax(-1),

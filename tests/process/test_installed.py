@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from support.inprocess import TINY, make_tiny_data
 from support.scripts import PATIENCE, ROOT
 
@@ -51,6 +52,13 @@ def test_commands_work_anywhere(command: Command, tmp_path: Path) -> None:
     evaluated = command("cvae-eval", "--samples", "2", cwd=tmp_path)
     assert (evaluated.returncode, evaluated.stderr) == (0, "")
     assert "CVAE (importance sampling)" in evaluated.stdout
+    Image.new("L", (9, 10), 128).save(tmp_path / "picture.png")
+    words = ("q1", "picture.png", "--as-is", "-o", "completed.png")
+    completed = command("cvae-complete", *words, cwd=tmp_path)
+    assert (completed.returncode, completed.stderr) == (0, "")
+    assert completed.stdout == "picture.png: 10 completions in completed.png\n"
+    without = command("cvae-complete", "q1", "none.png", "-o", "completed.png", cwd=tmp_path)
+    assert (without.returncode, without.stderr) == (3, "cvae-complete: none.png: there is no such file\n")
     again = command("cvae-train", *TINY, "--data", "data", cwd=tmp_path)
     assert (again.returncode, again.stderr.split(":")[0]) == (2, "cvae-train")
     code = """

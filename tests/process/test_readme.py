@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from PIL import Image
 from support.scripts import ROOT, run_script
+
+from cvae.data.names import mnist
 
 
 def test_library_examples(tmp_path: Path) -> None:
@@ -16,9 +19,12 @@ def test_library_examples(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     assert len(blocks) == 2
-    code = "\n".join(blocks) + "\nassert pictures.shape == (10, 8, 28, 28)\nassert loss.isfinite()\n"
+    Image.fromarray(mnist("train")[0].numpy()).save(tmp_path / "digit.png")
+    code = "\n".join(blocks) + "\nassert completions.shape == (10, 1, 28, 28)\nassert loss.isfinite()\n"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
     )  # fmt: skip
     assert (result.returncode, result.stderr) == (0, "")
+    with Image.open(tmp_path / "completions.png") as shown:
+        assert shown.width > 5 * shown.height

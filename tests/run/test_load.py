@@ -13,11 +13,13 @@ from support.trainings import contents
 from test_checkpoint import saved_by_torch, sign
 
 import cvae
+from cvae.data.digits import as_digit
 from cvae.data.masks import MASKS
 from cvae.errors import DataError
 from cvae.model.cvae import CVAE
 from cvae.model.networks import NETWORKS
 from cvae.model.objectives import OBJECTIVES
+from cvae.report.figures import show
 from cvae.run import checkpoint
 from cvae.run.folder import read_record, read_settings, read_size
 from cvae.run.load import load
@@ -113,7 +115,9 @@ def test_it_is_ready_to_use(place: Path) -> None:
 def test_what_the_package_offers() -> None:
     assert cvae.load is load
     assert cvae.load_tutorial is load_tutorial
-    assert cvae.__all__ == ["load", "load_tutorial"]
+    assert cvae.as_digit is as_digit
+    assert cvae.show is show
+    assert cvae.__all__ == ["as_digit", "load", "load_tutorial", "show"]
     assert cvae.__version__
     with pytest.raises(AttributeError, match="'cvae' has no attribute 'no_such'"):
         cvae.no_such  # noqa: B018
