@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from cvae import runtime
 from cvae.data.given import Picture, as_images, as_pixels
-from cvae.data.images import Batch
 from cvae.data.masks import Split, described
 from cvae.model.densities import Gaussian, bernoulli_log_prob, gaussian_kl, gaussian_log_prob
 
@@ -170,12 +169,10 @@ class CVAE(nn.Module):
         An estimate by importance sampling, with so many samples of z ~ q(z|x,y); in expectation it lies below the true
         value. Arguments and errors as those of `complete`, but that no pixel may hold anything else than its level.
         """
-        from cvae.model.likelihood import IMAGES_AT_ONCE, importance_sampling_nll  # it imports this module
+        from cvae.model.likelihood import importance_sampling  # it imports this module
 
         x, y = self.split.split(self._pixels("a picture", as_images(picture, self.split)))
-        random, count = self._random(seed), _positive(samples)
-        batches = map(Batch, x.split(IMAGES_AT_ONCE), y.split(IMAGES_AT_ONCE))
-        return -torch.cat([importance_sampling_nll(self, batch, count, random) for batch in batches])
+        return importance_sampling(self, x, y, _positive(samples), self._random(seed))
 
     def _pixels(self, name: str, pixels: Tensor) -> Tensor:
         return as_pixels(name, pixels, like=next(self.parameters()))

@@ -111,6 +111,16 @@ def _evaluate(model: CVAE, batch: Batch, samples: Sequence[int], random: torch.G
     )
 
 
+def importance_sampling(model: CVAE, x: Tensor, y: Tensor, samples: int, random: torch.Generator) -> Tensor:
+    """The estimate of log p(y|x) by so many samples of z ~ q(z|x,y), minus `cvae_is_nll`: nats `[B]`, float64."""
+    found = []
+    for batch in map(Batch, x.split(IMAGES_AT_ONCE), y.split(IMAGES_AT_ONCE)):
+        batch = batch._replace(guess=model.baseline_net(batch.x))
+        draws = (model.from_posterior(*batch, eps) for eps in portions(samples, batch, model, random))
+        found.append(log_mean_exp(torch.cat([draw.log_weights(batch.y) for draw in draws]).double()))
+    return torch.cat(found)
+
+
 def effective_sample_size(log_weights: Tensor) -> Tensor:
     """(Σw)² / Σw² over the first dimension, from log w: `[S, B]` → `[B]`, from 1, one weight alone, to S, all alike.
 
