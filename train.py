@@ -64,8 +64,8 @@ class Step:
         self.images, self.run = phase.train, run
         self.weights = weights = Weights(phase.model, half, slots=not s.compile)
         self.average = WeightAverage(phase.model, weights, s.average)
-        loss_scaling = run.precision == "fp16"
-        self.optimizer = GuardedAdam(weights, s.learning_rate, s.weight_decay, loss_scaling=loss_scaling)
+        fp16 = run.precision == "fp16"
+        self.optimizer = GuardedAdam(weights, s.learning_rate, s.weight_decay, loss_scaling=fp16, clip=s.clip)
         self.objective = torch.compile(phase.objective) if s.compile else phase.objective
         self.batch_size = min(s.batch_size, len(phase.train))
         self.count = len(phase.train) // self.batch_size  # of an epoch

@@ -22,8 +22,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "latent_dim": 64,
         "levels": 4,
         "weight_decay": 0.1,
+        "clip": 50.0,
         "bend": 0.9,
-        "epochs": 100,
+        "epochs": 60,
         "patience": 10,
     },
 }

@@ -104,6 +104,11 @@ class Settings:
     weight_decay: float = setting(
         0.2, SHARE, "decoupled weight decay: this share of the weights, times the learning rate, is taken off each step"
     )
+    clip: float | None = setting(
+        None,
+        optional(number(lambda v: v > 0, "a positive number")),
+        "largest norm of a step's gradient, to which larger ones are scaled down",
+    )
     bend: float = setting(
         0.0,
         SHARE,

@@ -43,6 +43,8 @@ class GuardedAdam:
     All that decides is computed on the device: a step never waits for the host, and can be captured in a CUDA graph.
     `check` looks at the outcome, whenever the host has the time; the weights are safe until then.
 
+    With `clip`, a gradient whose Euclidean norm is larger is scaled down to it. Source: Pascanu et al. 2013.
+
     With `loss_scaling` (float16), the loss is multiplied by a scale before the backward pass, and the gradients are
     divided by it after. Where gradients overflow and the loss is finite, the scale is too large: such a step is
     skipped too, counted apart, and halves the scale, which doubles again after 2,000 good steps. Source: Micikevicius
@@ -50,9 +52,10 @@ class GuardedAdam:
     """
 
     def __init__(
-        self, weights: Weights[Any], learning_rate: float, weight_decay: float = 0.0, *, loss_scaling: bool = False
+        self, weights: Weights[Any], learning_rate: float, weight_decay: float = 0.0, *,
+        loss_scaling: bool = False, clip: float | None = None,
     ):  # fmt: skip
-        self.weights = weights
+        self.weights, self.clip = weights, clip
         self.device = weights.vector.device
         self.learning_rate = torch.tensor(learning_rate, device=self.device)
         self.moments, self.squares = torch.zeros_like(weights.vector), torch.zeros_like(weights.vector)
@@ -99,14 +102,22 @@ class GuardedAdam:
         """Adam's step itself, which leaves everything as it is where `skip` is 1."""
         if self._widened is not None:
             self._widened.copy_(self.weights.gradient)
+        divisor = self._divisor()
         for part in self._parts:
             adamw(
                 [part.weights], [part.gradient], [part.moments], [part.squares], [], [part.updates],
-                fused=True, capturable=self.device.type == "cuda", grad_scale=self.scale, found_inf=skip,
+                fused=True, capturable=self.device.type == "cuda", grad_scale=divisor, found_inf=skip,
                 lr=self.learning_rate, beta1=BETA1, beta2=BETA2, eps=EPSILON, weight_decay=part.decay, amsgrad=False,
                 maximize=False,
             )  # fmt: skip
         self.weights.refresh()
+
+    def _divisor(self) -> Tensor | None:
+        """What the gradient is to be divided by: the loss scale, and what its norm is above `clip`."""
+        if self.clip is None:
+            return self.scale
+        norm = torch.linalg.vector_norm(self.weights.gradient, dtype=torch.float32)
+        return torch.maximum(norm / self.clip, torch.ones_like(norm) if self.scale is None else self.scale)
 
     def _adjust_scale(self, skip: Tensor, overflow: Tensor) -> None:
         assert self.scale is not None

@@ -10,7 +10,17 @@ from torch import nn
 
 from cvae.errors import NonFiniteError
 from cvae.model.layers import MLP
-from cvae.training.optimizer import GROWTH_INTERVAL, INITIAL_SCALE, MAX_STREAK, MAX_UNSEEN, MIN_SCALE, GuardedAdam
+from cvae.training.optimizer import (
+    BETA1,
+    BETA2,
+    EPSILON,
+    GROWTH_INTERVAL,
+    INITIAL_SCALE,
+    MAX_STREAK,
+    MAX_UNSEEN,
+    MIN_SCALE,
+    GuardedAdam,
+)  # fmt: skip
 from cvae.training.weights import Weights
 
 
@@ -121,6 +131,40 @@ def test_is_adam_by_its_formula(weight_decay):
         optimizer.step(loss)
     for name, parameter in net.named_parameters():
         torch.testing.assert_close(parameter.detach(), weights[name], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("loss_scaling", [True, False])
+def test_clipped_as_pytorch_clips(loss_scaling):
+    """Gradients below the norm are as they were; larger ones have it. AdamW's update is the same as after the clipping
+    of `torch.nn.utils`, whatever the loss scale."""
+    norms = []
+    for clip in (0.5, 2.0, 1e6):
+        net, reference = network(), network()
+        optimizer = GuardedAdam(Weights(net), 0.01, 0.1, loss_scaling=loss_scaling, clip=clip)
+        weights = [p for p in reference.parameters() if p.dim() > 1]
+        biases = [p for p in reference.parameters() if p.dim() == 1]
+        groups = [{"params": weights, "weight_decay": 0.1}, {"params": biases, "weight_decay": 0.0}]
+        plain = torch.optim.AdamW(groups, lr=0.01, betas=(BETA1, BETA2), eps=EPSILON)
+        for step in range(5):
+            advance(net, optimizer, [step])
+            plain.zero_grad()
+            batch_loss(reference, step).backward()
+            norms.append(float(torch.nn.utils.clip_grad_norm_(reference.parameters(), clip)) / clip)
+            plain.step()
+        for ours, theirs in zip(net.parameters(), reference.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert min(norms) < 1 < max(norms)
+
+
+def test_clip_counts_no_infinity():
+    """A gradient that is not finite is skipped, clipped or not."""
+    net = network()
+    optimizer = GuardedAdam(Weights(net), 0.01, clip=1.0)
+    advance(net, optimizer, range(2))
+    before = snapshot(net, optimizer)
+    assert not bad_step(net, optimizer, math.inf, "gradient")
+    after = snapshot(net, optimizer)
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_scaled_is_the_loss_times_the_scale():
