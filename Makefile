@@ -7,7 +7,7 @@ BIN := .venv/bin
 
 run: .venv/run
 	if [ -e runs/q1 ]; then $(BIN)/python train.py --resume q1; else $(BIN)/python train.py --quadrants 1; fi
-	$(BIN)/python eval.py --runs runs/q1 --figure runs/q1/completions.png
+	$(BIN)/python eval.py --runs runs/q1 --figure runs/q1/completions-test.png
 
 test: .venv/test
 	$(BIN)/python -m pytest

@@ -37,6 +37,7 @@ from cvae.model.likelihood import noise
 from cvae.model.networks import build
 from cvae.model.objectives import Totals, log_likelihood, maximised, objective
 from cvae.report.figures import completions
+from cvae.report.replay import draw_all
 from cvae.run.folder import find_run, quoted, read_precision, refuse_existing
 from cvae.run.images import once_for_all
 from cvae.run.plan import parse, plan
@@ -219,7 +220,7 @@ def train_run(run: Run, load_images: Callable[[], TrainImages], resume: bool, ov
         picture=lambda model: completions(digits, split, baseline(x).sigmoid(), model.completions(x, eps)),
     )  # fmt: skip
     progress = fit(phase, run, last)
-    run.processes.on_main(lambda: run.finish(progress))
+    run.processes.on_main(partial(run.finish, progress, draw_all))
     run.say(f"{run.folder}: trained. Next: {called('eval.py')}, or tensorboard --logdir {quoted(run.folder.parent)}")
 
 

@@ -2,9 +2,9 @@
 
 A run folder holds `config.json` (settings, images, machine, and when it was resumed where), `metrics.jsonl` (a line
 per epoch and phase), TensorBoard's events, `last.pt` (everything to go on from), `best.pt` (the best weights) and, once
-it is finished, `summary.json`; where the mask was a picture, `observed.png`, the mask itself; where it began with the
-weights of another run, `init.pt`, all weights as they were then. A run that is passed on may have `model.safetensors`
-in the place of the checkpoints.
+it is finished, `summary.json` and the figures that `cvae.report.replay` draws; where the mask was a picture,
+`observed.png`, the mask itself; where it began with the weights of another run, `init.pt`, all weights as they were
+then. A run that is passed on may have `model.safetensors` in the place of the checkpoints.
 """
 
 import json
@@ -29,6 +29,7 @@ from cvae.settings import LARGEST_SIDE, PRECISIONS, Settings
 CONFIG, METRICS, SUMMARY, OBSERVED = "config.json", "metrics.jsonl", "summary.json", "observed.png"
 BEST, LAST, INIT, EVENTS = "best.pt", "last.pt", "init.pt", "events.out.tfevents."
 WEIGHTS = "model.safetensors"
+COMPLETIONS, LEARNING, CURVES = "completions.png", "learning.gif", "curves.png"
 
 REFERENCE, PACKAGE = "reference", Path(__file__).resolve().parents[1]
 COME_WITH = (PACKAGE.parent / "runs", PACKAGE)
@@ -109,7 +110,7 @@ def is_run(path: Path) -> bool:
 
 def _clear(path: Path) -> None:
     """Remove the files of a run, that by which it is known as one last."""
-    names = (SUMMARY, LAST, BEST, WEIGHTS, INIT, METRICS, OBSERVED)
+    names = (SUMMARY, COMPLETIONS, LEARNING, CURVES, LAST, BEST, WEIGHTS, INIT, METRICS, OBSERVED)
     for file in [*path.glob(EVENTS + "*"), *(path / name for name in names), path / CONFIG]:
         file.unlink(missing_ok=True)
 

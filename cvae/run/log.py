@@ -8,12 +8,16 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from cvae.errors import DiskError
 from cvae.run.folder import EVENTS, METRICS
+
+PICTURES = "/completions"
+"""What the tags of the pictures end with, after the phase."""
 
 OURS = ".train"
 """What the names of our event files end with."""
@@ -66,7 +70,7 @@ class RunLog:
                     part, _, quantity = key.partition("_")
                     tag = f"{quantity}/{part}" if part in ("train", "validation") else key
                     self._events.add_scalar(f"{phase}/{tag}", value, step)
-            self._events.add_image(f"{phase}/completions", picture, step)
+            self._events.add_image(phase + PICTURES, picture, step)
             self._events.flush()
         except (OSError, ValueError) as error:
             raise self._failure(error) from None
@@ -106,6 +110,20 @@ class RunLog:
 
     def _failure(self, error: Exception) -> DiskError:
         return DiskError(f"{self._folder}: the log cannot be written ({getattr(error, 'strerror', None) or error})")
+
+
+def read_pictures(folder: Path) -> dict[tuple[str, int], bytes]:
+    """The pictures of a run, PNG files, by phase and epoch, as far as its events can be read.
+
+    A run that was resumed has several event files; of an epoch that is in them twice, the last picture counts.
+    """
+    view = EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 1, "tensors": 1}).Reload()
+    return {
+        (tag.removesuffix(PICTURES), event.step): event.encoded_image_string
+        for tag in view.Tags()["images"]
+        if tag.endswith(PICTURES)
+        for event in view.Images(tag)
+    }
 
 
 def _leave_to_flush(failure: threading.ExceptHookArgs) -> None:

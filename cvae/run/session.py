@@ -15,7 +15,7 @@ from cvae.data.mask_pictures import mask_png
 from cvae.data.masks import Split, is_picture, make_split
 from cvae.data.sources import difference
 from cvae.distributed import Processes
-from cvae.errors import DataError, Interrupted, NonFiniteError, UsageError
+from cvae.errors import DataError, Interrupted, NonFiniteError, UsageError, first_line
 from cvae.model.cvae import CVAE
 from cvae.run import checkpoint
 from cvae.run.checkpoint import kinds
@@ -265,9 +265,19 @@ class Run:
             content = {"phase": last["phase"], "epoch": progress["epoch"], "loss": progress["best_loss"]}
             checkpoint.save(self.folder / BEST, {**content, "model": last["average"]})
 
-    def finish(self, progress: Progress) -> None:
-        """Write `summary.json`, by which `eval.py` knows a finished run."""
+    def finish(self, progress: Progress, draw: Callable[[Path], Sequence[str]]) -> None:
+        """Have the run's figures drawn, and write `summary.json`, by which `eval.py` knows a finished run.
+
+        draw: what draws into a folder, and returns a line about each thing that is missing. Whatever it raises is no
+        more than a warning.
+        """
         assert self.log is not None
+        try:
+            missing = draw(self.folder)
+        except Exception as error:
+            missing = [f"{self.folder}: its figures are not all drawn ({first_line(error)})"]
+        for line in missing:
+            self.warn(line)
         self.log.finish(self.settings.to_dict(), {"validation_loss": progress.best_loss, "seconds": progress.seconds})
         write_json(self.folder / SUMMARY, asdict(progress))
 

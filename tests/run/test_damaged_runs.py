@@ -80,7 +80,7 @@ def exchange(path: Path) -> None:
 def test_each_file(place: Path, tmp_path: Path, data: str, name: str, spoil: Callable[[Path], None]) -> None:
     """It goes on to the end of an undisturbed run, or is refused, and what is advised then works."""
     files = sorted(path.name for path in (place / data / name).iterdir() if path.name[0] != ".")
-    assert len(files) == (6 if name == "done" else 5)
+    assert len(files) == (9 if name == "done" else 5)
     for file in files if data == "improving" else ["best.pt"]:  # all others are as needed or not with either
         run = Path(shutil.copytree(place / data / name, tmp_path / file))
         spoil(run / file)

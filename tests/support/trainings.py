@@ -92,6 +92,7 @@ def leavings(folder: Path) -> dict[str, Any]:
         "settings": read_json(folder / "config.json")["settings"],
         "metrics": [untimed(record) for record in read_metrics(folder / "metrics.jsonl")],
         "summary": untimed(read_json(summary)) if summary.exists() else None,
+        "figures": {path.name: path.read_bytes() for ending in ("png", "gif") for path in folder.glob(f"*.{ending}")},
         **checkpoints(folder),
         **events(folder),
     }
