@@ -123,11 +123,11 @@ def _write_frames(path: Path, pictures: Sequence[Image.Image]) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-@command("replay.py")
+@command("cvae.report.replay")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(
-        "python -m cvae.report.replay", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m cvae.report.replay", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     words = "run or folder of runs, as a path or a name below runs/ (default: runs/)"
     parser.add_argument("runs", nargs="*", type=user_path, metavar="RUN", help=words)
@@ -139,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except DataError as error:
             problems.append(str(error))
     for line in problems:
-        complain(f"{program('replay.py')}: {line}")
+        complain(f"{program('cvae.report.replay')}: {line}")
     return DataError.exit_code if problems else 0
 
 
