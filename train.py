@@ -127,8 +127,7 @@ def fit(phase: Phase, run: Run, last: dict[str, Any]) -> Progress:
             "seconds": time.perf_counter() - started,
             **optimizer.skipped(),
         }
-        picture = partial(phase.picture, average.model)
-        run.processes.on_main(partial(run.save_epoch, phase.name, progress, parts, record, picture))
+        run.processes.on_main(partial(run.save_epoch, phase.name, progress, parts, record, phase.picture))
         best = ", the best so far" if progress.epoch == progress.best_epoch else ""
         run.say(
             f"{phase.where(progress.epoch)}: loss {train_loss:.2f}, on validation images {validation_loss:.2f} "

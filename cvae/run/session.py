@@ -243,16 +243,16 @@ class Run:
         progress: Progress,
         parts: Mapping[str, Any],
         record: dict[str, Any],
-        picture: Callable[[], Tensor],
+        picture: Callable[[Any], Tensor],
     ) -> None:
         """Write an epoch: the log first, so that `last.pt` can say how much of it there is, and `best.pt` after that.
 
         Whatever moment the process is killed in, `last.pt` is whole, what the log has beyond it can be dropped, and a
-        `best.pt` that it is ahead of can be made from it.
+        `best.pt` that it is ahead of can be made from it. parts, picture: as `restore` and `Phase` have them.
         """
         assert self.log is not None
         (self.folder / SUMMARY).unlink(missing_ok=True)  # that of a finished run which goes on with more epochs
-        self.log.epoch(phase, record, picture())
+        self.log.epoch(phase, record, picture(parts["average"]))
         states = {name: part.state_dict() for name, part in parts.items()}
         content = {"phase": phase, "progress": asdict(progress), **states, "log": self.log.position()}
         checkpoint.save(self.folder / LAST, content)

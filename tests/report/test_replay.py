@@ -110,7 +110,7 @@ def test_completions_are_those_of_the_best_weights(done: Path) -> None:
     images = load_train(settings).validation[:NUM_DIGITS]
     x, _ = model.split.split(images / 255)
     eps = noise(NUM_SAMPLES, len(images), model, generator(torch.device("cpu"), settings.seed, "picture"))
-    expected = completions(images, model.split, model.baseline_net(x).sigmoid(), model.complete(x, eps))
+    expected = completions(images, model.split, model.baseline_net(x).sigmoid(), model.completions(x, eps))
     found = pixels(Image.open(done / "completions.png")).permute(2, 0, 1)
     assert (found.int() - expected.int()).abs().max() <= 1
     assert not torch.equal(found, logged(done)["cvae", 3].permute(2, 0, 1))
