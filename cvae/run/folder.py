@@ -153,11 +153,19 @@ def known_settings(values: object, file: Path) -> Settings:
 
 def read_size(path: Path) -> tuple[int, int]:
     """Height and width of the images that a run is trained on. Raises DataError."""
+    return known_size(_images(path), path / CONFIG)
+
+
+def _images(path: Path) -> Any:
     config = read_json(path / CONFIG)
-    images = config.get("images") if isinstance(config, dict) else None
+    return config.get("images") if isinstance(config, dict) else None
+
+
+def known_size(images: Any, file: Path) -> tuple[int, int]:
+    """Height and width in what a file says of images. Raises DataError."""
     height, width = (images.get(side) for side in ("height", "width")) if isinstance(images, dict) else (None, None)
     if not (type(height) is type(width) is int and 2 <= height <= LARGEST_SIDE and 2 <= width <= LARGEST_SIDE):
-        raise DataError(f"{path / CONFIG}: does not say the size of the images; train anew with this version")
+        raise DataError(f"{file}: does not say the size of the images; train anew with this version")
     return height, width
 
 
@@ -166,14 +174,18 @@ def read_record(path: Path) -> dict[str, Any]:
 
     That of an older run may have no more than their height and width. Raises DataError.
     """
-    read_size(path)
-    images: dict[str, Any] = read_json(path / CONFIG)["images"]
+    return known_record(_images(path), path / CONFIG)
+
+
+def known_record(images: Any, file: Path) -> dict[str, Any]:
+    """The same of what a file says of images."""
+    known_size(images, file)
     for part in ("train", "validation", "test"):
         found = images.get(part)
         is_good = isinstance(found, dict) and (type(found.get("count")), type(found.get("sha256"))) == (int, str)
         if found is not None and not is_good:
-            raise DataError(f"{path / CONFIG}: does not say what the {part} images are")
-    return images
+            raise DataError(f"{file}: does not say what the {part} images are")
+    return images  # type: ignore[no-any-return]
 
 
 def read_split(path: Path) -> Split:

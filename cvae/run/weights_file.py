@@ -24,7 +24,7 @@ from cvae.model.cvae import CVAE
 from cvae.model.densities import widen
 from cvae.model.networks import build
 from cvae.run.checkpoint import kinds, write_atomically
-from cvae.run.folder import known_settings
+from cvae.run.folder import known_record, known_settings
 from cvae.settings import Settings
 
 Weights = dict[str, Tensor]
@@ -86,8 +86,8 @@ def read_trained(path: Path, device: torch.device | str = "cpu") -> Trained:
     """All that is in a file that `save_safetensors` wrote, the weights in float32. Raises DataError."""
     metadata, tensors = read_weights(path)
     try:
-        values, images = json.loads(metadata["settings"]), json.loads(metadata["images"])
-        settings = known_settings(values, path)
+        settings = known_settings(json.loads(metadata["settings"]), path)
+        images = known_record(json.loads(metadata["images"]), path)
         split = Split(_mask(metadata["observed"]), mask_name(settings))
         if (images["height"], images["width"]) != (split.height, split.width):
             raise ValueError("images of another size than the mask's")

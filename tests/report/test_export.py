@@ -1,0 +1,277 @@
+"""Exported models, as other programs read them: the same completions, what the files say, and what is refused."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from PIL import Image
+from reference.networks import TEST_NETWORKS
+from support.inprocess import call
+from support.scripts import PATIENCE, ROOT
+from torch import Tensor
+
+from cvae.data.mask_pictures import mask_png
+from cvae.data.masks import Split, quadrants
+from cvae.errors import DataError
+from cvae.model.networks import NETWORKS, build
+from cvae.report import export
+from cvae.report.formats import FORMATS, as_safetensors, from_safetensors, write
+from cvae.run.folder import read_record, read_settings, read_split
+from cvae.run.load import load, load_trained
+from cvae.run.weights_file import Trained, save_safetensors
+from cvae.settings import Settings
+
+SPLIT = Split(quadrants(1, 10, 9), "1 quadrant")
+SMALL = Settings(hidden=(8, 7), latent_dim=4)
+IMAGES = {"height": 10, "width": 9}
+
+
+def trained(seed: int = 0, **more: object) -> Trained:
+    settings = Settings(**{**SMALL.to_dict(), "hidden": (8, 7), "seed": seed, **more})
+    return Trained(build(SPLIT, settings).requires_grad_(False).eval(), settings, IMAGES)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A file of a small model, to export."""
+    save_safetensors(trained().model, SMALL, tmp_path / "source.safetensors")
+    return tmp_path / "source.safetensors"
+
+
+def by_onnxruntime(path: Path) -> Callable[[Tensor, Tensor], Tensor]:
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda x, eps: torch.from_numpy(session.run(["completed"], {"x": x.numpy(), "eps": eps.numpy()})[0])
+
+
+OTHERS = {
+    ".onnx": by_onnxruntime,
+    ".pt2": lambda path: torch.export.load(path).module(),
+    ".safetensors": lambda path: lambda x, eps: plainly_completed(load(path), x, eps),
+}
+"""How other programs compute what is in a file."""
+
+
+def plainly_completed(model: torch.nn.Module, x: Tensor, eps: Tensor) -> Tensor:
+    """What is observed of each picture, and what the model makes of the rest."""
+    observed, completed = SPLIT.observed, x.expand(len(eps), *x.shape).clone()
+    logits = model.from_prior(x[:, observed], None, eps).logits
+    completed[..., ~observed] = logits.sigmoid()
+    return completed
+
+
+def environment(*folders: Path) -> dict[str, str]:
+    path = os.pathsep.join(map(str, (*folders, ROOT)))
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
+
+
+def command(*words: str | Path, cwd: Path, before: tuple[Path, ...] = ()) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "cvae.report.export", *map(str, words)]
+    return subprocess.run(
+        line, cwd=cwd, env=environment(*before), capture_output=True, text=True, timeout=PATIENCE
+    )  # fmt: skip
+
+
+# What is in the files
+
+
+@pytest.mark.parametrize("ending", [".onnx", ".pt2"])
+@pytest.mark.parametrize("network", [*NETWORKS, "regularised"])
+def test_same_completions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, network: str, ending: str) -> None:
+    """For any number of pictures and samples, whatever the hidden pixels hold.
+
+    Nothing in the file is of this machine, as the places of source code in stack traces are.
+    """
+    if network in TEST_NETWORKS:
+        monkeypatch.setitem(NETWORKS, network, TEST_NETWORKS[network])
+    subject = trained(network=network, levels=2 if network == "deep" else 1, data="/home/somebody/faces")
+    path = tmp_path / f"model{ending}"
+    assert write(path, subject, *FORMATS[ending]) < 1e-6
+    function = OTHERS[ending](path)
+    for samples, batch in ((1, 1), (1, 4), (5, 1), (3, 7)):
+        x, eps = torch.rand(batch, 10, 9), torch.randn(samples, batch, 4)
+        expected = plainly_completed(subject.model, x, eps)
+        torch.testing.assert_close(function(x, eps), expected, atol=1e-5, rtol=0)
+        filled = torch.where(SPLIT.observed, x, torch.tensor([-1.0, 7.0]).repeat(5)[:, None])
+        torch.testing.assert_close(function(filled, eps), expected, atol=1e-5, rtol=0)
+        assert torch.equal(function(x, eps)[..., SPLIT.observed], expected[..., SPLIT.observed])
+    with pytest.raises(Exception, match=r"(?i)dim|shape|size|expected"):
+        function(torch.rand(2, 9, 10), torch.randn(1, 2, 4))
+    content = path.read_bytes()
+    for word in (str(ROOT), "site-packages", "somebody", str(tmp_path), "formats.py"):
+        assert word.encode() not in content, word
+
+
+def test_command(tmp_path: Path, source: Path) -> None:
+    """It says that it has checked the file; what is in it is described there, and needs nothing of this package."""
+    ended = command(source, "--to", "model.onnx", cwd=tmp_path)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    start = "model.onnx: 0.0 MB; read again, its completions differ from the model's by at most "
+    assert ended.stdout.startswith(start)
+    assert float(ended.stdout.removeprefix(start)) < 1e-5
+    assert ended.stdout.count("\n") == 1
+
+    proto = onnx.load(tmp_path / "model.onnx")
+    onnx.checker.check_model(proto, full_check=True)
+    shapes = {
+        value.name: [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim]
+        for value in (*proto.graph.input, *proto.graph.output)
+    }
+    assert shapes == {
+        "x": ["batch", 10, 9], "eps": ["samples", "batch", 4], "completed": ["samples", "batch", 10, 9]
+    }  # fmt: skip
+    said = {each.key: each.value for each in proto.metadata_props}
+    assert "hidden pixels may hold anything" in said["x"] == proto.graph.input[0].doc_string
+    assert "noise, N(0, 1)" in said["eps"] == proto.graph.input[1].doc_string
+    assert Settings.from_dict(json.loads(said["settings"])) == SMALL
+    assert said["observed"].splitlines() == ["0" * 9] * 5 + ["1111" + "0" * 5] * 5
+
+    assert call(export, source, "--to", tmp_path / "model.pt2").code == 0
+    code = """
+import sys
+sys.modules["cvae"] = None
+import onnxruntime, torch
+x, eps, extra = torch.rand(3, 10, 9), torch.randn(2, 3, 4), {"metadata.json": ""}
+found = torch.export.load("model.pt2", extra_files=extra).module()(x, eps)
+assert "float32 [samples, batch, 4]: noise" in extra["metadata.json"]
+(other,) = onnxruntime.InferenceSession("model.onnx").run(None, {"x": x.numpy(), "eps": eps.numpy()})
+torch.testing.assert_close(found, torch.from_numpy(other), atol=1e-5, rtol=0)
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=PATIENCE, env=environment())
+
+
+# The command
+
+
+def missing_package(name: str) -> str:
+    return f"export.py: ONNX needs more packages ({name} cannot be imported): pip install onnx onnxscript onnxruntime\n"
+
+
+def test_package_that_is_not_installed(tmp_path: Path, source: Path) -> None:
+    """One line with the command that installs it."""
+    nothing = tmp_path / "nothing"
+    nothing.mkdir()
+    (nothing / "onnxruntime.py").write_text("raise ModuleNotFoundError('nothing', name='onnxruntime')")
+    ended = command(source, "--to", "model.onnx", cwd=tmp_path, before=(nothing,))
+    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", missing_package("onnxruntime"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["nothing", "source.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["onnx", "onnxscript"])
+def test_other_package_that_is_not_installed(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The other formats do without it."""
+    monkeypatch.setitem(sys.modules, name, None)
+    assert call(export, source, "--to", tmp_path / "model.onnx") == (2, "", missing_package(name))
+    assert call(export, source, "--to", tmp_path / "model.pt2").code == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["model.txt"], "files are written as .onnx, .pt2, .safetensors"),
+        (["model"], "files are written as"),
+        (["hub-folder"], "--to takes a file, or hub-folder and a folder, not hub-folder"),
+        (["one.onnx", "two.onnx"], "--to takes a file, or hub-folder and a folder, not one.onnx two.onnx"),
+        (["model.onnx", "--half"], "--half is for .safetensors and hub-folder"),
+    ],
+)
+def test_usage(source: Path, capsys: pytest.CaptureFixture[str], words: list[str], reason: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        export.main([str(source), "--to", *words])
+    assert reason in capsys.readouterr().err
+
+
+def test_what_cannot_be_read_or_written(tmp_path: Path, source: Path) -> None:
+    for words, code in (
+        ([tmp_path / "nowhere", "--to", tmp_path / "m.pt2"], 3),
+        ([tmp_path / "nowhere.safetensors", "--to", tmp_path / "m.pt2"], 3),
+        ([source, "--to", tmp_path / "no folder" / "m.safetensors"], 5),
+        ([source, "--to", "hub-folder", source / "folder"], 5),
+        ([source, "--to", "hub-folder", tmp_path], 2),
+    ):
+        ended = call(export, *words)
+        assert ended.code == code
+        assert (ended.out, ended.err.count("\n")) == ("", 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["source.safetensors"]
+
+
+def test_file_that_does_something_else_is_not_written(tmp_path: Path) -> None:
+    """What stood there before is intact."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"before")
+    other = trained(seed=1)
+    with pytest.raises(DataError, match="is not written, for its completions differ from the model's by"):
+        write(path, trained(), lambda _: as_safetensors(other), from_safetensors)
+    broken = trained()
+    next(iter(broken.model.baseline_net.parameters())).fill_(torch.nan)
+    with pytest.raises(DataError, match="differ from the model's by nan"):
+        write(path, broken, as_safetensors, from_safetensors)
+    assert path.read_bytes() == b"before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_half_precision(tmp_path: Path, source: Path) -> None:
+    """Half the weights' size; what the rounding costs is said. Weights that float16 does not hold are refused."""
+    ended = call(export, source, "--to", tmp_path / "half.safetensors", "--half")
+    assert ended.code == 0
+    start, cost = ended.out.split(" with its weights in float16, and by ")
+    assert start.endswith("by at most 0")
+    assert 0 < float(cost.removesuffix(" with them in float32\n")) < 1e-3
+    model, half = load(source), load(tmp_path / "half.safetensors")
+    for weight, rounded in zip(model.parameters(), half.parameters(), strict=True):
+        assert torch.equal(weight.half().float(), rounded)
+    large = trained()
+    next(iter(large.model.baseline_net.parameters()))[0, 0, 0] = 70_000
+    save_safetensors(large.model, SMALL, source)
+    ended = call(export, source, "--to", tmp_path / "new.safetensors", "--half")
+    assert (ended.code, ended.out) == (3, "")
+    assert not (tmp_path / "new.safetensors").exists()
+
+
+# The folder for the Hub
+
+
+def test_hub_folder(tmp_path: Path) -> None:
+    """It is loaded as it is, and reads as a run folder does; the mask that was a picture is there."""
+    observed = torch.rand(10, 9, generator=torch.manual_seed(0)) < 0.4
+    settings = Settings(observed="/home/somebody/a|mask.png", hidden=(8, 7), latent_dim=4, train_limit=50)
+    split, images = Split(observed), {**IMAGES, "train": {"count": 60, "sha256": "f" * 64}}
+    model = build(split, settings)
+    (tmp_path / "source.safetensors").write_bytes(as_safetensors(Trained(model, settings, images)))
+    folder = tmp_path / "new" / "my model"
+    ended = call(export, tmp_path / "source.safetensors", "--to", "hub-folder", folder)
+    assert ended.code == 0
+    assert ended.out.endswith(f"{folder}: ready; to upload it: hf upload USER/NAME '{folder}'\n")
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["README.md", "config.json", "model.safetensors", "observed.png"]
+    read = load_trained(folder)
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in read.model.state_dict().items())
+    assert (read.images, read_record(folder), read.settings) == (images, images, read_settings(folder))
+    assert torch.equal(read_split(folder).observed, observed)
+    with Image.open(folder / "observed.png") as picture:
+        assert picture.size == (9, 10)
+    assert (folder / "observed.png").read_bytes() == mask_png(observed)
+    assert not [path for path in folder.iterdir() if b"somebody" in path.read_bytes()]
+
+    card = ModelCard((folder / "README.md").read_text(encoding="utf-8"))
+    assert (card.data.library_name, card.data.pipeline_tag) == ("cvae-quadrants", "image-to-image")
+    assert card.text.strip().startswith("# my model\n")
+    assert "| training images | MNIST, 50 of them |" in card.text
+    assert f"| observed | a\\|mask: {int(observed.sum())} of 90 pixels |" in card.text
+
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    ended = call(export, tmp_path / "source.safetensors", "--to", "hub-folder", folder)
+    assert (ended.code, ended.err) == (
+        2,
+        f"export.py: {folder} exists already and is left as it is; choose another folder\n",
+    )
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
