@@ -10,6 +10,11 @@ its place. docs/export.md says what is in them. Exit codes: 0 done, 2 usage, or 
 be read, or a file would not do what the model does; 5 disk.
 """
 
+if __name__ == "__main__":
+    from cvae.startup import before_torch
+
+    before_torch()
+
 import argparse
 import copy
 import os

@@ -7,6 +7,7 @@ import sys
 import sysconfig
 import venv
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,18 +15,31 @@ from PIL import Image
 from support.inprocess import TINY, make_tiny_data
 from support.scripts import PATIENCE, ROOT
 
+from cvae.data.masks import Split, quadrants
+from cvae.model.networks import build
+from cvae.run.weights_file import save_safetensors
+from cvae.settings import Settings
+
+SMALL = Settings(hidden=(8, 7), latent_dim=4)
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
-def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
-    """Runs a command of an environment into which the package alone is installed; the others come from this one."""
-    folder = tmp_path_factory.mktemp("installed")
-    source = folder / "source"
-    source.mkdir()
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clone, but that its reference run has other, small weights."""
+    source = tmp_path_factory.mktemp("source")
     for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", "train.py", "eval.py"):
         shutil.copy(ROOT / name, source)
     shutil.copytree(ROOT / "cvae", source / "cvae", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "runs/reference", source / "runs/reference")
+    save_safetensors(build(Split(quadrants(1)), SMALL), SMALL, source / "runs/reference/q1/model.safetensors")
+    return source
+
+
+@pytest.fixture(scope="module")
+def command(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Command:
+    """Runs a command of an environment into which the package alone is installed; the others come from this one."""
+    folder = tmp_path_factory.mktemp("installed")
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     venv.create(folder / "env", with_pip=False)
     (packages,) = (folder / "env").glob("[lL]ib/**/site-packages")
@@ -80,3 +94,17 @@ sys.meta_path.insert(0, Finder())
 cvae.console.train()
 """
     assert command("python", "-c", code, "--help", cwd=tmp_path).stdout.startswith("True\n")
+
+
+def test_reference_runs_come_with_the_package(source: Path, command: Command, tmp_path: Path) -> None:
+    """Found from any folder, installed or in a clone; one of this name that is there comes first."""
+    code = "import cvae; print(cvae.__file__, cvae.load('reference/q1').latent_dim)"
+    installed = command("python", "-c", code, cwd=tmp_path)
+    assert (installed.stderr, installed.stdout[-3:]) == ("", " 4\n")
+    assert "site-packages" in installed.stdout
+    in_clone = f"import sys; sys.path.insert(0, {str(source)!r}); {code}"
+    assert command("python", "-c", in_clone, cwd=tmp_path).stdout == f"{source / 'cvae/__init__.py'} 4\n"
+    own = tmp_path / "runs/reference/q1/model.safetensors"
+    own.parent.mkdir(parents=True)
+    save_safetensors(build(Split(quadrants(1)), replace(SMALL, latent_dim=5)), replace(SMALL, latent_dim=5), own)
+    assert command("python", "-c", code, cwd=tmp_path).stdout[-3:] == " 5\n"
