@@ -61,17 +61,21 @@ class Block(nn.Module):
 class Encoder(nn.Module):
     """Pixels `[B, num_pixels]`, observed first → what so many places use of the image, `[B, width]` each."""
 
+    raster: Tensor
+    observed: Tensor
+
     def __init__(self, split: Split, channels: int, width: int, places: int):
         super().__init__()
         self.split, self.places = split, places
+        self.register_buffer("raster", split.raster.clone(), persistent=False)  # no step may move it to the device
         self.register_buffer("observed", split.observed.float(), persistent=False)
         self.first = Convolution(2 * PATCH**2, channels)
         self.blocks = nn.Sequential(*(Block(channels) for _ in range(BLOCKS_IN)))
         self.second, self.last = Dense(channels * math.prod(grid(split)), width), Dense(width, places * width)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        image = self.split.images(pixels)
-        seen = torch.stack([image, self.observed.to(image.dtype).expand_as(image)], dim=1)  # type: ignore[operator]
+        image = pixels.index_select(-1, self.raster).unflatten(-1, self.observed.shape)
+        seen = torch.stack([image, self.observed.to(image.dtype).expand_as(image)], dim=1)
         rows, columns = grid(self.split)
         whole = pad(seen, (0, columns * PATCH - self.split.width, 0, rows * PATCH - self.split.height))
         state = self.blocks(self.first(with_channels_last(pixel_unshuffle(whole, PATCH))))
@@ -82,9 +86,12 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """A state `[L, B, width]` → the logits of the hidden pixels, `[L, B, num_hidden]`."""
 
+    hidden: Tensor
+
     def __init__(self, split: Split, channels: int, width: int):
         super().__init__()
         self.split, self.channels = split, channels
+        self.register_buffer("hidden", split.order[split.num_observed :].clone(), persistent=False)
         self.first = Dense(width, channels * math.prod(grid(split)))
         self.blocks = nn.Sequential(*(Block(channels) for _ in range(BLOCKS_OUT)))
         self.last = Convolution(channels, PATCH**2)
@@ -94,7 +101,8 @@ class Decoder(nn.Module):
         patches = self.first(silu(state)).flatten(0, -2).unflatten(-1, (self.channels, *grid(split)))
         logits = widen(self.last(silu(self.blocks(with_channels_last(patches).to(self.last.weight.dtype)))))
         whole = pixel_shuffle(logits, PATCH)[:, 0, : split.height, : split.width]
-        return split.split(whole)[1].unflatten(0, state.shape[:-1])  # type: ignore[no-any-return]
+        of_hidden: Tensor = whole.flatten(1).index_select(1, self.hidden).unflatten(0, state.shape[:-1])
+        return of_hidden
 
 
 def grid(split: Split) -> tuple[int, int]:

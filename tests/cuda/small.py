@@ -136,6 +136,9 @@ def make_training(
         model = build(split, s)
     if move:
         model = model.to(device)
+    for module in () if move else model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))  # what is computed from the split's tensors, which are real ones
     pixels = (torch.arange(count * size * size).view(count, size, size).mul(7919) % 256).to(torch.uint8)
     images = ImageSet(pixels, split, device)
     half = runtime.HALF.get(precision)
