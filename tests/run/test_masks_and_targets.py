@@ -118,10 +118,10 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[object, ...], tuple[Ten
     seen: dict[tuple[object, ...], tuple[Tensor, Tensor | None]] = {}
     redraw = ImageSet.redraw
 
-    def noted(self: ImageSet, *key: object, binary: bool, bend: float) -> None:
+    def noted(self: ImageSet, *key: object, binary: bool, bend: float, **more: Any) -> None:
         assert binary
         assert bend == 0
-        redraw(self, *key, binary=binary, bend=bend)
+        redraw(self, *key, binary=binary, bend=bend, **more)
         seen[key] = self.vectors.clone(), None if self.guesses is None else self.guesses.clone()
 
     monkeypatch.setattr(ImageSet, "redraw", noted)
