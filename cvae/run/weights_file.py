@@ -85,6 +85,8 @@ def passed_on(s: Settings) -> Settings:
 def read_trained(path: Path, device: torch.device | str = "cpu") -> Trained:
     """All that is in a file that `save_safetensors` wrote, the weights in float32. Raises DataError."""
     metadata, tensors = read_weights(path)
+    if missing := {"settings", "images", "observed"} - metadata.keys():
+        raise DataError(f"{path}: holds no CVAE: its metadata has no {min(missing)}")
     try:
         settings = known_settings(json.loads(metadata["settings"]), path)
         images = known_record(json.loads(metadata["images"]), path)

@@ -20,6 +20,7 @@ import cvae
 from cvae.data.masks import MASKS, Split, quadrants
 from cvae.errors import DataError
 from cvae.model.networks import NETWORKS, build
+from cvae.report.judges import PACKAGED
 from cvae.run import weights_file
 from cvae.run.load import load, load_trained
 from cvae.run.weights_file import Trained, as_safetensors, load_safetensors, read_trained, save_safetensors
@@ -204,7 +205,9 @@ def test_damage(path: Path) -> None:
 
 
 def test_foreign_files(path: Path, tmp_path: Path) -> None:
-    """Those of another program, and pickled objects, which are not run."""
+    """Those of another program, of another model of this one, and pickled objects, which are not run."""
+    path.write_bytes(next(PACKAGED.glob("*.safetensors")).read_bytes())
+    assert_refused(path, "holds no CVAE: its metadata has no ")
     safetensors.torch.save_file({"weight": torch.zeros(3)}, path)
     assert_refused(path, "is damaged, or no weights of this program")
     safetensors.torch.save_file({"weight": torch.zeros(3)}, path, {"settings": "{}"})
