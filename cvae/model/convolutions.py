@@ -1,14 +1,14 @@
 """Residual convolutions over the patches of an image, for networks that see an image or draw one.
 
-An image is cut into patches of `PATCH`×`PATCH` pixels, whose pixels are channels: `[B, channels, rows, columns]`, a
-seventh of the places of MNIST's 28×28 a side. Layers keep the type of their weights; what leaves is float32 or wider.
+An image is cut into patches of `PATCH`×`PATCH` pixels, whose pixels are channels: `[B, channels, rows, columns]`, so
+that MNIST's 28×28 are 7×7 places. What leaves is in float32 or wider; within, autocast chooses the type.
 """
 
 import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, pad, pixel_shuffle, pixel_unshuffle, silu
+from torch.nn.functional import conv2d, pad, silu
 
 from cvae.data.masks import Split
 from cvae.model.densities import widen
@@ -44,7 +44,7 @@ class Convolution(nn.Module):
         nn.init.normal_(self.weight, std=gain / math.sqrt(9 * channels_in))
 
     def forward(self, x: Tensor) -> Tensor:
-        return conv2d(x.to(self.weight.dtype), self.weight, self.bias, padding=1)
+        return conv2d(x, self.weight, self.bias, padding=1)
 
 
 class Block(nn.Module):
@@ -78,7 +78,10 @@ class Encoder(nn.Module):
         seen = torch.stack([image, self.observed.to(image.dtype).expand_as(image)], dim=1)
         rows, columns = grid(self.split)
         whole = pad(seen, (0, columns * PATCH - self.split.width, 0, rows * PATCH - self.split.height))
-        state = self.blocks(self.first(with_channels_last(pixel_unshuffle(whole, PATCH))))
+        patches = (
+            whole.unflatten(-1, (columns, PATCH)).unflatten(-3, (rows, PATCH)).permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
+        )
+        state = self.blocks(self.first(with_channels_last(patches)))
         features: Tensor = self.last(silu(self.second(silu(state).flatten(1))))
         return features.chunk(self.places, dim=-1)
 
@@ -99,8 +102,9 @@ class Decoder(nn.Module):
     def forward(self, state: Tensor) -> Tensor:
         split = self.split
         patches = self.first(silu(state)).flatten(0, -2).unflatten(-1, (self.channels, *grid(split)))
-        logits = widen(self.last(silu(self.blocks(with_channels_last(patches).to(self.last.weight.dtype)))))
-        whole = pixel_shuffle(logits, PATCH)[:, 0, : split.height, : split.width]
+        logits = widen(self.last(silu(self.blocks(with_channels_last(patches)))))
+        whole = logits.unflatten(1, (PATCH, PATCH)).permute(0, 3, 1, 4, 2).flatten(3, 4).flatten(1, 2)
+        whole = whole[:, : split.height, : split.width]
         of_hidden: Tensor = whole.flatten(1).index_select(1, self.hidden).unflatten(0, state.shape[:-1])
         return of_hidden
 

@@ -476,5 +476,9 @@ def test_no_source_unpickles_objects() -> None:
     files = [*ROOT.glob("*.py"), *(file for folder in folders for file in (ROOT / folder).rglob("*.py"))]
     assert {"train.py", "eval.py", "checkpoint.py"} <= {file.name for file in files}
     sources = {str(file.relative_to(ROOT)): file.read_text() for file in files}
-    assert {name: found for name, source in sources.items() if (found := unsafe_loads(source))} == {}
+    found = {name: loads for name, source in sources.items() if (loads := unsafe_loads(source))}
+    for name in ("cvae/report/formats.py", "tests/report/test_export.py"):  # which read what they have just written
+        [load] = found.pop(name)
+        assert load.endswith("torch.export.load")
+    assert found == {}
     assert "torch.load(" in sources["cvae/run/checkpoint.py"], "the search passed over the one load that there is"

@@ -167,7 +167,8 @@ def test_mixed_precision_agrees_with_float32(make_toy, case, precision):
         step = Step(make_phase(case, toy), make_run(Settings(), name))
         weights, optimizer, eps, accepted = step.weights, step.optimizer, case.noise(toy), False
         while not accepted:  # a scale that overflows is halved, and the weights stay as they were
-            terms = case.function()(weights.model, toy.batch, *eps)
+            with runtime.autocast(step.precision, CPU):
+                terms = case.function()(weights.model, toy.batch, *eps)
             loss = -maximised(terms).mean()
             scale = 1.0 if optimizer.scale is None else float(optimizer.scale)
             with weights.collecting_gradients():
@@ -175,7 +176,8 @@ def test_mixed_precision_agrees_with_float32(make_toy, case, precision):
             found = [weights.view(weight, weights.gradient).float() / scale for weight in weights]
             accepted = bool(optimizer.step(loss.detach()))
             optimizer.check("here")
-        after = -maximised(case.function()(weights.model, toy.batch, *eps)).mean()
+        with runtime.autocast(step.precision, CPU):
+            after = -maximised(case.function()(weights.model, toy.batch, *eps)).mean()
         assert all(value.dtype == torch.float32 for value in terms.values())
         results[name] = ({name: value.detach() for name, value in terms.items()}, found, loss.item(), after.item())
     (wide, wide_gradients, wide_loss, wide_after), (half, half_gradients, _, half_after) = results.values()
