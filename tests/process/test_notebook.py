@@ -96,7 +96,7 @@ async def session(kernel: Kernel, folder: Path) -> None:
 
     answer = await kernel.run(f"%run {ROOT}/eval.py --runs runs/a --samples 2")
     assert (answer.err, answer.error) == ("", None)
-    assert "CVAE (importance sampling)" in answer.out
+    assert "CVAE (importance sampling, S = " in answer.out
     assert (await kernel.run(f"import train; print(train.main([*{words!r}, '--name', 'c']))")).out == "0\n"
     assert (await kernel.run(CHANGED)).out == "[]\n"
 

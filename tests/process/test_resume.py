@@ -265,7 +265,7 @@ def test_contradicting_settings(work: Path, forked: Forked, undisturbed: Path) -
         assert answer["code"] == 2, (words, answer)
         line, rest = answer["output"].split("\n", 1)
         assert rest == ""
-        begun = f"without {flag}, " if flag in ("--observed", "--size") else f"with {flag} "
+        begun = f"without {flag}, " if flag in ("--observed", "--size", "--clip") else f"with {flag} "
         assert line.startswith(f"train.py: runs/undisturbed was begun {begun}")
     assert contents(undisturbed) == before
 
