@@ -15,6 +15,7 @@ Phases = Mapping[str, Mapping[int, Record]]
 TRAIN, VALIDATION, GRID = (224, 146, 64), (38, 92, 168), (225, 225, 225)
 COLOURS = {"train": TRAIN, "validation": VALIDATION}
 LARGEST = 1e30  # nats
+AS_LOGGED = ("kl", "active_units")  # the beginnings of what is drawn as it is logged: by level too
 ENOUGH = 5  # epochs: of so many, the axis has room for the last nine tenths only, since the first are far from them
 COLUMNS, PANEL, LEGEND = 2, (420, 230), 30  # a row's panels; width and height of one, and height, in screen pixels
 LEFT, RIGHT, TOP, BOTTOM = 48, 12, 26, 26  # around the axes of a panel
@@ -39,7 +40,8 @@ def terms(record: Record, part: str = "validation") -> dict[str, float]:
         prefix, _, name = key.partition("_")
         if prefix == part:
             known = value if type(value) is float and abs(value) < LARGEST else math.nan
-            found |= {name: known} if name == "kl" else {f"-{name.replace('_', ' ')}": -known}
+            words = name.replace("_", " ")
+            found |= {words: known} if name.startswith(AS_LOGGED) else {f"-{words}": -known}
     return found
 
 

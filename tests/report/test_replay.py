@@ -392,3 +392,14 @@ def test_first_epochs_do_not_flatten_the_rest() -> None:
         pixels(curve(500.0, 200.0, 100.0, *rest))[60:].ne(pixels(curve(50.0, 40.0, 30.0, *rest))[60:]).float().mean()
         < 0.01
     )
+
+
+def test_signs_of_the_terms() -> None:
+    """What is maximised is drawn as minus it; divergences and counts, by level too, as they are."""
+    names = ("elbo", "log_likelihood", "kl", "kl_1", "kl_2", "active_units", "active_units_2")
+    record: dict[str, Any] = {f"validation_{name}": float(i) for i, name in enumerate(names, start=1)}
+    expected = {
+        "-elbo": -1.0, "-log likelihood": -2.0, "kl": 3.0, "kl 1": 4.0, "kl 2": 5.0,
+        "active units": 6.0, "active units 2": 7.0,
+    }  # fmt: skip
+    assert terms(record) == expected
