@@ -9,7 +9,9 @@ from typing import Any
 
 from cvae.model.likelihood import Estimate
 from cvae.report.realism import COMPLETIONS, Judged
+from cvae.report.records import in_lines
 from cvae.report.selection import Subject
+from cvae.report.tables import laid_out
 
 COLUMNS = {
     "nn": "NN", "nn_drawn": "NN, drawn", "cvae": "CVAE", "cvae_drawn": "CVAE, drawn", "truth": "truth",
@@ -52,7 +54,7 @@ def render(table: str, form: str, judged: Mapping[str, Judged], subjects: Mappin
         return json.dumps(records, indent=2) + "\n"
     if form == "csv":
         lines = csv.DictReader(io.StringIO(table))
-        return _csv([{**each, "realism": _record(judged.get(each["run"])) or {}} for each in lines])
+        return in_lines([{**each, "realism": _record(judged.get(each["run"])) or {}} for each in lines])
     if not judged:
         return table
     blocks = [_block(f"{name} ({subjects[name].model.split.name})", each, form) for name, each in judged.items()]
@@ -67,13 +69,7 @@ def _block(name: str, judged: Judged, form: str) -> str:
     cells = [[f"{name}, {count:,} images", *COLUMNS.values()]]
     for row, label in ROWS.items():
         cells.append([label, *(_cell(found.get((who, row)), 4 if "mse" in row else 3) for who in COLUMNS)])
-    if form == "markdown":
-        cells.insert(1, ["---", *["---:"] * len(COLUMNS)])
-        return "".join("| " + " | ".join(each.replace("|", "\\|") for each in row) + " |\n" for row in cells)
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    cells.insert(1, ["─" * width for width in widths])
-    lines = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in cells)
-    return "".join("  ".join(line) + "\n" for line in lines)
+    return laid_out(cells, form) + "\n"
 
 
 def _cell(estimate: Estimate | None, digits: int) -> str:
@@ -100,21 +96,3 @@ def _record(judged: Judged | None) -> dict[str, Any] | None:
             for who, own in whose.items()
         },
     }
-
-
-def _csv(records: list[dict[str, Any]]) -> str:
-    """One line a run, what it has not left empty."""
-    flat = [_flat(record) for record in records]
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, list(dict.fromkeys(key for each in flat for key in each)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(flat)
-    return buffer.getvalue()
-
-
-def _flat(record: dict[str, Any], before: str = "") -> dict[str, Any]:
-    """Entries of entries, each by all of their names."""
-    flat: dict[str, Any] = {}
-    for key, value in record.items():
-        flat |= _flat(value, f"{before}{key}_") if isinstance(value, dict) else {before + key: value}
-    return flat

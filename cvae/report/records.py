@@ -38,7 +38,12 @@ def as_json(results: Sequence[Result]) -> str:
 
 def as_csv(results: Sequence[Result]) -> str:
     """A line for each run, with all columns that one of them has."""
-    lines = [dict(_flattened(record(result))) for result in results]
+    return in_lines([record(result) for result in results])
+
+
+def in_lines(records: Sequence[Record]) -> str:
+    """The CSV of records."""
+    lines = [dict(_flattened(each)) for each in records]
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, dict.fromkeys(name for line in lines for name in line), lineterminator="\n")
     writer.writeheader()

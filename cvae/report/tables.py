@@ -35,7 +35,7 @@ def render(columns: Sequence[Column], form: str) -> str:
     own, whatever other runs are in its column.
     """
     if form in ("text", "markdown"):
-        return _text(columns) if form == "text" else _markdown(columns)
+        return _table(columns, form)
     results = [result for column in columns for result in column.results]
     return as_json(results) if form == "json" else as_csv(results)
 
@@ -149,27 +149,20 @@ def _seeds(column: Column) -> str:
     return ", ".join(str(result.settings.seed) for result in column.results)
 
 
-def _text(columns: Sequence[Column]) -> str:
-    blocks = []
-    for cells in _blocks(columns):
-        widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-        lines = [
-            "  ".join(
-                [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-            )
-            for row in cells
-        ]
-        lines.insert(1, "  ".join("─" * width for width in widths))
-        blocks.append("\n".join(lines))
-    notes = "\n".join(f"[{i}] {note}" for i, note in enumerate(_notes(columns), start=1))
-    return "\n\n".join([*blocks, notes]) + "\n"
+def _table(columns: Sequence[Column], form: str) -> str:
+    mark = "[{}] {}" if form == "text" else "{}. {}"
+    notes = "\n".join(mark.format(i, note) for i, note in enumerate(_notes(columns), start=1))
+    return "\n\n".join([*(laid_out(cells, form) for cells in _blocks(columns)), notes]) + "\n"
 
 
-def _markdown(columns: Sequence[Column]) -> str:
-    blocks = []
-    for cells in _blocks(columns):
-        rule = ["---", *["---:"] * (len(cells[0]) - 1)]
-        escaped = [[cell.replace("|", "\\|") for cell in row] for row in [cells[0], rule, *cells[1:]]]
-        blocks.append("\n".join("| " + " | ".join(row) + " |" for row in escaped))
-    notes = "\n".join(f"{i}. {note}" for i, note in enumerate(_notes(columns), start=1))
-    return "\n\n".join([*blocks, notes]) + "\n"
+def laid_out(cells: Cells, form: str) -> str:
+    """Cells, the header's first, as the lines of a table, `text` or `markdown`; numbers to the right."""
+    header, *rows = cells
+    if form == "markdown":
+        rule = ["---", *["---:"] * (len(header) - 1)]
+        escaped = [[cell.replace("|", "\\|") for cell in row] for row in [header, rule, *rows]]
+        return "\n".join("| " + " | ".join(row) + " |" for row in escaped)
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    rule = ["─" * width for width in widths]
+    lines = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in [header, rule, *rows])
+    return "\n".join("  ".join(line) for line in lines)
