@@ -10,6 +10,7 @@ from cvae import runtime
 
 DEGREES, STRETCH, SHEAR = 8.0, 0.07, 0.11  # at most, in either direction
 PUSH, KNOTS = 0.4 / 28, 5  # the standard deviation of what is pushed where, of the image's side; the points a side
+AT_ONCE = 500  # images
 
 
 def bent(images: Tensor, share: float, *key: object) -> Tensor:
@@ -31,7 +32,9 @@ def bent(images: Tensor, share: float, *key: object) -> Tensor:
     across = torch.stack([angle.cos() * width, shear - angle.sin() * height], dim=-1)
     down = torch.stack([angle.sin() * width, angle.cos() * height], dim=-1)
     pushed = 2 * PUSH * torch.randn(len(images), 2, KNOTS, KNOTS, generator=random, device=images.device)
-    seen = warped(images, torch.stack([across, down], dim=1), pushed)
+    matrices = torch.stack([across, down], dim=1)
+    few = (each.split(AT_ONCE) for each in (images, matrices, pushed))  # so that the processor's cache holds them
+    seen = torch.cat([warped(*each) for each in zip(*few, strict=True)])
     return torch.where(chosen[:, None, None], with_levels_of(images, seen), images)
 
 
