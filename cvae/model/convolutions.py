@@ -1,6 +1,6 @@
 """Residual convolutions over the patches of an image, for networks that see an image or draw one.
 
-An image is cut into patches of `PATCH`×`PATCH` pixels, whose pixels are channels: `[B, channels, rows, columns]`, so
+An image is cut into patches of `PATCH`×`PATCH` pixels, whose pixels are channels: `[B, rows, columns, channels]`, so
 that MNIST's 28×28 are 7×7 places. What leaves is in float32 or wider; within, autocast chooses the type.
 """
 
@@ -12,7 +12,7 @@ from torch.nn.functional import conv2d, pad, silu
 
 from cvae.data.masks import Split
 from cvae.model.densities import widen
-from cvae.model.layers import Linear
+from cvae.model.layers import MLP
 
 PATCH = 4
 BLOCKS_IN, BLOCKS_OUT = 2, 3
@@ -20,18 +20,15 @@ SMALL = 0.1
 """What last layers are scaled by at first: residual blocks are nearly the identity then."""
 
 
-class Dense(nn.Module):
+def dense(fan_in: int, fan_out: int, gain: float = 1.0) -> MLP:
     """A linear layer for inputs of any leading dimensions, in float32 or wider; its outputs vary as its inputs do."""
-
-    def __init__(self, fan_in: int, fan_out: int, gain: float = 1.0):
-        super().__init__()
-        self.linear = Linear(fan_in, fan_out, copies=1, relu=False)
-        nn.init.normal_(self.linear.weight, std=gain * fan_in**-0.5)
-        nn.init.zeros_(self.linear.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.flatten(0, -2)[None].to(self.linear.weight.dtype)
-        return widen(self.linear(rows)).squeeze(0).unflatten(0, x.shape[:-1])  # type: ignore[no-any-return]
+    layer = MLP((fan_in, fan_out))
+    for name, parameter in layer.named_parameters():
+        if name.endswith("weight"):
+            nn.init.normal_(parameter, std=gain * fan_in**-0.5)
+        else:
+            nn.init.zeros_(parameter)
+    return layer
 
 
 class Convolution(nn.Module):
@@ -44,7 +41,8 @@ class Convolution(nn.Module):
         nn.init.normal_(self.weight, std=gain / math.sqrt(9 * channels_in))
 
     def forward(self, x: Tensor) -> Tensor:
-        return conv2d(x, self.weight, self.bias, padding=1)
+        channels_first = x.permute(0, 3, 1, 2)  # a view, in the order in which convolutions are fastest
+        return conv2d(channels_first, self.weight, self.bias, padding=1).permute(0, 2, 3, 1)
 
 
 class Block(nn.Module):
@@ -61,6 +59,7 @@ class Block(nn.Module):
 class Encoder(nn.Module):
     """Pixels `[B, num_pixels]`, observed first → what so many places use of the image, `[B, width]` each."""
 
+    converts_inputs = True  # to the type of its weights
     raster: Tensor
     observed: Tensor
 
@@ -71,7 +70,7 @@ class Encoder(nn.Module):
         self.register_buffer("observed", split.observed.float(), persistent=False)
         self.first = Convolution(2 * PATCH**2, channels)
         self.blocks = nn.Sequential(*(Block(channels) for _ in range(BLOCKS_IN)))
-        self.second, self.last = Dense(channels * math.prod(grid(split)), width), Dense(width, places * width)
+        self.second, self.last = dense(channels * math.prod(grid(split)), width), dense(width, places * width)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         image = pixels.index_select(-1, self.raster).unflatten(-1, self.observed.shape)
@@ -79,9 +78,9 @@ class Encoder(nn.Module):
         rows, columns = grid(self.split)
         whole = pad(seen, (0, columns * PATCH - self.split.width, 0, rows * PATCH - self.split.height))
         patches = (
-            whole.unflatten(-1, (columns, PATCH)).unflatten(-3, (rows, PATCH)).permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
+            whole.unflatten(-1, (columns, PATCH)).unflatten(-3, (rows, PATCH)).permute(0, 2, 4, 1, 3, 5).flatten(3)
         )
-        state = self.blocks(self.first(with_channels_last(patches)))
+        state = self.blocks(self.first(patches.to(self.first.weight.dtype)))
         features: Tensor = self.last(silu(self.second(silu(state).flatten(1))))
         return features.chunk(self.places, dim=-1)
 
@@ -89,21 +88,22 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """A state `[L, B, width]` → the logits of the hidden pixels, `[L, B, num_hidden]`."""
 
+    converts_inputs = True
     hidden: Tensor
 
     def __init__(self, split: Split, channels: int, width: int):
         super().__init__()
         self.split, self.channels = split, channels
         self.register_buffer("hidden", split.order[split.num_observed :].clone(), persistent=False)
-        self.first = Dense(width, channels * math.prod(grid(split)))
+        self.first = dense(width, channels * math.prod(grid(split)))
         self.blocks = nn.Sequential(*(Block(channels) for _ in range(BLOCKS_OUT)))
         self.last = Convolution(channels, PATCH**2)
 
     def forward(self, state: Tensor) -> Tensor:
         split = self.split
-        patches = self.first(silu(state)).flatten(0, -2).unflatten(-1, (self.channels, *grid(split)))
-        logits = widen(self.last(silu(self.blocks(with_channels_last(patches)))))
-        whole = logits.unflatten(1, (PATCH, PATCH)).permute(0, 3, 1, 4, 2).flatten(3, 4).flatten(1, 2)
+        places = self.first(silu(state)).flatten(0, -2).unflatten(-1, (*grid(split), self.channels))
+        logits = widen(self.last(silu(self.blocks(places.to(self.last.weight.dtype)))))
+        whole = logits.unflatten(3, (PATCH, PATCH)).permute(0, 1, 3, 2, 4).flatten(3, 4).flatten(1, 2)
         whole = whole[:, : split.height, : split.width]
         of_hidden: Tensor = whole.flatten(1).index_select(1, self.hidden).unflatten(0, state.shape[:-1])
         return of_hidden
@@ -112,8 +112,3 @@ class Decoder(nn.Module):
 def grid(split: Split) -> tuple[int, int]:
     """The rows and columns of patches that an image takes, the last ones not filled where the size is no multiple."""
     return math.ceil(split.height / PATCH), math.ceil(split.width / PATCH)
-
-
-def with_channels_last(patches: Tensor) -> Tensor:
-    """In the order in which convolutions are fastest."""
-    return patches.contiguous(memory_format=torch.channels_last)

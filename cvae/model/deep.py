@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from cvae.data.masks import Split
-from cvae.model.convolutions import SMALL, Decoder, Dense, Encoder
+from cvae.model.convolutions import SMALL, Decoder, Encoder, dense
 from cvae.model.cvae import CVAE, Draw, Latent
 from cvae.model.densities import Gaussian
 from cvae.model.layers import MLP
@@ -73,10 +73,10 @@ class Level(nn.Module):
 
     def __init__(self, width: int, dim: int, is_top: bool):
         super().__init__()
-        self.prior_state, self.recognition_state = (None if is_top else Dense(width, width) for _ in range(2))
-        self.prior_last, self.recognition_last = (Dense(width, 2 * dim, SMALL) for _ in range(2))
-        self.of_z = Dense(dim, width)
-        self.block_first, self.block_last = Dense(width, width), Dense(width, width, SMALL)
+        self.prior_state, self.recognition_state = (None if is_top else dense(width, width) for _ in range(2))
+        self.prior_last, self.recognition_last = (dense(width, 2 * dim, SMALL) for _ in range(2))
+        self.of_z = dense(dim, width)
+        self.block_first, self.block_last = dense(width, width), dense(width, width, SMALL)
 
     def prior(self, state: Tensor | None, features: Tensor) -> Gaussian:
         loc, log_scale = self.prior_last(silu(added(self.prior_state, state, features))).chunk(2, dim=-1)

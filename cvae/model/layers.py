@@ -60,6 +60,8 @@ class Linear(nn.Module):
     as in He et al. 2015, others as `nn.Linear` does.
     """
 
+    converts_inputs = True  # an `MLP` does it for its layers
+
     def __init__(self, fan_in: int, fan_out: int, copies: int, relu: bool):
         super().__init__()
         self.relu = relu

@@ -60,7 +60,7 @@ class GuardedAdam:
         self.learning_rate = torch.tensor(learning_rate, device=self.device)
         self.moments, self.squares = torch.zeros_like(weights.vector), torch.zeros_like(weights.vector)
         self._widened = torch.zeros_like(weights.vector) if weights.half is not None else None
-        gradient = weights.gradient if self._widened is None else self._widened
+        self._gradient = gradient = weights.gradient if self._widened is None else self._widened
         kinds = [(slice(weights.decayed), 0.0), (slice(weights.decayed, None), weight_decay)]
         vectors = (weights.vector, gradient, self.moments, self.squares)
         parts = [Part(decay, self._zero(), *(vector[rows] for vector in vectors)) for rows, decay in kinds]
@@ -116,7 +116,7 @@ class GuardedAdam:
         """What the gradient is to be divided by: the loss scale, and what its norm is above `clip`."""
         if self.clip is None:
             return self.scale
-        norm = torch.linalg.vector_norm(self.weights.gradient, dtype=torch.float32)
+        norm = torch.linalg.vector_norm(self._gradient)
         return torch.maximum(norm / self.clip, torch.ones_like(norm) if self.scale is None else self.scale)
 
     def _adjust_scale(self, skip: Tensor, overflow: Tensor) -> None:

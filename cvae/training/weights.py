@@ -23,9 +23,10 @@ class Weights(Generic[Model]):
     biases and all others of fewer than two dimensions per copy, then the rest, from `decayed` on.
 
     model: its weights are in float32 or wider. half: the type of the products, if it is not theirs. If all that is
-    trained belongs to the layers of `layers.py`, the weights get a copy of this type, `working`, which is what `model`
-    is made of from then on; for any other model autocast has to do it. slots: have these layers write their gradients
-    into the vector themselves, which is faster; not where autocast computes with copies of their weights.
+    trained belongs to modules with the attribute `converts_inputs`, which compute in the type of their weights, the
+    weights get a copy of this type, `working`, which is what `model` is made of from then on; for any other model
+    autocast has to do it. slots: have the layers of `layers.py` write their gradients into the vector themselves, which
+    is faster; not where autocast computes with copies of their weights.
 
     Attributes: `vector`; `gradient`, of the type of `working`; `working`: the copy, or the vector itself; `model`: what
     is to be trained; `decayed`.
@@ -52,8 +53,9 @@ class Weights(Generic[Model]):
         for name, parameter in trained.items():
             parameter.data = self.view(name, self.vector).copy_(parameter.detach())
 
-        in_layers = {id(weight) for linear in linears for weight in (linear.weight, linear.bias)}
-        self.half = half if in_layers.issuperset(id(parameter) for parameter in trained.values()) else None
+        converting = (module for module in model.modules() if getattr(module, "converts_inputs", False))
+        of_any_type = {id(parameter) for module in converting for parameter in module.parameters()}
+        self.half = half if of_any_type.issuperset(id(parameter) for parameter in trained.values()) else None
         self.working = self.vector
         self.model = model
         if self.half is not None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cvae import runtime
+from cvae.model.convolutions import Convolution
 from cvae.model.layers import Linear
 from cvae.model.networks import NETWORKS
 from cvae.model.objectives import maximised
@@ -62,7 +63,7 @@ def test_step_never_waits_for_the_device(make_toy, case, precision, cached):
     trained = [
         layer for layer in phase.model.modules() if any(p.requires_grad for p in layer.parameters(recurse=False))
     ]
-    ours = all(isinstance(layer, Linear) for layer in trained)
+    ours = all(isinstance(layer, Linear | Convolution) for layer in trained)
     assert (weights.half is not None) == (ours and precision != "fp32")
     permutation = torch.randperm(20)
     random = runtime.generator(CPU, 0)

@@ -115,6 +115,33 @@ def test_working_copy(half):
     assert torch.equal(weights.vector, before)
 
 
+class Converting(nn.Sequential):
+    """Plain layers, to the type of whose weights the inputs are converted."""
+
+    converts_inputs = True
+
+    def forward(self, x):
+        return super().forward(x.to(next(self.parameters()).dtype))
+
+
+@HALVES
+def test_working_copy_of_what_converts_its_inputs(half):
+    """All that is trained has to: else autocast does it, and the weights stay in their type."""
+    torch.manual_seed(0)
+    converting = Converting(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(3, 2))
+    weights = Weights(converting, half)
+    x = torch.randn(4, 2, 3, 3)
+    with weights.collecting_gradients():
+        outputs = weights.model(x)
+        outputs.sum().backward()
+    assert outputs.dtype == weights.gradient.dtype == half
+    assert torch.equal(weights.view("2.bias", weights.gradient), torch.full((2,), 4.0, dtype=half))
+    mixed = nn.Sequential(converting, nn.Linear(2, 2))
+    assert Weights(mixed, half).working.dtype == torch.float32
+    mixed[1].requires_grad_(False)  # no weights of its own that are trained
+    assert Weights(mixed, half).working.dtype == half
+
+
 @HALVES
 def test_working_model_is_made_of_the_working_copy(half):
     """It shares what is not trained, buffers among it; the model keeps its own weights, in float32."""
