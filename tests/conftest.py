@@ -1,6 +1,6 @@
 """What the tests share: a small CVAE with noise and images to put through it; a place for whole trainings."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -94,8 +94,6 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def forked(work: Path) -> Iterator[Forked]:
-    """Trainings on one process, in `work`."""
-    trainings = Forked(work)
-    yield trainings
-    trainings.close()
+def forked(work: Path) -> Forked:
+    """Trainings in `work`, of one process that has imported all that they need."""
+    return Forked(work)

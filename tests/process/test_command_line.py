@@ -5,7 +5,6 @@ import json
 import math
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 from support.scripts import NAMES, PATIENCE, ROOT, run_script, small_mnist, write_data
+from support.trainings import fork_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cvae import runtime
@@ -35,12 +35,15 @@ TINY = [
 SAMPLES = ["--samples", "5", "--device", "cpu"]
 
 
+# Forked, because imports take seconds; where the start of a process may matter, by run_script
+
+
 def train(*words: str | Path, cwd: Path, **more: Any) -> subprocess.CompletedProcess[str]:
-    return run_script("train.py", *words, cwd=cwd, **more)
+    return fork_script("train.py", *words, cwd=cwd, **more)
 
 
-def evaluate(*words: str | Path, cwd: Path, **more: Any) -> subprocess.CompletedProcess[str]:
-    return run_script("eval.py", *words, cwd=cwd, **more)
+def evaluate(*words: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return fork_script("eval.py", *words, cwd=cwd)
 
 
 def succeeded(result: subprocess.CompletedProcess[str]) -> str:
@@ -78,7 +81,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def trained(place: Path) -> subprocess.CompletedProcess[str]:
     """Three runs by one command: runs/q1, runs/q2 and runs/q3 below `place`."""
-    return train("--data", "data", "--quadrants", "1", "2", "3", *TINY, cwd=place)
+    return run_script("train.py", "--data", "data", "--quadrants", "1", "2", "3", *TINY, cwd=place)
 
 
 @pytest.fixture
@@ -246,8 +249,9 @@ def test_mixed_precision_on_a_cpu(place: Path, precision: str) -> None:
 
 
 def test_embedded_mnist_from_training_to_table(tmp_path: Path) -> None:
-    succeeded(train("--train-limit", "300", *TINY, "--average", "500", cwd=tmp_path))
-    records = json.loads(succeeded(evaluate("--format", "json", "--samples", "2", "--device", "cpu", cwd=tmp_path)))
+    succeeded(run_script("train.py", "--train-limit", "300", *TINY, "--average", "500", cwd=tmp_path))
+    words = ["--format", "json", "--samples", "2", "--device", "cpu"]
+    records = json.loads(succeeded(run_script("eval.py", *words, cwd=tmp_path)))
     assert [record["images"] for record in records] == [10_000]
     # The grey levels' own entropy with one quadrant observed, on the test set: known, whatever the model.
     assert records[0]["floor"]["mean"] == pytest.approx(34, abs=1)
@@ -353,7 +357,7 @@ def test_train_refuses_what_makes_no_sense(
 
 
 def test_usage_error_of_the_real_process(tmp_path: Path) -> None:
-    result = train("--quadrants", "4", cwd=tmp_path)
+    result = run_script("train.py", "--quadrants", "4", cwd=tmp_path)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith("usage: train.py ")
     assert result.stderr.splitlines()[-1].startswith("train.py: error: ")
@@ -460,7 +464,7 @@ def test_flipped_byte_in_the_embedded_files(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    line = failed(train(*TINY, cwd=tmp_path, root=tmp_path), 3)
+    line = failed(run_script("train.py", *TINY, cwd=tmp_path, root=tmp_path), 3)
     assert line.startswith(str(path))
     assert not (tmp_path / "runs").exists()
 
@@ -498,7 +502,7 @@ def assert_baseline_intact(run: Path) -> None:
 
 
 def test_full_disk(place: Path, small_disk: Path) -> None:
-    result = train("--data", "data", "--runs", small_disk, *TINY, cwd=place)
+    result = run_script("train.py", "--data", "data", "--runs", small_disk, *TINY, cwd=place)
     line = failed(result, 5)
     assert str(small_disk) in line
     assert "No space left on device" in line
@@ -518,20 +522,16 @@ def test_read_only_disk(place: Path, small_disk: Path) -> None:
     assert "Read-only file system" in line
 
 
-def limit_file_size(size: int) -> Callable[[], None]:
-    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-
 def test_file_size_limit(place: Path, tmp_path: Path, large_file: int) -> None:
     """As a full disk, where none can be mounted."""
-    result = train("--data", "data", "--runs", tmp_path, *TINY, cwd=place, prepare=limit_file_size(large_file - 1))
+    result = train("--data", "data", "--runs", tmp_path, *TINY, cwd=place, file_size=large_file - 1)
     assert "File too large" in failed(result, 5)
     assert_baseline_intact(tmp_path / "q1")
 
 
 def test_log_that_cannot_grow(place: Path, tmp_path: Path) -> None:
     """The events outgrow the limit before any checkpoint is written."""
-    result = train("--data", "data", "--runs", tmp_path, *TINY, cwd=place, prepare=limit_file_size(10_000))
+    result = train("--data", "data", "--runs", tmp_path, *TINY, cwd=place, file_size=10_000)
     assert str(tmp_path / "q1") in failed(result, 5)
 
 

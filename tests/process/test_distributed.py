@@ -9,17 +9,16 @@ from pathlib import Path
 import pytest
 from support.trainings import (
     ENDLESS,
-    ENVIRONMENT,
     ROOT,
     SMALL,
     Forked,
     epochs_logged,
     events,
     finish,
+    fork_two,
     running,
     start,
     torchrun,
-    train_command,
     wait_until,
 )
 
@@ -49,6 +48,13 @@ def on_two(work: Path) -> tuple[Path, str]:
     code, out, err = finish(start(torchrun("train.py", *STOPS, "--name", "two"), work))
     assert (code, err) == (0, "")
     return work / "runs/two", out
+
+
+def train_on_two(work: Path, *words: str) -> str:
+    """What the first of two processes printed; the other printed nothing."""
+    (code, out, err), other = fork_two("train.py", *words, cwd=work)
+    assert (code, err, other) == (0, "", (0, "", ""))
+    return out
 
 
 def assert_agree(left: Path, right: Path, rounding: float = ROUNDING) -> None:
@@ -107,8 +113,7 @@ def test_two_processes_in_half_precision(work: Path, forked: Forked, precision: 
     """They round otherwise, but learn the same. In float16 both give their first steps up, until the scale fits."""
     argv = ["--data", "data", *SMALL, "--epochs", "2", "--baseline-epochs", "1", "--precision", precision]
     assert forked(*argv, "--name", f"one-{precision}")["code"] == 0
-    code, _, err = finish(start(torchrun("train.py", *argv, "--name", f"two-{precision}"), work))
-    assert (code, err) == (0, "")
+    train_on_two(work, *argv, "--name", f"two-{precision}")
     one, two = (read_metrics(work / f"runs/{ranks}-{precision}/metrics.jsonl") for ranks in ("one", "two"))
     for a, b in zip(one, two, strict=True):
         assert a["skipped_steps"] == b["skipped_steps"] == 0
@@ -129,8 +134,7 @@ def test_two_processes_with_any_network_and_objective(work: Path, forked: Forked
     name = "-".join(words.replace("--", "").split())
     argv = [*STOPS, *words.split(), "--name"]
     assert forked(*argv, f"one-{name}")["code"] == 0
-    code, _, err = finish(start(torchrun("train.py", *argv, f"two-{name}"), work))
-    assert (code, err) == (0, "")
+    train_on_two(work, *argv, f"two-{name}")
     assert_agree(work / f"runs/one-{name}", work / f"runs/two-{name}", 1e-5)  # sums of more that cancels
 
 
@@ -152,13 +156,11 @@ def test_only_the_first_process_writes_and_prints(on_one: Path, on_two: tuple[Pa
 
 
 def test_begun_on_one_resumed_on_two(work: Path, forked: Forked, on_one: Path) -> None:
-    argv = [*STOPS, "--name", "moved"]
-    moments = forked(*argv)["moments"]
+    moments = forked(*STOPS, "--name", "moved-through", watched=True)["moments"]
     second_epoch = [i for i, moment in enumerate(moments) if moment == "epoch write"][2]
-    assert forked(*argv, "--overwrite", kill_at=second_epoch)["code"] == -9
+    assert forked(*STOPS, "--name", "moved", kill_at=second_epoch)["code"] == -9
     assert epochs_logged(work / "runs/moved") == [("baseline", 1), ("cvae", 1)]
-    code, out, err = finish(start(torchrun("train.py", "--resume", "moved"), work))
-    assert (code, err) == (0, "")
+    out = train_on_two(work, "--resume", "moved")
     assert len(out.splitlines()) == 4  # what was taken, what is not bit for bit any more, an epoch, what to do next
     assert_agree(on_one, work / "runs/moved")
 
@@ -234,14 +236,7 @@ def test_stopped_job_can_be_resumed(work: Path, forked: Forked, way: str) -> Non
 
 def test_batch_that_cannot_be_shared(work: Path) -> None:
     """Refused by both with exit code 2, which torchrun would replace by its own, and said by one."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    command = train_command("--data", "data", *SMALL, "--batch-size", "33", "--name", "odd")
-    processes = []
-    for rank in ("0", "1"):
-        others = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-        processes.append(start(command, work, environment={**ENVIRONMENT, **others, "MASTER_PORT": str(port)}))
-    results = [finish(process) for process in processes]
+    results = fork_two("train.py", "--data", "data", *SMALL, "--batch-size", "33", "--name", "odd", cwd=work)
     reason = "train.py: a batch of 33 images cannot be shared evenly by 2 processes\n"
     assert results == [(2, "", reason), (2, "", "")]
     assert not (work / "runs/odd").exists()

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from support.inprocess import TINY, Ended, call, call_eval, call_train
 from support.scripts import NAMES, idx_bytes, small_mnist
-from support.trainings import finish, start, torchrun
+from support.trainings import fork_two
 
 from cvae.data.images import ImageSet
 from cvae.data.masks import quadrants
@@ -327,8 +327,8 @@ def test_means_and_draws(place: Path) -> None:
 
 def test_two_processes_print_the_same(place: Path, found: list[dict[str, Any]]) -> None:
     words = ("--realism", "--format", "json", "--samples", "3", "--device", "cpu")
-    code, out, _ = finish(start(torchrun("eval.py", "q1", *words), place))
-    assert code == 0
+    (code, out, err), other = fork_two("eval.py", "q1", *words, cwd=place)
+    assert (code, err, other) == (0, "", (0, "", ""))
     (record,) = json.loads(out)
     for who in WHOSE:
         for name, each in found[0]["realism"][who].items():

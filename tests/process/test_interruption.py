@@ -18,6 +18,7 @@ from support.trainings import (
     epochs_logged,
     events,
     finish,
+    fork_script,
     plain,
     running,
     said,
@@ -140,12 +141,17 @@ runpy.run_path(sys.argv[2], run_name="__main__")
 """A script to which Ctrl-C comes at the moment at which it imports a certain module."""
 
 
-@pytest.mark.parametrize("script", ["train.py", "eval.py"])
-@pytest.mark.parametrize("module", ["torch", "torch.nn", "cvae.run.log", "cvae.report.figures"])
+@pytest.mark.parametrize(
+    ("script", "module"),
+    [
+        ("train.py", "torch"),
+        ("train.py", "cvae.training.phase"),
+        ("eval.py", "torch"),
+        ("eval.py", "cvae.run.plan"),
+    ],
+)
 def test_ctrl_c_while_it_starts(work: Path, script: str, module: str) -> None:
-    """Amid the imports there is nothing to say: no traceback, and no folder was made."""
-    if (script, module) == ("eval.py", "cvae.run.log"):
-        module = "cvae.run.load"
+    """Amid the imports, the first or the last, there is nothing to say: no traceback, and no folder was made."""
     before = sorted(work.rglob("*"))
     command = [sys.executable, "-c", AMID_IMPORTS, module, ROOT / script]
     assert finish(start(command, work)) == (-signal.SIGINT, "", "")
@@ -190,10 +196,10 @@ def test_exploding_weights(work: Path, forked: Forked, phase: str, flags: list[s
     assert [record[quantity] is None for record in records] == [False, False, True]
 
     # The weights of its best epoch, the second, are those of a training that did not come to the third.
-    sound = f"sound-{phase}"
-    whole = forked(*argv, "--name", sound, "--baseline-epochs", "2", "--epochs", "3")
+    sound, shorter = f"sound-{phase}", ["--baseline-epochs", "2", "--epochs", "3"]
+    whole = forked(*argv, "--name", f"{sound}-through", *shorter, watched=True)
     third_save = [i for i, m in enumerate(whole["moments"]) if m == "atomic_file replace last.pt"][before + 2]
-    assert forked(*argv, "--name", sound, "--overwrite", kill_at=third_save)["code"] == -9
+    assert forked(*argv, "--name", sound, kill_at=third_save)["code"] == -9
     assert checkpoints(folder)["best"] == checkpoints(work / "runs" / sound)["best"]
     best, last = checkpoint.load(folder / "best.pt"), checkpoint.load(folder / "last.pt")
     assert best["phase"] == last["phase"] == phase
@@ -206,11 +212,10 @@ def test_exploding_weights(work: Path, forked: Forked, phase: str, flags: list[s
     assert (answer["code"], said(answer["output"])) == (4, err)
 
 
-def test_learning_rate_that_no_training_survives(work: Path) -> None:
-    argv = ["--data", "data", *SMALL, "--learning-rate", "1e38"]
-    code, _, err = finish(start(train_command(*argv, "--name", "wild"), work))
-    assert code == 4
-    assert re.fullmatch(r"train\.py: baseline, epoch 2/2, step \d: [^\n]+\n", err)
+def test_learning_rate_that_no_training_survives(work: Path, forked: Forked) -> None:
+    answer = forked("--data", "data", *SMALL, "--learning-rate", "1e38", "--name", "wild")
+    assert answer["code"] == 4
+    assert re.fullmatch(r"train\.py: baseline, epoch 2/2, step \d: [^\n]+\n", answer["err"])
     assert not (work / "runs/wild/best.pt").exists()
 
 
@@ -232,7 +237,8 @@ def test_second_training_in_a_folder(work: Path, forked: Forked) -> None:
         wait_until(lambda: ("cvae", 1) in epochs_logged(folder), process)
         inode, config = folder.stat().st_ino, contents(folder)["config.json"]
         held = "train.py: runs/held is held by another training; wait for it, or choose another --name\n"
-        assert finish(start(train_command("--resume", "held", "--epochs", "7", "--quiet"), work)) == (2, "", held)
+        answer = forked("--resume", "held", "--epochs", "7", "--quiet")
+        assert (answer["code"], answer["out"], answer["err"]) == (2, "", held)
         answer = forked("--data", "data", *SMALL, "--name", "held", "--overwrite")
         assert (answer["code"], said(answer["output"])) == (2, held)
         answer = forked("--data", "data", *SMALL, "--name", "held")
@@ -276,12 +282,12 @@ def test_readers_see_whole_files(work: Path, forked: Forked) -> None:
         steps = [step for step, _ in events(folder)["scalars"]["cvae/kl/train"]]
         assert steps == list(range(1, len(steps) + 1))
 
-        scores = [sys.executable, ROOT / "eval.py", "--samples", "2", "--format", "csv", "--runs"]
-        code, out, err = finish(start([*scores, "runs/still", "runs/moving"], work))
-        assert code == 3
-        assert "eval.py: runs/moving: is not finished; python train.py --resume runs/moving goes on" in err
-        assert err.count("\n") == 1
-        assert "still" in out
-        assert "moving" not in out
+        words = ["--samples", "2", "--format", "csv", "--runs", "runs/still", "runs/moving"]
+        scores = fork_script("eval.py", *words, cwd=work)
+        assert scores.returncode == 3
+        assert "eval.py: runs/moving: is not finished; python train.py --resume runs/moving goes on" in scores.stderr
+        assert scores.stderr.count("\n") == 1
+        assert "still" in scores.stdout
+        assert "moving" not in scores.stdout
         process.send_signal(signal.SIGTERM)
         assert finish(process)[0] == 143

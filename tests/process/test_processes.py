@@ -1,11 +1,10 @@
 """What several processes tell each other, by two that do nothing else."""
 
 import json
-import socket
 import sys
 
 from support.scripts import ROOT
-from support.trainings import ENVIRONMENT, finish, start
+from support.trainings import ENVIRONMENT, finish, start, two_ranks
 
 CODE = """
 import json, sys
@@ -40,18 +39,8 @@ with processes.connected(torch.device("cpu")):
 
 
 def test_sums_means_and_objects() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    processes = []
-    for rank in ("0", "1"):
-        job = {
-            "RANK": rank,
-            "LOCAL_RANK": rank,
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        processes.append(start([sys.executable, "-c", CODE], ROOT, environment={**ENVIRONMENT, **job}))
+    command = [sys.executable, "-c", CODE]
+    processes = [start(command, ROOT, environment={**ENVIRONMENT, **rank}) for rank in two_ranks()]
     results = [finish(process) for process in processes]
     assert [(code, err) for code, _, err in results] == [(0, ""), (0, "")]
     for rank, (_, out, _) in enumerate(results):

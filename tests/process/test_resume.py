@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.scripts import run_script
 from support.trainings import (
     SMALL,
     Forked,
@@ -15,6 +16,7 @@ from support.trainings import (
     epochs_logged,
     events,
     finish,
+    fork_script,
     said,
     start,
     train_command,
@@ -42,7 +44,7 @@ def undisturbed(work: Path) -> Path:
 @pytest.fixture(scope="module")
 def moments(forked: Forked, undisturbed: Path) -> list[str]:
     """When a small training changes the disk; the forked trainings are the same as one started by itself."""
-    answer = forked("--data", "data", *SMALL, "--name", "forked")
+    answer = forked("--data", "data", *SMALL, "--name", "forked", watched=True)
     assert answer["code"] == 0, answer
     assert_same(undisturbed.with_name("forked"), undisturbed)
     moments: list[str] = answer["moments"]
@@ -64,7 +66,7 @@ CONTRARY = [*SMALL, "--data", "contrary", "--baseline-epochs", "1", "--epochs", 
 @pytest.fixture(scope="module")
 def contrary(work: Path, forked: Forked) -> tuple[Path, list[str]]:
     """The folder of such a training, undisturbed, and the moments at which it changed the disk."""
-    answer = forked(*CONTRARY, "--name", "reference")
+    answer = forked(*CONTRARY, "--name", "reference", watched=True)
     assert answer["code"] == 0, answer
     assert read_json(work / "runs/reference/summary.json")["best_epoch"] == 1
     return work / "runs/reference", answer["moments"]
@@ -95,7 +97,9 @@ def test_killed_before_any_write_and_again_as_it_goes_on(
     reference, moments = contrary
     dice = random.Random(0)
     best_behind = 0
-    for kill_at in range(len(moments)):
+    for kill_at, moment in enumerate(moments):
+        if moment.startswith("sync_folder fsync"):
+            continue  # the next moment finds the same on the disk
         name = f"killed-{kill_at}"
         folder = work / "runs" / name
         argv = [*CONTRARY, "--name", name]
@@ -108,10 +112,10 @@ def test_killed_before_any_write_and_again_as_it_goes_on(
         else:
             assert "atomic_file replace config.json" not in moments[:kill_at]
         answer = forked(*argv)
-        assert answer["code"] == 0, (moments[kill_at], answer)
+        assert answer["code"] == 0, (moment, answer)
         assert_same(folder, reference)
         shutil.rmtree(folder)
-    assert best_behind >= 5  # last.pt is of a new best epoch, and best.pt of an earlier one or not there at all
+    assert best_behind >= 4  # last.pt is of a new best epoch, and best.pt of an earlier one or not there at all
 
 
 def is_best_behind(folder: Path) -> bool:
@@ -124,20 +128,20 @@ def is_best_behind(folder: Path) -> bool:
     return not (folder / "best.pt").exists() or last["phase"] != checkpoint.load(folder / "best.pt")["phase"]
 
 
-# At each kind of place, by `python train.py --resume` itself
+# At each kind of place
 
 
-PLACES = {  # what it is killed before, for the n-th time; the epochs that its last.pt has seen; which run is named how
+PLACES = {  # what it is killed before, for the n-th time; the epochs that its last.pt has seen; how it goes on
     "before there is a checkpoint": ("atomic_file replace last.pt", 1, 0, "by name"),
     "in the baseline": ("atomic_file replace last.pt", 2, 1, "by folder"),
     "between the phases": ("epoch write", 3, 2, "by name"),
-    "in the CVAE": ("flush events", 4, 3, "by folder"),
+    "in the CVAE": ("flush events", 4, 3, "by the command itself"),
     "when all is done but saying so": ("atomic_file replace summary.json", 1, 5, "by name"),
 }
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_resumed_by_command(work: Path, forked: Forked, moments: list[str], undisturbed: Path, place: str) -> None:
+def test_resumed_at_any_place(work: Path, forked: Forked, moments: list[str], undisturbed: Path, place: str) -> None:
     what, times, seen, way = PLACES[place]
     name = place.replace(" ", "-")
     folder = work / "runs" / name
@@ -148,9 +152,10 @@ def test_resumed_by_command(work: Path, forked: Forked, moments: list[str], undi
     if last is not None:
         assert (last["phase"], last["progress"]["epoch"]) == ALL_EPOCHS[seen - 1]
 
-    code, out, err = finish(start(train_command("--resume", name if way == "by name" else f"runs/{name}"), work))
-    assert (code, err) == (0, "")
-    assert [line.split("/")[0] for line in said(out).splitlines()[:-1]] == [
+    resume = run_script if way == "by the command itself" else fork_script
+    ended = resume("train.py", "--resume", name if way == "by name" else f"runs/{name}", cwd=work)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert [line.split("/")[0] for line in said(ended.stdout).splitlines()[:-1]] == [
         f"{p}, epoch {n}" for p, n in ALL_EPOCHS[seen:]
     ]
     assert_same(folder, undisturbed)
@@ -193,26 +198,20 @@ def test_what_a_crash_leaves_at_the_end_of_the_log_is_dropped(
 # Nothing left to do, and more to do
 
 
-def test_finished(work: Path, undisturbed: Path) -> None:
-    before = contents(undisturbed)
-    code, out, err = finish(start(train_command("--resume", "undisturbed"), work))
-    assert (code, said(out), err) == (0, "runs/undisturbed is finished: nothing is left to do\n", "")
-    assert contents(undisturbed) == before
-
-
 def test_early_stopping(work: Path, forked: Forked) -> None:
     """A rate so low that nothing can improve: one good epoch, two without improvement, and the end, in both phases."""
     argv = ["--data", "data", *SMALL, "--learning-rate", "1e-30", "--patience", "2", "--epochs", "9"]
     argv += ["--baseline-epochs", "9"]
     stopped = [("baseline", 1), ("baseline", 2), ("baseline", 3), ("cvae", 1), ("cvae", 2), ("cvae", 3)]
-    whole = forked(*argv, "--name", "early")
+    whole = forked(*argv, "--name", "early", watched=True)
     assert whole["code"] == 0, whole
     folder = work / "runs/early"
     assert epochs_logged(folder) == stopped
 
     before = contents(folder)
     again = forked("--resume", "early")
-    assert (again["code"], said(again["output"])) == (0, "runs/early is finished: nothing is left to do\n")
+    nothing = "runs/early is finished: nothing is left to do\n"
+    assert (again["code"], said(again["out"]), again["err"]) == (0, nothing, "")
     assert contents(folder) == before
 
     for n in (2, 3, 5, 6):  # the count of epochs without improvement is not begun anew
@@ -337,19 +336,19 @@ def test_goes_on_bit_for_bit_in_any_precision(work: Path, forked: Forked, moment
 def test_goes_on_bit_for_bit_with_any_network_and_objective(
     work: Path, forked: Forked, moments: list[str], words: str
 ) -> None:
-    """Killed amid an epoch of the baseline, and amid one of the CVAE; and resumed by the command itself."""
+    """Killed amid an epoch of the baseline, and amid one of the CVAE."""
     chosen = words.split()
     argv = ["--data", "data", *SMALL, *chosen, "--name"]
     name = chosen[-1]
-    whole = forked(*argv, f"{name}-through")
+    whole = forked(*argv, f"{name}-through", watched=True)
     assert whole["code"] == 0, whole
     for phase, epoch in (("baseline", 2), ("cvae", 2)):
         kill_at = nth(whole["moments"], "epoch write", ALL_EPOCHS.index((phase, epoch)) + 1)
         assert forked(*argv, f"{name}-{phase}", kill_at=kill_at)["code"] == -9
         last = checkpoint.load(work / "runs" / f"{name}-{phase}" / "last.pt")
         assert (last["phase"], last["progress"]["epoch"]) == (phase, epoch - 1)
-        code, _, err = finish(start(train_command("--resume", f"{name}-{phase}"), work))
-        assert (code, err) == (0, "")
+        answer = forked("--resume", f"{name}-{phase}")
+        assert (answer["code"], answer["err"]) == (0, "")
         assert_same(work / "runs" / f"{name}-{phase}", work / "runs" / f"{name}-through")
 
 

@@ -48,12 +48,8 @@ def small_mnist(folder: Path, num_train: int = 360, num_test: int = 60) -> Path:
     return write_data(folder, mnist("train")[:num_train], mnist("t10k")[:num_test])
 
 
-def run_script(
-    *words: str | Path, cwd: Path, prepare: Callable[[], None] | None = None, root: Path = ROOT
-) -> subprocess.CompletedProcess[str]:
+def run_script(*words: str | Path, cwd: Path, root: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """`train.py …` or `eval.py …` in a process of its own, on one thread, without a GPU in sight."""
     command = [sys.executable, str(root / words[0]), *map(str, words[1:])]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(root)}
-    return subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=PATIENCE, preexec_fn=prepare
-    )
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=PATIENCE)

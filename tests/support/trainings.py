@@ -1,13 +1,16 @@
 """What the tests of whole trainings share: small ones, what they leave behind, ways to start, to wait and to kill."""
 
+import atexit
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -193,24 +196,58 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], se
         time.sleep(0.01)
 
 
+@cache
+def forking() -> subprocess.Popen[str]:
+    """The process of `forked_scripts.py`, one for all tests."""
+    process = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("forked_scripts.py"))],
+        env=ENVIRONMENT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    atexit.register(process.communicate)
+    return process
+
+
+def fork(script: str, *words: str | Path, cwd: Path, **more: Any) -> list[dict[str, Any]]:
+    """What became of a script in forked children; `more` as `forked_scripts.py` says."""
+    stdin, stdout = forking().stdin, forking().stdout
+    assert stdin is not None
+    assert stdout is not None
+    asked = {"environments": [{}], "file_size": None, "watched": False, "kill_at": None, **more}
+    stdin.write(json.dumps({"script": script, "argv": list(map(str, words)), "cwd": str(cwd), **asked}) + "\n")
+    stdin.flush()
+    answers: list[dict[str, Any]] = json.loads(stdout.readline())
+    return answers
+
+
+def fork_script(
+    script: str, *words: str | Path, cwd: Path, file_size: int | None = None
+) -> subprocess.CompletedProcess[str]:
+    """As `run_script`, many times as fast: `main` with these words, without the imports."""
+    (answer,) = fork(script, *words, cwd=cwd, file_size=file_size)
+    return subprocess.CompletedProcess([sys.executable, script, *words], answer["code"], answer["out"], answer["err"])
+
+
 class Forked:
-    """The trainings of `forked_trainings.py`, in a folder."""
+    """Forked trainings in a folder."""
 
     def __init__(self, cwd: Path):
-        script = Path(__file__).with_name("forked_trainings.py")
-        self._process = subprocess.Popen(
-            [sys.executable, str(script)], cwd=cwd, env=ENVIRONMENT, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
+        self.cwd = cwd
 
-    def __call__(self, *argv: str | Path, kill_at: int | None = None) -> dict[str, Any]:
-        """The answer to `train.py` with these words."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps({"argv": list(map(str, argv)), "kill_at": kill_at}) + "\n")
-        self._process.stdin.flush()
-        answer: dict[str, Any] = json.loads(self._process.stdout.readline())
-        return answer
+    def __call__(self, *argv: str | Path, kill_at: int | None = None, watched: bool = False) -> dict[str, Any]:
+        """What became of `train.py` with these words; `output`: all that it printed."""
+        (answer,) = fork("train.py", *argv, cwd=self.cwd, kill_at=kill_at, watched=watched)
+        return {**answer, "output": answer["out"] + answer["err"]}
 
-    def close(self) -> None:
-        self._process.communicate()
+
+def fork_two(script: str, *words: str | Path, cwd: Path) -> list[tuple[int, str, str]]:
+    """Exit code, stdout and stderr of a script on each of two processes, which no torchrun started."""
+    answers = fork(script, *words, cwd=cwd, environments=two_ranks())
+    return [(answer["code"], answer["out"], answer["err"]) for answer in answers]
+
+
+def two_ranks() -> list[dict[str, str]]:
+    """What torchrun says to each of two processes."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    job = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [{**job, "RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
