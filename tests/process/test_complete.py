@@ -172,20 +172,18 @@ def test_blocks() -> None:
 
 
 def test_the_command_in_a_terminal_without_blocks(here: Path) -> None:
-    """As a process of its own, in ASCII; a run that is not there is exit code 3 and one line."""
-
-    def command(*words: str) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii", "COLUMNS": "80"}
-        line = [sys.executable, "-m", "cvae.report.complete", *words, "--device", "cpu"]
-        return subprocess.run(line, capture_output=True, text=True, env=environment, timeout=PATIENCE)
-
-    shown = command("q1", "seven.jpg", "--ascii", "--samples", "1")
+    """As a process of its own, in ASCII."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii", "COLUMNS": "80"}
+    words = ["-m", "cvae.report.complete", "q1", "seven.jpg", "--ascii", "--samples", "1", "--device", "cpu"]
+    shown = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment, timeout=PATIENCE)
     assert (shown.returncode, shown.stderr) == (0, "")
     first, *rows = shown.stdout.splitlines()
     assert first == "seven.jpg, then completions:"
     assert set("".join(rows)) <= set(' "_#')
     assert any("#" in row[:28] for row in rows)
-    missing = command("nothing", "seven.jpg", "--ascii")
-    assert (missing.returncode, missing.stdout) == (3, "")
-    assert missing.stderr.count("\n") == 1
-    assert "nothing" in missing.stderr
+
+
+def test_run_that_is_not_there(here: Path) -> None:
+    missing = call(complete, "nothing", "seven.jpg", "--ascii", "--device", "cpu")
+    assert (missing.code, missing.out) == (3, "")
+    assert "nothing" in line(missing)

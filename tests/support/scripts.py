@@ -24,7 +24,7 @@ PACKERS: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress,
 
 def idx_bytes(array: Tensor) -> bytes:
     """An IDX file of unsigned bytes, written after the description of the format."""
-    return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + bytes(array.flatten().tolist())
+    return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.contiguous().numpy().tobytes()
 
 
 def write_data(folder: Path, train: Tensor, test: Tensor, suffix: str = "") -> Path:
