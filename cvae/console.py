@@ -22,6 +22,11 @@ def complete() -> int:
     return _main("cvae.report.complete")
 
 
+def page() -> int:
+    """`python -m cvae.report.page`; returns the exit code."""
+    return _main("cvae.report.page")
+
+
 def _main(module: str) -> int:
     before_torch()
     code: int = import_module(module).main()

@@ -71,6 +71,8 @@ def test_commands_work_anywhere(command: Command, tmp_path: Path) -> None:
     completed = command("cvae-complete", *words, cwd=tmp_path)
     assert (completed.returncode, completed.stderr) == (0, "")
     assert completed.stdout == "picture.png: 10 completions in completed.png\n"
+    missing = command("cvae-page", "none", cwd=tmp_path)
+    assert (missing.returncode, missing.stderr.split(":")[0]) == (3, "cvae-page")
     code = """
 import signal, sys
 import cvae.console, cvae_commands.train, cvae_commands.eval
