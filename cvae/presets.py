@@ -24,7 +24,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "weight_decay": 0.1,
         "clip": 50.0,
         "bend": 0.9,
-        "epochs": 30,
+        "epochs": 40,
         "patience": 10,
     },
 }

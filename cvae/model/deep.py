@@ -13,6 +13,8 @@ from cvae.settings import Settings
 
 LARGEST = 4.0
 """The bound of a level's log-scales, and of the recognition network's above the prior network's: e⁴ = 55."""
+FIRST_LOG_RATIO = -1.0
+"""Of q's scale to p's, before any training: each z tells something of y from the first step, and is made use of."""
 
 
 class Deep(CVAE):
@@ -74,7 +76,8 @@ class Level(nn.Module):
     def __init__(self, width: int, dim: int, is_top: bool):
         super().__init__()
         self.prior_state, self.recognition_state = (None if is_top else dense(width, width) for _ in range(2))
-        self.prior_last, self.recognition_last = (dense(width, 2 * dim, SMALL) for _ in range(2))
+        self.prior_last, self.recognition_last = dense(width, 2 * dim, SMALL), dense(width, 2 * dim)
+        nn.init.constant_(self.recognition_last.layers[0].bias[:, dim:], FIRST_LOG_RATIO)  # type: ignore[index]
         self.of_z = dense(dim, width)
         self.block_first, self.block_last = dense(width, width), dense(width, width, SMALL)
 
