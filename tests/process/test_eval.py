@@ -41,6 +41,7 @@ from cvae.terminal import safe_output
 LIKELIHOODS = ["nn_nll", "cvae_neg_elbo", "cvae_mc_nll", "cvae_is_nll"]
 SAMPLES = ["--samples", "3", "--device", "cpu"]  # as call_eval takes them
 PARTS = ["input", "nn", *(f"sample{i:02d}" for i in range(1, 11)), "truth"]
+pytestmark = pytest.mark.usefixtures("place")
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +60,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ended = call_train(*words, "--epochs", "4", "--runs", folder / "unfinished", "--name", name)
         assert ended.code == 143
     return folder
-
-
-@pytest.fixture(autouse=True)
-def place(trained: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """That folder, and it is where the scripts are called."""
-    monkeypatch.chdir(trained)
-    return trained
 
 
 @pytest.fixture(scope="module")

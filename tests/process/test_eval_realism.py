@@ -30,6 +30,7 @@ from cvae.settings import Settings
 COUNTS = {"train": 600, "t10k": 60}
 WHOSE = ["nn", "nn_drawn", "cvae", "cvae_drawn", "truth", "x_only"]
 COMMAND = "python -m cvae.report.classifier"
+pytestmark = pytest.mark.usefixtures("place")
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +56,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     right = [float(line[4]) for line in lines if line]
     assert right[0] == right[2] > right[3] > right[1] > 25  # the more is seen, the better
     return folder
-
-
-@pytest.fixture(autouse=True)
-def place(trained: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """That folder, where the scripts are called."""
-    monkeypatch.chdir(trained)
-    return trained
 
 
 @pytest.fixture(scope="module")
