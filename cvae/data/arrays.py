@@ -100,8 +100,9 @@ def _part(member: Member) -> Part:
         case (count, height, width) | (count, height, width, 1 | 3) | (count, 1 | 3, height, width):
             pass
         case _:
+            advice = f"; reshape them: {_shaped(shape[1])}" if len(shape) == 2 else ""
             raise DataError(
-                f"{member}: has the shape {list(shape)}; images are [N, height, width], or with 1 or 3 channels"
+                f"{member}: has the shape {list(shape)}; images are [N, height, width], or with 1 or 3 channels{advice}"
             )
     if member.dtype.kind not in "buif":
         raise DataError(f"{member}: is of type {str(member.dtype)[:40]}; images are bytes, whole numbers or floats")
@@ -114,6 +115,12 @@ def _part(member: Member) -> Part:
         name=lambda row: f"{member}: image {row}",
         held=lambda number: number * height * width * (3 if _is_wide(member) else 1) + size * member.fortran,
     )  # fmt: skip
+
+
+def _shaped(pixels: int) -> str:
+    """How images that are rows of so many pixels get a height and a width, in NumPy's words."""
+    side = math.isqrt(pixels)
+    return f"images.reshape(-1, {side}, {side})" if side**2 == pixels else "images.reshape(-1, height, width)"
 
 
 def _is_wide(member: Member) -> bool:

@@ -74,7 +74,16 @@ def test_one_array(tmp_path: Path, name: str) -> None:
         ({"a": TRAIN, "b": TEST}, "has to hold x_train and x_test, or one array of images; it holds a [14, 4, 5], b"),
         ({"y_train": TRAIN}, "it holds y_train [14, 4, 5]"),
         ({"x_train": TRAIN, "train": TEST}, "holds several arrays for one part: x_train, train"),
-        ({"x_train": TRAIN.reshape(14, 20)}, "x_train: has the shape [14, 20]; images are [N, height, width]"),
+        (
+            {"x_train": TRAIN.reshape(14, 20)},
+            "x_train: has the shape [14, 20]; images are [N, height, width], or with 1 or 3 channels; "
+            "reshape them: images.reshape(-1, height, width)",
+        ),
+        (
+            {"x_train": TRAIN[:, :4, :4].reshape(14, 16)},
+            "x_train: has the shape [14, 16]; images are [N, height, width], or with 1 or 3 channels; "
+            "reshape them: images.reshape(-1, 4, 4)",
+        ),
         ({"x_train": TRAIN[..., None].repeat(2, 3)}, "x_train: has the shape [14, 4, 5, 2]"),
         ({"x_train": TRAIN[:0]}, "x_train: its header announces 0 bytes"),
         ({"x_train": TRAIN.astype("S1")}, "x_train: is of type |S1; images are bytes, whole numbers or floats"),
