@@ -13,7 +13,7 @@
 One column a run, in nats per image, lower is better, with the standard error over the images beside each number. A run
 that cannot be evaluated (not finished, damaged, its images missing or others) is left out with one line, and the exit
 code is then 3. The only place that reads the test images. Exit codes: 0 done, 1 another process of the job has ended,
-2 usage, 3 a run was left out or cannot be compared, or there is none, 5 disk.
+2 usage, 3 a run was left out or cannot be compared, or there is none, 5 disk, 130 interrupted by Ctrl-C.
 """
 
 if __name__ == "__main__":
@@ -43,6 +43,7 @@ from cvae.report.results import Column, by_setting
 from cvae.report.selection import Subject, compared, find_runs, open_run, short_names, with_reference
 from cvae.run.plan import absolute, user_path
 from cvae.settings import Settings
+from cvae.startup import interruptible
 from cvae.terminal import command, complain, program, say
 
 RUNS = Path("runs")
@@ -203,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = parse(argv)
     processes = Processes()
-    with processes.one_voice():
+    with processes.one_voice(), interruptible():
         device = runtime.resolve_device(options.device, processes.local_rank, processes.local_count)
         with runtime.prepare(device), processes.connected(device):
             subjects, problems = open_runs(options, device, processes)

@@ -37,7 +37,7 @@ class DiskError(CvaeError):
 
 
 class Interrupted(CvaeError):
-    """Ctrl-C (exit 130) or SIGTERM (exit 143): training left at a step boundary."""
+    """Ctrl-C (exit 130) or SIGTERM (exit 143); a training leaves at the end of a step."""
 
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)

@@ -1,11 +1,16 @@
-"""What a script does before PyTorch is loaded, which looks at some of it only then."""
+"""What a script does before PyTorch is loaded, which looks at some of it only then; and Ctrl-C after that."""
 
 import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
+
+from cvae.errors import Interrupted
 
 LOOKS, PAUSE_S = 5, 0.01  # how often it looks for other programs, and how long it waits in between
 
@@ -38,3 +43,20 @@ def others_want_the_processors() -> bool:
     except (OSError, AttributeError, ValueError, IndexError):
         return False
     return (os.cpu_count() or usable) - sorted(running)[LOOKS // 2] < usable
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Within it, Ctrl-C raises Interrupted at once, where `before_torch` has let it end the process without a word."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) != signal.SIG_DFL:
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise Interrupted("interrupted", number)
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -158,6 +158,26 @@ def test_ctrl_c_while_it_starts(work: Path, script: str, module: str) -> None:
     assert sorted(work.rglob("*")) == before
 
 
+INTERRUPTED_EVALUATION = """
+import os, signal, sys
+sys.path.insert(0, sys.argv.pop(1))
+from cvae.startup import before_torch
+before_torch()
+import eval as evaluation
+
+evaluation.find_runs = lambda *_: os.kill(os.getpid(), signal.SIGINT)
+code = evaluation.main([])
+print(signal.getsignal(signal.SIGINT) == signal.SIG_DFL)
+sys.exit(code)
+"""
+"""An evaluation to which Ctrl-C comes as it looks for runs."""
+
+
+def test_ctrl_c_ends_an_evaluation_in_one_line(work: Path) -> None:
+    command = [sys.executable, "-c", INTERRUPTED_EVALUATION, ROOT]
+    assert finish(start(command, work)) == (130, "True\n", "eval.py: interrupted\n")
+
+
 # Bad numbers
 
 
