@@ -224,9 +224,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             if processes.is_main and found:
                 results = [each._replace(against=found.get(against.get(name, ""))) for name, each in found.items()]
                 columns = by_setting(results) if options.seeds else [Column((result,)) for result in results]
-                table = tables.render(columns, options.format)
-                if options.realism:
-                    table = realism_table.render(table, options.format, judged, subjects)
+                beside = realism_table.records(found, judged) if options.realism else {}
+                table = tables.render(columns, options.format, beside)
+                if judged and options.format in ("text", "markdown"):
+                    table += realism_table.render(judged, subjects, options.format)
                 if options.format == "text":
                     table = "\n".join(["", table, *drawn, ""] if drawn else ["", table])
                 say(table, end="")

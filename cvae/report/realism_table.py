@@ -1,15 +1,11 @@
-"""The table of realism and diversity, beside that of likelihoods: as text or Markdown, or in its records."""
+"""The table of realism and diversity, after that of likelihoods: as text or Markdown, or in its records."""
 
-import csv
-import io
-import json
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 from cvae.model.likelihood import Estimate
 from cvae.report.realism import COMPLETIONS, Judged
-from cvae.report.records import in_lines
+from cvae.report.records import Record
 from cvae.report.selection import Subject
 from cvae.report.tables import laid_out
 
@@ -44,23 +40,17 @@ NOTES = (
 )
 
 
-def render(table: str, form: str, judged: Mapping[str, Judged], subjects: Mapping[str, Subject]) -> str:
-    """The table of likelihoods in one of its forms, with that of realism after it, or in its records.
+def records(runs: Iterable[str], judged: Mapping[str, Judged]) -> dict[str, Record]:
+    """What the records of these runs have more, by their names: null for a run that was not judged."""
+    return {run: {"realism": _record(judged[run]) if run in judged else None} for run in runs}
 
-    judged: by the names of the runs; a run without has an empty record.
-    """
-    if form == "json":
-        records = [{**each, "realism": _record(judged.get(each["run"]))} for each in json.loads(table)]
-        return json.dumps(records, indent=2) + "\n"
-    if form == "csv":
-        lines = csv.DictReader(io.StringIO(table))
-        return in_lines([{**each, "realism": _record(judged.get(each["run"])) or {}} for each in lines])
-    if not judged:
-        return table
+
+def render(judged: Mapping[str, Judged], subjects: Mapping[str, Subject], form: str) -> str:
+    """The tables to read, as `text` or `markdown`, one for each run; both mappings are by the names of the runs."""
     blocks = [_block(f"{name} ({subjects[name].model.split.name})", each, form) for name, each in judged.items()]
     mark = "[{}] {}" if form == "text" else "{}. {}"
     notes = "\n".join(mark.format(i, note) for i, note in enumerate(NOTES, start=1))
-    return "\n".join([table, *blocks, notes]) + "\n"
+    return "\n".join(["", *blocks, notes]) + "\n"
 
 
 def _block(name: str, judged: Judged, form: str) -> str:
@@ -79,10 +69,8 @@ def _cell(estimate: Estimate | None, digits: int) -> str:
     return f"{estimate.mean:.{digits}f}{error}"
 
 
-def _record(judged: Judged | None) -> dict[str, Any] | None:
+def _record(judged: Judged) -> Record:
     """What JSON has of a run: by whose they are and by name, mean and standard error, None where there is none."""
-    if judged is None:
-        return None
     found = judged.estimates()
     whose = {who: {row: found[who, row] for row in ROWS if (who, row) in found} for who in COLUMNS}
     return {

@@ -31,18 +31,13 @@ from cvae.report.results import SMALL, Result, Row
 Record = dict[str, Any]
 
 
-def as_json(results: Sequence[Result]) -> str:
-    """A list with a record of each run."""
-    return json.dumps([record(result) for result in results], indent=2) + "\n"
+def as_json(records: Sequence[Record]) -> str:
+    """A list of the records."""
+    return json.dumps(records, indent=2) + "\n"
 
 
-def as_csv(results: Sequence[Result]) -> str:
-    """A line for each run, with all columns that one of them has."""
-    return in_lines([record(result) for result in results])
-
-
-def in_lines(records: Sequence[Record]) -> str:
-    """The CSV of records."""
+def as_csv(records: Sequence[Record]) -> str:
+    """A line for each record, with all columns that one of them has."""
     lines = [dict(_flattened(each)) for each in records]
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, dict.fromkeys(name for line in lines for name in line), lineterminator="\n")

@@ -1,10 +1,10 @@
 """The table of conditional log-likelihoods, as text, Markdown, JSON or CSV."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from cvae.model.activity import LEAST_VARIANCE
 from cvae.model.likelihood import ELBO_SAMPLES, estimate
-from cvae.report.records import as_csv, as_json
+from cvae.report.records import Record, as_csv, as_json, record
 from cvae.report.results import OF_RECOGNITION, SMALL, Column, Result, Row
 
 FORMATS = ("text", "markdown", "json", "csv")
@@ -27,17 +27,20 @@ MNIST = "6d87418db22cc8025d05968bec9bd5c3932904b23485740db143a061a2c9d161"
 
 Cells = list[list[str]]
 
+NOTHING: Mapping[str, Record] = {}
 
-def render(columns: Sequence[Column], form: str) -> str:
+
+def render(columns: Sequence[Column], form: str, beside: Mapping[str, Record] = NOTHING) -> str:
     """The table in one of `FORMATS`, of columns with the same numbers of samples S.
 
     All numbers but the gap are negative log-likelihoods in nats per image. JSON and CSV have a record for each run, its
-    own, whatever other runs are in its column.
+    own, whatever other runs are in its column, and what there is of it in `beside`, by its name.
     """
     if form in ("text", "markdown"):
         return _table(columns, form)
     results = [result for column in columns for result in column.results]
-    return as_json(results) if form == "json" else as_csv(results)
+    records = [{**record(result), **beside.get(result.run, {})} for result in results]
+    return as_json(records) if form == "json" else as_csv(records)
 
 
 def _rows(samples: Sequence[int], *keys: str) -> Iterator[Row]:
