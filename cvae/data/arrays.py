@@ -18,6 +18,7 @@ from torch import Tensor
 from cvae.data.parts import (
     GREY,
     SIXTEEN_BIT,
+    TWELVE_BIT,
     Array,
     Images,
     Part,
@@ -150,6 +151,7 @@ def _read(member: Member, rows: Tensor, size: tuple[int, int, int], check: Calla
     words = "floats from 0 to 1" if member.dtype.kind == "f" else ""
     if wide and highest > 0xFF:
         words, result = SIXTEEN_BIT, eight_bit(result)
+        notes += [TWELVE_BIT] if highest <= 0xFFF else []
     elif wide:
         notes.append(f"{member.dtype.name} up to {highest} taken as levels of 0 to 255")
     return Images(torch.from_numpy(result.astype(np.uint8, copy=False)), words, notes)

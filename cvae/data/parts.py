@@ -30,6 +30,7 @@ PARTS = {
 NAMED = 5  # at most, in a message
 GREY = "colour made grey by ITU-R 601"
 SIXTEEN_BIT = "16-bit levels scaled to 8"
+TWELVE_BIT = "none above 4095 of 65535: if they are of 12 bits, multiply them by 16 first"
 
 
 class Images(NamedTuple):

@@ -14,6 +14,7 @@ from torch import Tensor
 from cvae.data.parts import (
     GREY,
     SIXTEEN_BIT,
+    TWELVE_BIT,
     Array,
     Images,
     Part,
@@ -80,6 +81,8 @@ def _part(folder: Path, names: Sequence[str], side: int | None) -> Part:
                 reading.check()
                 pixels[i] = read_picture(paths[row], side, expected, notes)
                 bar.update()
+        if SIXTEEN_BIT in notes and pixels.max() <= 0xFFF // 0xFF:
+            notes.append(TWELVE_BIT)
         return Images(torch.from_numpy(pixels), notes=notes)
 
     return Part(len(paths), height, width, read, paths.__getitem__, lambda count: count * height * width)

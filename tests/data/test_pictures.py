@@ -287,6 +287,19 @@ def test_dark_sixteen_bit_picture(tmp_path: Path) -> None:
     assert refusal(tmp_path).startswith(f"{path}: is a 16-bit picture with no level above 255 of 65535")
 
 
+@pytest.mark.parametrize(("brightest", "told"), [(4080, True), (4400, False)])
+def test_twelve_bits_in_sixteen_are_said_to_be_dark(tmp_path: Path, brightest: int, told: bool) -> None:
+    """Of all images together: one dark picture among others says nothing."""
+    wide = IMAGES.numpy().astype(np.uint16) * 16
+    wide[3, 0, 0] = brightest
+    np.savez(tmp_path / "images.npz", x_train=wide)
+    (tmp_path / "images/train").mkdir(parents=True)
+    for i, image in enumerate(wide):
+        saved(tmp_path / f"images/train/{i}.png", Image.fromarray(image))
+    for place in ("images", "images.npz"):
+        assert ("none above 4095 of 65535: if they are of 12 bits" in about(tmp_path / place)) == told
+
+
 def test_floats_out_of_range(tmp_path: Path) -> None:
     path = saved(tmp_path / "a.tif", Image.fromarray(GREY.astype(np.float32)))
     assert refusal(tmp_path).startswith(f"{path}: holds numbers from {GREY.min()} to {GREY.max()}; floats have to be")
