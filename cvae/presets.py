@@ -14,7 +14,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "epochs": 50,
         "baseline_epochs": 50,
     },
-    "paper": {"network": "paper"},
+    "paper": {"network": "paper", "bend": 0.5, "epochs": 45},
     "best": {
         "network": "deep",
         "hidden": (500, 256),
