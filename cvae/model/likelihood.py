@@ -5,7 +5,7 @@ portion of images in the set, whatever the number of processes.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -76,6 +76,11 @@ def evaluate(
     if images.vectors.device != (device := next(model.parameters()).device):
         raise ValueError(f"the images are on {images.vectors.device}, and the model on {device}")
     return _evaluated(model, images, samples, seed, share)
+
+
+def joined(portions: Iterable[Likelihoods]) -> Likelihoods:
+    """The likelihoods of all the images of some portions, in order."""
+    return Likelihoods(*(torch.cat(values, dim=-1) for values in zip(*portions, strict=True)))
 
 
 @torch.inference_mode()

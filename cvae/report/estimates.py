@@ -8,7 +8,7 @@ from cvae import runtime
 from cvae.data.images import ImageSet
 from cvae.distributed import Processes
 from cvae.model.activity import active_units
-from cvae.model.likelihood import Likelihoods, evaluate
+from cvae.model.likelihood import Likelihoods, evaluate, joined
 from cvae.report.results import Result
 from cvae.report.selection import Subject
 from cvae.terminal import Bar
@@ -48,7 +48,7 @@ def result_of(name: str, subject: Subject, how: Sampling, processes: Processes) 
         name,
         subject.settings,
         how.samples,
-        Likelihoods(*(processes.gather(torch.cat(values, dim=-1)) for values in zip(*portions, strict=True))),
+        Likelihoods(*map(processes.gather, joined(portions))),
         active_units(model, images, how.seed, how.precision),
         how.precision,
         subject.test.record["test"]["sha256"],

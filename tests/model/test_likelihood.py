@@ -16,6 +16,7 @@ from cvae.model.likelihood import (
     effective_sample_size,
     estimate,
     evaluate,
+    joined,
 )
 from cvae.model.objectives import log_mean_exp
 
@@ -36,10 +37,6 @@ def likelihoods(toy, images=None, samples=(7,), seed=3, **more):
     """`evaluate` in one piece."""
     image_set = ImageSet(levels(toy.images if images is None else images), toy.split)
     return joined(evaluate(toy.cvae, image_set, samples, seed, **more))
-
-
-def joined(portions):
-    return Likelihoods(*(torch.cat(values, dim=-1) for values in zip(*portions, strict=True)))
 
 
 def assert_equal(ours, theirs):

@@ -1,13 +1,10 @@
 """The README's examples of use as a library, as they stand there."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 from PIL import Image
-from support.scripts import ROOT, run_script
+from support.scripts import ROOT, run_python, run_script
 
 from cvae.data.names import mnist
 
@@ -21,10 +18,7 @@ def test_library_examples(tmp_path: Path) -> None:
     assert len(blocks) == 2
     Image.fromarray(mnist("train")[0].numpy()).save(tmp_path / "digit.png")
     code = "\n".join(blocks) + "\nassert completions.shape == (10, 1, 28, 28)\nassert loss.isfinite()\n"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )  # fmt: skip
+    result = run_python("-c", code, cwd=tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
     with Image.open(tmp_path / "completions.png") as shown:
         assert shown.width > 5 * shown.height

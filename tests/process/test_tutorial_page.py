@@ -1,47 +1,102 @@
-"""The tutorial: its notebook says the same, and runs from top to bottom."""
+"""The tutorial: its notebook says the same, all its blocks and commands run, and its numbers are the README's."""
 
+import re
+import shlex
 from pathlib import Path
+from typing import Any
 
 import jupytext
 import nbformat
 import pytest
 from nbclient import NotebookClient
-from support.scripts import PATIENCE, ROOT
+from PIL import Image
+from support.scripts import PATIENCE, ROOT, run_python
+from support.trainings import SMALL, make_data
 
 DOCS = ROOT / "docs"
-SIZES = "IMAGES, BASELINE_EPOCHS, EPOCHS = 20_000, 4, 8"
+PAGE = (DOCS / "tutorial.md").read_text(encoding="utf-8")
+SMALLER = {"EPOCHS = 20_000, 4, 8": "EPOCHS = 1_000, 2, 2", "images.validation[:1000]": "images.validation[:50]"}
+CHECKS = """
+assert baseline_means == sorted(baseline_means) and means == sorted(means)
+
+expected = pictures[:, split.observed] / 255
+assert torch.allclose(samples[..., split.observed], expected.expand(7, -1, -1), atol=1e-6)
+assert samples[..., ~split.observed].std(0).mean() > 1e-3 and completions.shape == (9, 1, 28, 28)
+assert (digit.float() - pictures[0]).abs().mean() < 8
+
+from cvae import runtime
+
+few = validation.batch(slice(likelihood.IMAGES_AT_ONCE))
+random = runtime.generator(few.x.device, 0, "evaluation", 0)  # as in `evaluate`
+noise(likelihood.ELBO_SAMPLES, len(few.x), model, random)
+eps = noise(SAMPLES, len(few.x), model, random)
+with torch.no_grad():
+    ours = torch.stack([monte_carlo(few, eps), log_mean_exp(log_weights(few, eps))])
+theirs = -torch.cat([found.cvae_mc_nll, found.cvae_is_nll])[:, : len(few.x)].float()
+assert torch.allclose(ours, theirs, rtol=1e-5), (ours, theirs)
+"""
 
 
-def cells(notebook):
-    return [(cell.cell_type, cell.source) for cell in notebook.cells]
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the notebook is run."""
+    return tmp_path_factory.mktemp("tutorial")
 
 
-def test_notebook_is_the_page():
-    """`jupytext --to ipynb docs/tutorial.md` makes it, without outputs."""
+@pytest.fixture(scope="module")
+def notebook(folder: Path) -> Any:
+    """The notebook, run in a kernel of Jupyter on fewer images: its own assertions and CHECKS hold."""
     notebook = nbformat.read(DOCS / "tutorial.ipynb", as_version=4)
-    assert cells(notebook) == cells(jupytext.read(DOCS / "tutorial.md"))
-    assert all(not cell.outputs for cell in notebook.cells if cell.cell_type == "code")
+    for large, small in SMALLER.items():
+        (cell,) = (cell for cell in notebook.cells if cell.cell_type == "code" and large in cell.source)
+        cell.source = cell.source.replace(large, small)
+    notebook.cells.append(nbformat.v4.new_code_cell(CHECKS))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}.items():
+            patch.setenv(name, value)
+        NotebookClient(notebook, timeout=PATIENCE, resources={"metadata": {"path": str(folder)}}).execute()
+    return notebook
 
 
-@pytest.mark.process
-def test_notebook_runs(tmp_path: Path, monkeypatch):
-    """In a kernel of Jupyter, on fewer images: its own assertions hold, the objectives grow, pictures are shown."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def test_notebook_is_the_page() -> None:
+    """Without outputs, and for Python's kernel; CONTRIBUTING.md has the command that makes it."""
     notebook = nbformat.read(DOCS / "tutorial.ipynb", as_version=4)
-    (sized,) = [cell for cell in notebook.cells if SIZES in cell.source]
-    sized.source = sized.source.replace(SIZES, "IMAGES, BASELINE_EPOCHS, EPOCHS = 1000, 2, 2")
-    notebook.cells.append(
-        nbformat.v4.new_code_cell(
-            "assert baseline_means == sorted(baseline_means) and means == sorted(means)\n"
-            "assert samples.shape == (10, 8, 28, 28) and completions.shape == (10, 1, 28, 28)\n"
-            "expected = pictures.validation[:8, split.observed] / 255\n"
-            "assert torch.allclose(samples[..., split.observed], expected.expand(10, -1, -1), atol=1e-6)\n"
-        )
+    cells, expected = (
+        [(cell.cell_type, cell.source) for cell in each.cells] for each in (notebook, jupytext.reads(PAGE, "md"))
     )
-    NotebookClient(notebook, timeout=PATIENCE, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
-    assert not [output for output in outputs if output.get("name") == "stderr"]
-    shown = [output for output in outputs if "image/png" in output.get("data", {})]
-    assert len(shown) == sum("cvae.show(" in cell.source for cell in notebook.cells) - 1  # the last one is saved
-    assert [path.name for path in tmp_path.iterdir()] == ["completions.png"]
+    assert cells == expected
+    assert [source for kind, source in cells if kind == "code"] == [
+        block.rstrip("\n") for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    ]
+    assert not any(cell.outputs for cell in notebook.cells if cell.cell_type == "code")
+    assert notebook.metadata.kernelspec.name == "python3"
+
+
+def test_blocks_print_and_show(notebook: Any, folder: Path) -> None:
+    """No warnings; a picture from each cell that makes one."""
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not [output for cell in code for output in cell.outputs if output.get("name") == "stderr"]
+    shown = [cell.source for cell in code if any("image/png" in output.get("data", {}) for output in cell.outputs)]
+    assert shown == [cell.source for cell in code if "cvae.show(" in cell.source]
+    assert {path.name for path in folder.glob("*.png")} == {"completions.png", "photo.png"}
+
+
+def test_commands(notebook: Any, folder: Path) -> None:
+    """On few images, with the picture that the blocks have made."""
+    more = {"train.py": [*SMALL, "--data", make_data(folder / "data")], "eval.py": ["--samples", "2"], "-m": []}
+    lines = [shlex.split(line) for line in re.findall(r"^    python (.*)$", PAGE, re.MULTILINE)]
+    assert [words[0] for words in lines] == list(more)
+    for words in lines:
+        script = ROOT / words[0] if words[0].endswith(".py") else words[0]
+        ended = run_python(script, *words[1:], *more[words[0]], cwd=folder)
+        assert ended.returncode == 0, ended.stderr
+    assert {"learning.gif", "curves.png", "completions.png"} <= {path.name for path in (folder / "runs/q1").iterdir()}
+    with Image.open(folder / "out.png") as picture:
+        assert picture.width > 5 * picture.height
+
+
+def test_table_is_the_readmes() -> None:
+    """All rows but the two of Pyro's tutorial."""
+    rows = re.findall(r"^\| (?!Pyro's)[^|]* \|.*±.*$", PAGE, re.MULTILINE)
+    assert len(rows) == 4
+    assert set(rows) <= set((ROOT / "README.md").read_text(encoding="utf-8").splitlines())

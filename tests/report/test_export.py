@@ -1,8 +1,6 @@
 """Exported models, as other programs read them: the same completions, what the files say, and what is refused."""
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +12,7 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 from support.inprocess import call
-from support.scripts import PATIENCE, ROOT
+from support.scripts import ROOT, run_python
 from torch import Tensor
 
 from cvae.data.mask_pictures import mask_png
@@ -66,13 +64,6 @@ def plainly_completed(model: torch.nn.Module, x: Tensor, eps: Tensor) -> Tensor:
     return completed
 
 
-def run(*words: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Python with these words."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    line = [sys.executable, *map(str, words)]
-    return subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True, timeout=PATIENCE)
-
-
 # What is in the files
 
 
@@ -103,7 +94,7 @@ def test_same_completions(tmp_path: Path, network: str, ending: str) -> None:
 
 def test_command(tmp_path: Path, source: Path) -> None:
     """It says that it has checked the file; what is in it is described there, and needs nothing of this package."""
-    ended = run("-m", "cvae.report.export", source, "--to", "model.onnx", cwd=tmp_path)
+    ended = run_python("-m", "cvae.report.export", source, "--to", "model.onnx", cwd=tmp_path)
     assert (ended.returncode, ended.stderr) == (0, "")
     start = "model.onnx: 0.0 MB; read again, its completions differ from the model's by at most "
     assert ended.stdout.startswith(start)
@@ -136,7 +127,7 @@ assert "float32 [samples, batch, 4]: noise" in extra["metadata.json"]
 (other,) = onnxruntime.InferenceSession("model.onnx").run(None, {"x": x.numpy(), "eps": eps.numpy()})
 torch.testing.assert_close(found, torch.from_numpy(other), atol=1e-5, rtol=0)
 """
-    ended = run("-c", code, cwd=tmp_path)
+    ended = run_python("-c", code, cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
 
 

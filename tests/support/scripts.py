@@ -49,7 +49,12 @@ def small_mnist(folder: Path, num_train: int = 360, num_test: int = 60) -> Path:
 
 
 def run_script(*words: str | Path, cwd: Path, root: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """`train.py …` or `eval.py …` in a process of its own, on one thread, without a GPU in sight."""
-    command = [sys.executable, str(root / words[0]), *map(str, words[1:])]
+    """`train.py …` or `eval.py …` in a process of its own, as `run_python` has it."""
+    return run_python(root / words[0], *words[1:], cwd=cwd, root=root)
+
+
+def run_python(*words: str | Path, cwd: Path, root: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """`python …` in a process of its own, on one thread, without a GPU in sight."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(root)}
+    command = [sys.executable, *map(str, words)]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=PATIENCE)
