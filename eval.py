@@ -12,8 +12,8 @@
 
 One column a run, in nats per image, lower is better, with the standard error over the images beside each number. A run
 that cannot be evaluated (not finished, damaged, its images missing or others) is left out with one line, and the exit
-code is then 3. The only place that reads the test images. Exit codes: 0 done, 1 another process of the job has ended,
-2 usage, 3 a run was left out or cannot be compared, or there is none, 5 disk, 130 interrupted by Ctrl-C.
+code is then 3. The only place that measures on the test images. Exit codes: 0 done, 1 another process of the job has
+ended, 2 usage, 3 a run was left out or cannot be compared, or there is none, 5 disk, 130 interrupted by Ctrl-C.
 """
 
 if __name__ == "__main__":

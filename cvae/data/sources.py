@@ -92,7 +92,7 @@ def load_train(s: Settings = Settings(), reading: Reading = Reading()) -> TrainI
 
 
 def load_test(s: Settings = Settings(), reading: Reading = Reading()) -> TestImages:  # noqa: B008
-    """The test images: for `eval.py` alone. Memory and errors: as in `load_train`."""
+    """The test images: `eval.py` alone measures on them, the page shows them. Memory, errors: as in `load_train`."""
     with _one_line():
         planned = _plan_test(s)
         _check_room(planned, _plan_test, s, reading)

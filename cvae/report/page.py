@@ -22,7 +22,8 @@ import sys
 import threading
 import time
 import webbrowser
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -105,7 +106,7 @@ def _read(name: str, word: Path, runs: Path, device: torch.device) -> Shown:
     model, s, images = load_trained(word, device, runs)
     mask = mask_name(s) if s.observed else f"{mask_name(s)} ({PLACES[s.quadrants]})"
     try:
-        test = _test_images(Settings(**{name: getattr(s, name) for name in OF_THE_IMAGES}))
+        test = _test_images(Settings(**{each: getattr(s, each) for each in OF_THE_IMAGES}))
         if (other := difference(images, test.record)) is not None:
             raise DataError(f"{name} was trained beside {other}")
     except DataError as error:
@@ -125,28 +126,31 @@ def listen(port: int | None) -> socket.socket:
         try:
             return socket.create_server((HOST, each))
         except OSError as error:
-            problem = error.strerror or error
+            problem = os.strerror(error.errno) if error.errno else error
     if port is None:
         raise UsageError(f"no port from {PORT} to {PORT + PORTS - 1} is free; --port names another one")
     raise UsageError(f"--port {port} cannot be used ({problem}); name another one, or leave --port out")
 
 
 def make(models: dict[str, Shown]) -> Any:
-    """The page as an application for a server, ASGI's; it is silent towards the network, and leaves no file.
+    """The page as an application for a server, ASGI's. Raises UsageError where gradio cannot be imported."""
+    try:
+        import gradio
+        from fastapi import FastAPI
 
-    Raises UsageError where gradio cannot be imported.
-    """
-    with TemporaryDirectory(prefix="cvae-page-") as place:  # gradio makes folders there that the page has no use for
-        os.environ.update(SILENT, GRADIO_TEMP_DIR=place)  # before gradio is imported
-        try:
-            import gradio
-            from fastapi import FastAPI
+        from cvae.report.page_layout import build, looks
+    except ImportError as error:
+        raise UsageError(f"{NEEDED} ({first_line(error)})") from None
+    hidden: dict[str, Any] = {"footer_links": [], "run_history": False, "ssr_mode": False, "mcp_server": False}
+    return gradio.mount_gradio_app(FastAPI(openapi_url=None), build(models), "/", **hidden, **looks())
 
-            from cvae.report.page_layout import build, looks
-        except ImportError as error:
-            raise UsageError(f"{NEEDED} ({first_line(error)})") from None
-        hidden: dict[str, Any] = {"footer_links": [], "run_history": False, "ssr_mode": False, "mcp_server": False}
-        return gradio.mount_gradio_app(FastAPI(openapi_url=None), build(models), "/", **hidden, **looks())
+
+@contextmanager
+def leaving_nothing() -> Iterator[None]:
+    """Within it, gradio and PyTorch are imported, with no way to the network; the empty folders that they make go."""
+    with TemporaryDirectory(prefix="cvae-page-") as place:
+        os.environ.update(SILENT, GRADIO_TEMP_DIR=place, TORCHINDUCTOR_CACHE_DIR=place)
+        yield
 
 
 def serve(application: Any, connection: socket.socket, started: Callable[[], None]) -> None:
@@ -178,20 +182,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UsageError(NEEDED)
     device = runtime.resolve_device(options.device)
     connection = listen(options.port)
-    if options.port is None and (port := connection.getsockname()[1]) != PORT:
-        say(f"port {PORT} is taken: the page takes {port}")
     with runtime.prepare(device), connection:
-        models = read(options.named, options.runs, device)
-        say(f"starting the page of {', '.join(models)}, which takes some seconds")
-        url = f"http://{HOST}:{connection.getsockname()[1]}"
+        with leaving_nothing():
+            models = read(options.named, options.runs, device)
+            say(f"starting the page of {', '.join(models)}, which takes some seconds")
+            application = make(models)
+        port = connection.getsockname()[1]
+        url = f"http://{HOST}:{port}"
+        remark = "" if options.port is not None or port == PORT else f" (port {PORT} is taken)"
 
         def started() -> None:
-            say(f"{url} has the page; Ctrl-C ends it")
+            say(f"{url} has the page{remark}; Ctrl-C ends it")
             if not options.no_browser:
                 open_browser(url)
 
         try:
-            serve(make(models), connection, started)
+            serve(application, connection, started)
         except KeyboardInterrupt:  # where something else has chosen what Ctrl-C does
             return 128 + signal.SIGINT
     return 0

@@ -42,7 +42,7 @@ class Choice(NamedTuple):
 def picture_of(shown: Shown, choice: Choice) -> Tensor:
     """The picture that is chosen, uint8 `[height, width]`. Raises DataError where there is none."""
     if choice.source == PAD:
-        return page_views.drawn_digit(choice.drawing, shown.model.split)
+        return page_views.drawn_digit(choice.drawing, *shown.model.split.observed.shape)
     if shown.test is None:
         raise DataError(shown.missing)
     return shown.test[int(choice.number) % len(shown.test)]

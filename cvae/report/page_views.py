@@ -3,6 +3,7 @@ PNG, pixel for pixel, so that nothing is written and one answer of the server ha
 
 import base64
 import io
+from functools import lru_cache
 from html import escape
 from typing import NamedTuple
 
@@ -11,7 +12,6 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from cvae.data.digits import as_digit
-from cvae.data.masks import Split
 from cvae.errors import DataError
 from cvae.model.cvae import CVAE
 from cvae.model.densities import bernoulli_entropy, bernoulli_log_prob
@@ -43,16 +43,18 @@ class Shown(NamedTuple):
     missing: str
 
 
-def drawn_digit(data: str, split: Split) -> Tensor:
+@lru_cache(maxsize=8)
+def drawn_digit(data: str, height: int, width: int) -> Tensor:
     """The digit that was drawn or photographed, uint8 `[height, width]`, as `as_digit` makes it of the pad's content.
 
-    data: the content as a data URL of a PNG file. Raises DataError if there is no digit in it.
+    data: the content as a data URL of a PNG or JPEG file. Raises DataError if there is no digit in it.
     """
     if not data:
         raise DataError("Draw a digit, or open a photograph of one.")
     try:
-        with Image.open(io.BytesIO(base64.b64decode(data.removeprefix(PNG))), formats=["PNG"]) as picture:
-            return as_digit(picture, split.height, split.width)
+        content = io.BytesIO(base64.b64decode(data.partition(",")[2]))
+        with Image.open(content, formats=["PNG", "JPEG"]) as picture:
+            return as_digit(picture, height, width)
     except (ValueError, OSError, UnidentifiedImageError, Image.DecompressionBombError):
         raise DataError("This picture cannot be read.") from None
     except DataError:
@@ -88,7 +90,7 @@ def completions(model: CVAE, picture: Tensor, found: Tensor) -> str:
         _image("sample", f"completion {i} of {len(found)}", figures.colour(each)) for i, each in enumerate(found, 1)
     )
     title = f"{len(found)} completion{'s' * (len(found) > 1)}"
-    return f'<div class="shown">{first}</div><h3>{title}</h3><div class="samples">{rest}</div>'
+    return f'<div class="shown">{first}</div><h2>{title}</h2><div class="samples">{rest}</div>'
 
 
 def _figure(name: str, caption: str, words: str, image: Tensor) -> str:
@@ -134,7 +136,7 @@ def likelihoods(found: Likelihoods) -> str:
         _row("own", f"{len(own)} completions, mean", own.mean(), highest.mean()),
     ]
     table = f'<thead><tr><th class="what">nats</th>{columns}</tr></thead><tbody>{"".join(rows)}</tbody>'
-    return f"<h3>How likely is the picture?</h3>{_axis(found)}<table>{table}</table>"
+    return f"<h2>How likely is the picture?</h2>{_axis(found)}<table>{table}</table>"
 
 
 def _row(name: str, words: str, log_p: Tensor, highest: Tensor) -> str:

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import shutil
 import signal
 import socket
@@ -26,6 +27,8 @@ import cvae
 from cvae.data.sources import load_test
 from cvae.errors import UsageError
 from cvae.report import page
+from cvae.run.load import load_trained
+from cvae.run.weights_file import as_safetensors
 from cvae.settings import Settings
 
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -37,32 +40,47 @@ PATIENCE = 60  # seconds for what takes one, however busy the machine is
 Levels = np.ndarray[Any, np.dtype[np.uint8]]
 
 
+WATCH = """
+import sys
+
+def look(event, words):
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname"):
+        print(event, words, file=sys.stderr, flush=True)
+
+sys.addaudithook(look)
+"""  # what Python would do in the network, it says
+
+
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two runs, `runs/q1` and `runs/q2`."""
+    """A folder with two runs, `runs/q1` and `runs/q2`; in `watch`, what tells of Python's use of the network."""
     folder = tmp_path_factory.mktemp("page")
     data = small_mnist(folder / "data")
     words = [*TINY, "--hidden", "32", "32", "--runs", folder / "runs"]
     assert call_train("--data", data, "--quadrants", "1", "2", *words).code == 0
+    for name in ("empty", "watch"):
+        (folder / name).mkdir()
+    (folder / "watch/sitecustomize.py").write_text(WATCH)
     return folder
 
 
-def start(here: Path, *words: str | Path) -> "subprocess.Popen[str]":
+def start(here: Path) -> "subprocess.Popen[str]":
     """The page under way, with the folder `empty` for temporary files."""
-    (here / "empty").mkdir(exist_ok=True)
-    environment = {**ENVIRONMENT, "TMPDIR": str(here / "empty")}
-    line = [sys.executable, "-m", "cvae.report.page", "--no-browser", "--device", "cpu", *map(str, words)]
+    path = os.pathsep.join([str(here / "watch"), ENVIRONMENT["PYTHONPATH"]])
+    environment = {**ENVIRONMENT, "TMPDIR": str(here / "empty"), "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
+    line = [sys.executable, "-m", "cvae.report.page", "--no-browser", "--device", "cpu"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(line, cwd=here, env=environment, text=True, **pipes)  # type: ignore[call-overload, no-any-return]
 
 
 def address(process: "subprocess.Popen[str]") -> str:
-    """Where the page is, as it has said."""
+    """Where the page is, as it says where another one has its port."""
     assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("http://127.0.0.1:"):
-            return line.split()[0]
-    raise AssertionError(process.communicate())
+    first, second = process.stdout.readline(), process.stdout.readline()
+    assert first.startswith("starting the page of q1, q2"), process.communicate()
+    assert second.startswith("http://127.0.0.1:"), process.communicate()
+    assert second.endswith(f" has the page (port {page.PORT} is taken); Ctrl-C ends it\n")
+    return second.split()[0]
 
 
 class Person:
@@ -145,11 +163,17 @@ def same(left: list[Levels], right: list[Levels] | Levels) -> bool:
 
 @pytest.fixture(scope="module")
 def url(here: Path) -> Iterator[str]:
-    """The page, which ends quietly with Ctrl-C, and has written nothing."""
+    """The page, which ends quietly with Ctrl-C, has written nothing and asked nothing of the network."""
     before = contents(here)
-    process = start(here)
+    with page.listen(None):
+        process = start(here)
+        try:
+            url = address(process)
+        except BaseException:
+            process.kill()
+            raise
     try:
-        yield address(process)
+        yield url
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=PATIENCE)
     finally:
@@ -346,19 +370,27 @@ def test_what_is_refused(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert refusal() == (2, "the page needs gradio: pip install gradio")
 
 
-def test_run_that_is_damaged_is_left_out(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """With one line; the images of a run that are elsewhere now are no reason to leave it out."""
+def test_runs_at_hand(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those that come with the program too. A damaged one is left out with one line, and not one without its images."""
+    monkeypatch.setattr(page, "COME_WITH", (tmp_path / "program",))
+    passed_on = tmp_path / "program/reference/q2/model.safetensors"
+    passed_on.parent.mkdir(parents=True)
+    passed_on.write_bytes(as_safetensors(load_trained(here / "runs/q2")))
     shutil.copytree(here / "runs", tmp_path / "runs")
     (tmp_path / "runs/q2/best.pt").write_bytes(b"nothing")
     config = json.loads((tmp_path / "runs/q1/config.json").read_text())
     config["settings"]["data"] = str(tmp_path / "gone")
     (tmp_path / "runs/q1/config.json").write_text(json.dumps(config))
     models = page.read([], tmp_path / "runs", torch.device("cpu"))
-    assert [name for name in models if not name.startswith("reference")] == ["q1"]
+    assert {name: shown.mask for name, shown in models.items()} == {
+        "q1": "1 quadrant (bottom left)",
+        "reference/q2": "2 quadrants (left half)",
+    }
     assert capsys.readouterr().err.count("\n") == 1
     assert models["q1"].test is None
     assert "gone: there is no such folder" in models["q1"].missing
-    assert models["q1"].mask == "1 quadrant (bottom left)"
 
 
 def test_usage(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,9 +1,11 @@
-// The pad: a canvas to draw a digit on, or to show a photograph of one. Its content goes to the server as PNG, in `value`.
-const SIDE = 280, LONGEST = 512, PEN = 0.075;
+// The pad: a canvas to draw a digit on, or to show a photograph of one. Its content goes to the server as a data URL in
+// `value`: a drawing as PNG; a photograph as JPEG, since it goes with every change of a slider.
+const SIDE = 280, LONGEST = 1024, PEN = 0.075;
 const canvas = element.querySelector("canvas"), file = element.querySelector("input");
-let last = null;
+let last = null, format = [];
 
-function paper(width, height) {
+function paper(width, height, ...kind) {
+  format = kind;
   canvas.width = width;
   canvas.height = height;
   const context = canvas.getContext("2d");
@@ -29,7 +31,7 @@ function stroke(event) {
   last = here;
 }
 
-function tell(content) {
+function tell(content = canvas.toDataURL(...format)) {
   props.value = content;
   trigger("input");
 }
@@ -45,7 +47,7 @@ for (const end of ["pointerup", "pointercancel"]) {
   canvas.addEventListener(end, () => {
     if (last === null) return;
     last = null;
-    tell(canvas.toDataURL("image/png"));
+    tell();
   });
 }
 element.querySelector(".clear").addEventListener("click", () => {
@@ -57,11 +59,12 @@ file.addEventListener("change", async () => {
   try {
     const photo = await createImageBitmap(file.files[0]);
     const scale = Math.min(1, LONGEST / Math.max(photo.width, photo.height));
-    paper(Math.max(1, Math.round(photo.width * scale)), Math.max(1, Math.round(photo.height * scale)));
+    const [width, height] = [photo.width, photo.height].map((side) => Math.max(1, Math.round(side * scale)));
+    paper(width, height, "image/jpeg", 0.95);
     const context = canvas.getContext("2d");
     context.imageSmoothingQuality = "high";
-    context.drawImage(photo, 0, 0, canvas.width, canvas.height);
-    tell(canvas.toDataURL("image/png"));
+    context.drawImage(photo, 0, 0, width, height);
+    tell();
   } catch {
     paper(SIDE, SIDE);
     tell("unreadable");
