@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 import webbrowser
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
@@ -35,13 +35,14 @@ import torch
 from cvae import runtime
 from cvae.data.masks import mask_name
 from cvae.data.sources import TestImages, difference, load_test
-from cvae.errors import DataError, UsageError, first_line
+from cvae.errors import DataError, Interrupted, UsageError, first_line
 from cvae.report.page_views import Shown
 from cvae.report.selection import OF_THE_IMAGES, find_runs
 from cvae.run.folder import COME_WITH, REFERENCE
 from cvae.run.load import is_passed_on, load_trained
 from cvae.run.plan import user_path
 from cvae.settings import Settings
+from cvae.startup import interruptible
 from cvae.terminal import Bar, called, command, complain, program, say
 
 HOST, PORT, PORTS = "127.0.0.1", 7860, 100  # the first port, and how many are tried
@@ -153,19 +154,15 @@ def leaving_nothing() -> Iterator[None]:
         yield
 
 
-def serve(application: Any, connection: socket.socket, started: Callable[[], None]) -> None:
-    """Serve an application until the process ends; `started` is called when it can be seen."""
+def serve(application: Any, connection: socket.socket) -> None:
+    """Serve an application in a thread of its own, where the server leaves the signals alone; returns once it does."""
     import uvicorn  # comes with gradio
 
     headers = [("Content-Security-Policy", POLICY)]
     server = uvicorn.Server(uvicorn.Config(application, headers=headers, log_config=None, log_level="critical"))
-    # In a thread of its own it leaves the signals alone: Ctrl-C simply ends the process.
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [connection]}, daemon=True)
-    thread.start()
-    while not server.started and thread.is_alive():
+    threading.Thread(target=server.run, kwargs={"sockets": [connection]}, daemon=True).start()
+    while not server.started:
         time.sleep(0.01)
-    started()
-    thread.join()
 
 
 def open_browser(url: str) -> None:
@@ -181,25 +178,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if find_spec("gradio") is None:
         raise UsageError(NEEDED)
     device = runtime.resolve_device(options.device)
-    connection = listen(options.port)
-    with runtime.prepare(device), connection:
-        with leaving_nothing():
-            models = read(options.named, options.runs, device)
-            say(f"starting the page of {', '.join(models)}, which takes some seconds")
-            application = make(models)
-        port = connection.getsockname()[1]
-        url = f"http://{HOST}:{port}"
-        remark = "" if options.port is not None or port == PORT else f" (port {PORT} is taken)"
-
-        def started() -> None:
-            say(f"{url} has the page{remark}; Ctrl-C ends it")
+    try:
+        with interruptible(), runtime.prepare(device), listen(options.port) as connection:
+            with leaving_nothing():
+                models = read(options.named, options.runs, device)
+                say(f"starting the page of {', '.join(models)}, which takes some seconds")
+                application = make(models)
+            port = connection.getsockname()[1]
+            taken = f" (port {PORT} is taken)" if options.port is None and port != PORT else ""
+            serve(application, connection)
+            say(f"http://{HOST}:{port} has the page{taken}; Ctrl-C ends it")
             if not options.no_browser:
-                open_browser(url)
-
-        try:
-            serve(application, connection, started)
-        except KeyboardInterrupt:  # where something else has chosen what Ctrl-C does
-            return 128 + signal.SIGINT
+                open_browser(f"http://{HOST}:{port}")
+            threading.Event().wait()
+    except (Interrupted, KeyboardInterrupt):  # the second one where something else has chosen what Ctrl-C does
+        return 128 + signal.SIGINT
     return 0
 
 
