@@ -45,7 +45,7 @@ from cvae.run.session import Run
 from cvae.run.state import Progress
 from cvae.terminal import called, command
 from cvae.training.optimizer import GuardedAdam
-from cvae.training.phase import Phase, scheduled_rate, validate
+from cvae.training.phase import Phase, scheduled_rate
 from cvae.training.weights import WeightAverage, Weights
 
 REPORT_EVERY = 50  # steps between two looks at the device: the bar's loss, the gradients' health, the other processes
@@ -110,7 +110,7 @@ def fit(phase: Phase, run: Run, last: dict[str, Any]) -> Progress:
         run.processes.average_(*phase.model.buffers(), *average.model.buffers())
         seconds = time.perf_counter() - started
         with run.progress_bar(f"{phase.name}, validation", len(phase.validation) // run.processes.count) as bar:
-            totals = validate(phase, average.model, s.seed, run.precision, run.processes, bar.update)
+            totals = phase.validate(average.model, s.seed, run.precision, run.processes, bar.update)
         train, validation = step.totals.means(), totals.means()
         validation |= phase.active_units(average.model, s.seed, run.precision) if "kl" in validation else {}
         train_loss, validation_loss = -maximised(train), -maximised(validation)

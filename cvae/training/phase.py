@@ -29,6 +29,33 @@ class Phase(NamedTuple):
     noise: Callable[[int, torch.Generator], tuple[Tensor, ...]]  # of so many images: what the objective takes of it
     picture: Callable[[Any], Tensor]  # of a model, for the log
 
+    @torch.no_grad()
+    def validate(
+        self,
+        model: nn.Module,
+        seed: int,
+        precision: str,
+        processes: Processes,
+        done: Callable[[int], object] = lambda count: None,
+    ) -> Totals:
+        """The objective's terms on the validation images, in this precision; the noise is the same in every epoch.
+
+        model: the phase's, or the average of its weights. Each process takes its share of portions of the images. done: told how many
+        more images it has been through.
+        """
+        model.eval()
+        images = self.validation
+        device, totals = images.vectors.device, Totals(images.vectors.device)
+        starts = range(0, len(images), VALIDATION_BATCH)
+        for start in starts[processes.share(len(starts))] or [len(images)]:  # where there is none: an empty one
+            batch = images.batch(slice(start, start + VALIDATION_BATCH))
+            eps = self.noise(len(batch.x), runtime.generator(device, seed, "validation", start))
+            with runtime.autocast(precision, device):
+                totals.add(self.objective(model, batch, *eps))
+            done(len(batch.x))
+        processes.sum_on_host_(totals.sums)
+        return totals
+
     def active_units(self, model: Any, seed: int, precision: str) -> dict[str, float]:
         """How many dimensions of z are active on the validation images, in all and by level, for the log."""
         units = active_units(model, self.validation, seed, precision)
@@ -37,33 +64,6 @@ class Phase(NamedTuple):
     def where(self, epoch: int) -> str:
         """An epoch of the phase, in words."""
         return f"{self.name}, epoch {epoch}/{self.epochs}"
-
-
-@torch.no_grad()
-def validate(
-    phase: Phase,
-    model: nn.Module,
-    seed: int,
-    precision: str,
-    processes: Processes,
-    done: Callable[[int], object] = lambda count: None,
-) -> Totals:
-    """The objective's terms on the validation images, in this precision; the noise is the same in every epoch.
-
-    Each process takes its share of portions of the images. done: told how many more images it has been through.
-    """
-    model.eval()
-    images = phase.validation
-    device, totals = images.vectors.device, Totals(images.vectors.device)
-    starts = range(0, len(images), VALIDATION_BATCH)
-    for start in starts[processes.share(len(starts))] or [len(images)]:  # where there is none: an empty one
-        batch = images.batch(slice(start, start + VALIDATION_BATCH))
-        eps = phase.noise(len(batch.x), runtime.generator(device, seed, "validation", start))
-        with runtime.autocast(precision, device):
-            totals.add(phase.objective(model, batch, *eps))
-        done(len(batch.x))
-    processes.sum_on_host_(totals.sums)
-    return totals
 
 
 def scheduled_rate(s: Settings, epoch: float, epochs: int) -> float:

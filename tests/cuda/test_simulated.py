@@ -16,7 +16,6 @@ from cvae import runtime
 from cvae.distributed import Processes
 from cvae.model.likelihood import Likelihoods, evaluate
 from cvae.runtime import GraphedStep
-from cvae.training.phase import validate
 from cvae.training.weights import WeightAverage
 
 ALL = pytest.mark.parametrize(("network", "objective"), KINDS, ids=map("-".join, KINDS))
@@ -46,7 +45,7 @@ def test_step_and_validation_stay_on_the_device(monkeypatch, network, objective,
         forward = {"convolution"} if network == "convolutional" else {"baddbmm"}
         assert forward | {"index_select", "index_copy_"} <= watch.seen
         with OnDevice():
-            totals = validate(training.phase, training.phase.model, 0, precision, Processes())
+            totals = training.phase.validate(training.phase.model, 0, precision, Processes())
         assert totals.sums.device == CUDA
 
 

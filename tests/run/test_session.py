@@ -20,7 +20,7 @@ from cvae.run import checkpoint
 from cvae.run.folder import read_json, read_settings
 from cvae.run.load import load
 from cvae.run.log import RunLog
-from cvae.training.phase import Phase, validate
+from cvae.training.phase import Phase
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_validated_weights_are_those_that_are_kept(place: Path, run: str) -> Non
         "cvae", model, objective(settings), 1, images, images,
         lambda count, random: (noise(2, count, model, random),), lambda model: torch.zeros(1),
     )  # fmt: skip
-    found = validate(phase, model, settings.seed, "fp32", Processes()).means()
+    found = phase.validate(model, settings.seed, "fp32", Processes()).means()
     lines = [record for record in results(folder)["metrics"] if record["phase"] == "cvae"]
     best = lines[summary["best_epoch"] - 1]
     assert best["epoch"] == summary["best_epoch"]

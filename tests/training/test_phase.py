@@ -11,7 +11,6 @@ import train
 from cvae import runtime
 from cvae.settings import Settings
 from cvae.training import phase as phase_module
-from cvae.training.phase import validate
 
 RANDOM = Case("regularised", "elbo")  # with dropout and batch normalisation
 
@@ -46,7 +45,7 @@ def test_means_are_over_all_images(make_toy, case):
     phase = toy_phase(make_toy, case)
     used = []
     phase = phase._replace(noise=lambda count, random, own=phase.noise: used.append(own(count, random)) or used[-1])
-    found = validate(phase, phase.model, 0, "fp32", processes())
+    found = phase.validate(phase.model, 0, "fp32", processes())
     assert found.sums[-1] == 20
     eps = [torch.cat(parts, dim=1) for parts in zip(*used, strict=True)]
     model = copy.deepcopy(phase.model).eval()
@@ -62,10 +61,10 @@ def test_noise_is_the_same_in_every_epoch(make_toy):
     phase = toy_phase(make_toy, Case("tutorial", "elbo"))
     used = []
     watched = phase._replace(noise=lambda count, random: used.append(phase.noise(count, random)[0]) or (used[-1],))
-    first = validate(watched, phase.model, 0, "fp32", processes())
+    first = watched.validate(phase.model, 0, "fp32", processes())
     torch.rand(7)
-    assert equal(validate(watched, phase.model, 0, "fp32", processes()), first)
-    assert not equal(validate(watched, phase.model, 1, "fp32", processes()), first)
+    assert equal(watched.validate(phase.model, 0, "fp32", processes()), first)
+    assert not equal(watched.validate(phase.model, 1, "fp32", processes()), first)
     assert [eps.shape[1] for eps in used] == 3 * [8, 8, 4]
     assert all(torch.equal(*pair) for pair in zip(used[:3], used[3:6], strict=True))
     portions = [used[i][:, :4] for i in (0, 1, 2, 6, 7, 8)]
@@ -77,8 +76,8 @@ def test_noise_is_the_same_in_every_epoch(make_toy):
 def test_shares_of_several_processes_add_up(make_toy, case, count):
     """Of three portions: one process may have none, and has zeros of the same names."""
     phase = toy_phase(make_toy, case)
-    whole = validate(phase, phase.model, 0, "fp32", processes())
-    parts = [validate(phase, phase.model, 0, "fp32", processes(rank, count)) for rank in range(count)]
+    whole = phase.validate(phase.model, 0, "fp32", processes())
+    parts = [phase.validate(phase.model, 0, "fp32", processes(rank, count)) for rank in range(count)]
     assert all(part.names == whole.names for part in parts)
     assert all(part.sums.isfinite().all() for part in parts)
     torch.testing.assert_close(sum(part.sums for part in parts), whole.sums, rtol=1e-12, atol=0)
@@ -90,8 +89,8 @@ def test_sums_are_exchanged(make_toy):
     phase = toy_phase(make_toy, RANDOM)
     two = processes(0, 2)
     two.sum_on_host_ = lambda tensor: tensor.mul_(3)
-    alone = validate(phase, phase.model, 0, "fp32", processes(0, 2))
-    assert torch.equal(validate(phase, phase.model, 0, "fp32", two).sums, 3 * alone.sums)
+    alone = phase.validate(phase.model, 0, "fp32", processes(0, 2))
+    assert torch.equal(phase.validate(phase.model, 0, "fp32", two).sums, 3 * alone.sums)
 
 
 def test_model_is_in_evaluation_mode(make_toy):
@@ -107,7 +106,7 @@ def test_model_is_in_evaluation_mode(make_toy):
 
     phase = phase._replace(objective=objective)
     random_state = torch.get_rng_state()
-    found = [validate(phase, model.train(), 0, "fp32", processes()) for _ in range(2)]
+    found = [phase.validate(model.train(), 0, "fp32", processes()) for _ in range(2)]
     assert equal(*found)
     assert modes == 6 * [{False}]
     assert torch.equal(torch.get_rng_state(), random_state)
@@ -121,7 +120,7 @@ def test_model_is_in_evaluation_mode(make_toy):
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_precision_is_the_run_s(make_toy, precision):
     phase = toy_phase(make_toy, Case("paper", "elbo"))
-    wide, half = (validate(phase, phase.model, 0, name, processes()).means() for name in ("fp32", precision))
+    wide, half = (phase.validate(phase.model, 0, name, processes()).means() for name in ("fp32", precision))
     assert wide["elbo"] != half["elbo"]
     assert half["elbo"] == pytest.approx(wide["elbo"], rel=torch.finfo(runtime.HALF[precision]).eps)
 
@@ -205,7 +204,7 @@ def test_trained_model_is_put_back_into_train_mode(make_toy):
             phase = phase._replace(objective=objective)
             run = make_run(Settings(batch_size=6, average=average), precision)
             step, _ = epoch(phase, run, 1)
-            validate(phase, phase.model, 0, precision, processes())
+            phase.validate(phase.model, 0, precision, processes())
             epoch(phase, run, 2, step)
             train_mode, evaluation_mode = (True, True, False), (False, False, False)
             assert modes == [*3 * [train_mode], *3 * [evaluation_mode], *3 * [train_mode]]
