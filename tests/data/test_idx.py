@@ -64,7 +64,7 @@ def test_names_as_people_have_them(tmp_path: Path, packer: object, train: str, t
     ("name", "header"),
     [
         ("train-labels-idx2-int", struct.pack(">HBB2I", 0, 0x0C, 2, 12, 8) + bytes(12 * 8 * 4)),
-        ("train-labels-idx1-double.gz", gzip.compress(struct.pack(">HBBI", 0, 0x0E, 1, 12) + bytes(12 * 8))),
+        ("train-labels-idx1-double.gz", gzip.compress(struct.pack(">HBBI", 0, 0x0E, 1, 12) + bytes(12 * 8), mtime=0)),
         ("train-labels.idx1-ubyte", struct.pack(">HBBI", 0, 8, 1, 12)),  # its end is missing: nobody needs it
     ],
 )
