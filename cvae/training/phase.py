@@ -40,8 +40,8 @@ class Phase(NamedTuple):
     ) -> Totals:
         """The objective's terms on the validation images, in this precision; the noise is the same in every epoch.
 
-        model: the phase's, or the average of its weights. Each process takes its share of portions of the images. done: told how many
-        more images it has been through.
+        model: the phase's, or the average of its weights. Each process takes its share of portions of the images.
+        done: told how many more images it has been through.
         """
         model.eval()
         images = self.validation
