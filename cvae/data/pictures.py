@@ -81,7 +81,7 @@ def _part(folder: Path, names: Sequence[str], side: int | None) -> Part:
                 reading.check()
                 pixels[i] = read_picture(paths[row], side, expected, notes)
                 bar.update()
-        if SIXTEEN_BIT in notes and pixels.max() <= 0xFFF // 0xFF:
+        if SIXTEEN_BIT in notes and pixels.max() <= eight_bit(np.array([0xFFF])):
             notes.append(TWELVE_BIT)
         return Images(torch.from_numpy(pixels), notes=notes)
 

@@ -23,11 +23,9 @@ SMALL = 0.1
 def dense(fan_in: int, fan_out: int, gain: float = 1.0) -> MLP:
     """A linear layer for inputs of any leading dimensions, in float32 or wider; its outputs vary as its inputs do."""
     layer = MLP((fan_in, fan_out))
-    for name, parameter in layer.named_parameters():
-        if name.endswith("weight"):
-            nn.init.normal_(parameter, std=gain * fan_in**-0.5)
-        else:
-            nn.init.zeros_(parameter)
+    weight, bias = layer.parameters()
+    nn.init.normal_(weight, std=gain * fan_in**-0.5)
+    nn.init.zeros_(bias)
     return layer
 
 

@@ -77,7 +77,8 @@ class Level(nn.Module):
         super().__init__()
         self.prior_state, self.recognition_state = (None if is_top else dense(width, width) for _ in range(2))
         self.prior_last, self.recognition_last = dense(width, 2 * dim, SMALL), dense(width, 2 * dim)
-        nn.init.constant_(self.recognition_last.layers[0].bias[:, dim:], FIRST_LOG_RATIO)  # type: ignore[index]
+        _, bias = self.recognition_last.parameters()
+        nn.init.constant_(bias[:, dim:], FIRST_LOG_RATIO)
         self.of_z = dense(dim, width)
         self.block_first, self.block_last = dense(width, width), dense(width, width, SMALL)
 

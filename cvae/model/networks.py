@@ -14,7 +14,7 @@ from cvae.data.masks import Split
 from cvae.model.cvae import CVAE, Draw, Latent
 from cvae.model.deep import Deep
 from cvae.model.densities import Gaussian
-from cvae.model.layers import MLP, Linear
+from cvae.model.layers import MLP
 from cvae.settings import Settings
 
 
@@ -86,10 +86,10 @@ class Paper(OneLevel):
         self.generation_of_x = MLP((split.num_pixels, s.hidden[0]))  # once an image, whatever the number of samples
         self.generation_of_z = MLP((s.latent_dim, s.hidden[0]))
         self.generation_net = MLP((*s.hidden, split.num_hidden))
-        last: Linear = self.encoders.layers[-1]  # type: ignore[assignment]
+        *_, weight, bias = self.encoders.parameters()
         with torch.no_grad():  # z tells much of y from the first step: on top of the guess it is not missed otherwise
-            last.weight[self.RECOGNITION, : s.latent_dim] *= 3
-            last.bias[self.RECOGNITION, s.latent_dim :] -= 2
+            weight[self.RECOGNITION, : s.latent_dim] *= 3
+            bias[self.RECOGNITION, s.latent_dim :] -= 2
 
     def generation(self, z: Tensor, x: Tensor, guess: Tensor) -> Tensor:
         seen = self.generation_of_x(torch.cat([x, guess.sigmoid().to(x.dtype)], dim=-1))

@@ -59,10 +59,9 @@ class GuardedAdam:
         self.device = weights.vector.device
         self.learning_rate = torch.tensor(learning_rate, device=self.device)
         self.moments, self.squares = torch.zeros_like(weights.vector), torch.zeros_like(weights.vector)
-        self._widened = torch.zeros_like(weights.vector) if weights.half is not None else None
-        self._gradient = gradient = weights.gradient if self._widened is None else self._widened
+        self._gradient = weights.gradient if weights.half is None else torch.zeros_like(weights.vector)
         kinds = [(slice(weights.decayed), 0.0), (slice(weights.decayed, None), weight_decay)]
-        vectors = (weights.vector, gradient, self.moments, self.squares)
+        vectors = (weights.vector, self._gradient, self.moments, self.squares)
         parts = [Part(decay, self._zero(), *(vector[rows] for vector in vectors)) for rows, decay in kinds]
         self._parts = [part for part in parts if len(part.weights)]
         self.scale = torch.tensor(INITIAL_SCALE, device=self.device) if loss_scaling else None
@@ -100,8 +99,8 @@ class GuardedAdam:
 
     def _update(self, skip: Tensor) -> None:
         """Adam's step itself, which leaves everything as it is where `skip` is 1."""
-        if self._widened is not None:
-            self._widened.copy_(self.weights.gradient)
+        if self._gradient is not self.weights.gradient:
+            self._gradient.copy_(self.weights.gradient)
         divisor = self._divisor()
         for part in self._parts:
             adamw(

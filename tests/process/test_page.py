@@ -21,7 +21,7 @@ import torch
 from PIL import Image, ImageDraw
 from support.inprocess import TINY, call, call_train
 from support.scripts import small_mnist
-from support.trainings import ENVIRONMENT, contents
+from support.trainings import ENVIRONMENT, contents, start
 
 import cvae
 from cvae.data.sources import load_test
@@ -64,13 +64,12 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start(here: Path) -> "subprocess.Popen[str]":
+def start_page(here: Path) -> "subprocess.Popen[str]":
     """The page under way, with the folder `empty` for temporary files."""
     path = os.pathsep.join([str(here / "watch"), ENVIRONMENT["PYTHONPATH"]])
     environment = {**ENVIRONMENT, "TMPDIR": str(here / "empty"), "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
     line = [sys.executable, "-m", "cvae.report.page", "--no-browser", "--device", "cpu"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(line, cwd=here, env=environment, text=True, **pipes)  # type: ignore[call-overload, no-any-return]
+    return start(line, here, environment)
 
 
 def address(process: "subprocess.Popen[str]") -> str:
@@ -166,7 +165,7 @@ def url(here: Path) -> Iterator[str]:
     """The page, which ends quietly with Ctrl-C, has written nothing and asked nothing of the network."""
     before = contents(here)
     with page.listen(None):
-        process = start(here)
+        process = start_page(here)
         try:
             url = address(process)
         except BaseException:
