@@ -11,10 +11,10 @@ which `ratio` refers, and with the batch size that suits it best (`--pyro-batch`
 Pyro has a process of its own, since this one has our settings of memory and denormals. The sides take turns; medians
 of the rounds are given.
 
-The images are validation images: the test images are for eval.py alone. The noise differs, so the two means differ by
-chance: their difference is given with its own standard error, over portions of the images, and the two agree when it is
-within three of those. Both see the same images, so that is a far sharper test than the standard errors of the two
-means, printed beside them.
+The images are validation images: eval.py alone measures on the test images. The noise differs, so the two means
+differ by chance: their difference is given with its own standard error, over portions of the images, and the two
+agree when it is within three of those. Both see the same images, so that is a far sharper test than the standard
+errors of the two means, printed beside them.
 """
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ def load_test(s: Settings = Settings(), reading: Reading = Reading()) -> TestIma
 def load_labels(s: Settings, part: str) -> Tensor:
     """The classes of the images of one part, `train`, `validation` or `test`, int64 `[N]`, in the order of the images.
 
-    Those of the test images are for `eval.py` alone. Raises DataError where there are none, or they cannot be read.
+    `eval.py` alone measures by those of the test images. Raises DataError where there are none, or they cannot be read.
     """
     with _one_line():
         source, rows, _ = _plan_test(s) if part == "test" else _plan_train(s)
