@@ -123,7 +123,8 @@ def _draw_panel(panel: Panel) -> Image.Image:
         return width * (epoch - first + 0.5) / (last - first + 1), height * (high - value) / (high - low)
 
     axes = Canvas(width, height)  # what leaves them is not seen
-    for value in ticks(low, high, 5):
+    counts = all(value == round(value) for line in panel.lines.values() for value in line.values())
+    for value in ticks(low, high, 5, whole=counts):
         y = place(0, value)[1]
         axes.line([(0, y), (width, y)], GRID)
         canvas.text(LEFT - 6, TOP + y, f"{value:g}", "rm")

@@ -54,7 +54,7 @@ def draw(case: Case, judged: Judged, seed: int) -> Image.Image:
         f"of {COMPLETIONS}": realism.frequencies(classified(case, x, means)[0]),
     }
     parts = [*columns[:2], ("x only", None), *columns[2:], (f"of {COMPLETIONS}", None)]
-    canvas = Canvas(len(numbers), [CHART if pictures is None else TILE for _, pictures in parts])
+    canvas = Sheet(len(numbers), [CHART if pictures is None else TILE for _, pictures in parts])
     for column, (label, pictures) in enumerate(parts):
         canvas.head(column, label.split(":")[0])
         for row, number in enumerate(numbers):
@@ -67,7 +67,7 @@ def draw(case: Case, judged: Judged, seed: int) -> Image.Image:
     return canvas.picture
 
 
-class Canvas:
+class Sheet:
     """A white picture of so many rows, with columns of these widths in screen pixels."""
 
     def __init__(self, rows: int, widths: list[int]):
