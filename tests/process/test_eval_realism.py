@@ -21,7 +21,7 @@ from cvae.data.masks import quadrants
 from cvae.data.sources import load_labels, load_test, load_train
 from cvae.distributed import Processes
 from cvae.model.classifier import Classifier
-from cvae.model.likelihood import noise
+from cvae.model.likelihood import IMAGES_AT_ONCE, noise
 from cvae.report import classifier, judges, realism, realism_figure
 from cvae.run.load import load
 from cvae.run.weights_file import read_weights, with_digest
@@ -297,6 +297,18 @@ def test_first_images_are_judged_as_in_the_whole_set(place: Path) -> None:
         assert torch.equal(values, all_of_them.values[key][:20])
     for who, features in few.features.items():
         assert torch.equal(features, all_of_them.features[who][:20])
+
+
+def test_noise_is_of_the_seed_and_the_place(place: Path) -> None:
+    """One image again and again has other completions each time, others with another seed, the same with the same."""
+    case = realism.open_case(subject_of(place), 2 * IMAGES_AT_ONCE)
+    case = case._replace(images=case.images[:1].expand_as(case.images))
+    energy, again, other = (
+        realism.judge("q1", case, seed, torch.device("cpu"), Processes()).values["cvae", "energy_score"]
+        for seed in (0, 0, 1)
+    )
+    assert torch.equal(energy, again)
+    assert len(torch.cat([energy, other]).unique()) == 4 * IMAGES_AT_ONCE
 
 
 def subject_of(place: Path) -> realism.Subject:
