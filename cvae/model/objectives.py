@@ -54,6 +54,17 @@ def gsnn(model: CVAE, batch: Batch, eps: Tensor) -> Terms:
     return {"gsnn": model.from_prior(batch.x, batch.guess, eps).log_likelihood(batch.y).mean(0)}
 
 
+def multisample(model: CVAE, batch: Batch, eps: Tensor) -> Terms:
+    """log of the mean of p(y|x,z) over K samples of z from the prior network: a bound of log p(y|x) above `gsnn`.
+
+    It is the Monte Carlo estimate of log p(y|x) with S = K, so that a network trained on it does well by few samples of
+    its prior network. It does not train the recognition network. eps: the noise, `[K, B, latent_dim]`; with K = 1 it is
+    `gsnn`. Source: Mnih and Rezende 2016, the multi-sample objective with the prior as its proposal.
+    """
+    log_likelihood = model.from_prior(batch.x, batch.guess, eps).log_likelihood(batch.y)
+    return {"multisample": log_mean_exp(log_likelihood), "gsnn": log_likelihood.mean(0).detach()}
+
+
 def hybrid(model: CVAE, batch: Batch, eps: Tensor, *, alpha: float) -> Terms:
     """α · elbo + (1 − α) · gsnn, both from the same noise: Sohn et al. 2015, equation 7."""
     of_elbo, of_gsnn = elbo(model, batch, eps), gsnn(model, batch, eps)
@@ -132,7 +143,12 @@ def maximised(terms: dict[str, Value]) -> Value:
     return next(iter(terms.values()))
 
 
-OBJECTIVES: dict[str, Objective] = {"elbo": elbo, "iwae": iwae, "gsnn": gsnn, "hybrid": hybrid}
+OBJECTIVES: dict[str, Objective] = {
+    "elbo": elbo, "iwae": iwae, "gsnn": gsnn, "hybrid": hybrid, "multisample": multisample,
+}  # fmt: skip
+
+OF_PRIOR = ("gsnn", "multisample")
+"""Objectives that take z from the prior network alone: they do not train the recognition network."""
 
 
 def objective(s: Settings) -> Objective:

@@ -11,9 +11,10 @@ from torch import Tensor
 from cvae.data.masks import mask_name
 from cvae.errors import printable
 from cvae.model.likelihood import Likelihoods
+from cvae.model.objectives import OF_PRIOR
 from cvae.settings import Settings
 
-# What the objective gsnn does not train: what takes z from the recognition network says nothing of its runs.
+# What takes z from the recognition network: it says nothing of runs whose objective does not train that.
 OF_RECOGNITION = ("cvae_neg_elbo", "cvae_is_nll", "gap", "kl", "ess", "active_units")
 
 SMALL = 5  # effective samples: with fewer the estimate is what a few samples make of it
@@ -61,7 +62,7 @@ class Result(NamedTuple):
 
     def has(self, key: str) -> bool:
         """Whether the quantity of this name says something of the run."""
-        return self.settings.objective != "gsnn" or key not in OF_RECOGNITION
+        return self.settings.objective not in OF_PRIOR or key not in OF_RECOGNITION
 
     def values(self, row: Row) -> Tensor:
         """A quantity per image, `[N]`; `gap` is NN minus importance sampling with the largest S."""

@@ -132,7 +132,7 @@ def _notes(columns: Sequence[Column]) -> list[str]:
     )
     notes.append(f"Active: the mean of q(z|x,y) has a variance over the images above {LEAST_VARIANCE}; by level of z.")
     if not all(run.has(key) for run in runs for key in OF_RECOGNITION):
-        notes.append("–: the objective gsnn trains no recognition network, which these estimates take z from.")
+        notes.append("–: the run's objective trains no recognition network, which these estimates take z from.")
     if known_runs:
         figures = ((*TUTORIAL[quadrants], observed) for quadrants, observed in sorted(known_runs.items()))
         tutorial = "; ".join(f"NN {nn}, CVAE {cvae} for {observed}" for nn, cvae, observed in figures)

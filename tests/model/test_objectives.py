@@ -17,7 +17,18 @@ from cvae.data.masks import Split
 from cvae.model import objectives
 from cvae.model.cvae import CVAE, Draw, Latent
 from cvae.model.densities import Gaussian, bernoulli_log_prob
-from cvae.model.objectives import OBJECTIVES, Totals, elbo, gsnn, hybrid, iwae, log_mean_exp, maximised, objective
+from cvae.model.objectives import (
+    OBJECTIVES,
+    Totals,
+    elbo,
+    gsnn,
+    hybrid,
+    iwae,
+    log_mean_exp,
+    maximised,
+    multisample,
+    objective,
+)
 from cvae.settings import Settings
 
 OURS = pytest.mark.parametrize("network", ["tutorial", "paper"])
@@ -143,6 +154,7 @@ def expectation(
         ("elbo", lambda exact, _: exact.elbo),
         ("iwae", lambda exact, _: exact.elbo),  # of one sample
         ("gsnn", lambda exact, _: exact.gsnn),
+        ("multisample", lambda exact, _: exact.gsnn),  # of one sample
         ("hybrid", lambda exact, alpha: alpha * exact.elbo + (1 - alpha) * exact.gsnn),
     ],
 )
@@ -172,6 +184,21 @@ def test_bounds_are_ordered_exactly(make_toy, network):
     torch.testing.assert_close(one, exact.elbo, rtol=1e-4, atol=0)
     assert (one + 1e-3 < two).all()
     assert (two < exact.log_evidence - 1e-3).all()
+
+
+@OURS
+def test_more_samples_of_the_prior_network_tighten_the_bound(make_toy, network):
+    """gsnn = multisample of one < of two < log p(y|x), in expectation; of very many it is log p(y|x)."""
+    toy = make_toy(latent_dim=1, count=3, gain=1.3, seed=2, network=network)
+    exact = integrate(toy.cvae, toy.x, toy.y)
+    with torch.no_grad():
+        one, two = (expectation(multisample, toy, particles, 151)["multisample"] for particles in (1, 2))
+        eps = torch.randn(200_000, 3, 1, generator=torch.Generator().manual_seed(0), dtype=toy.x.dtype)
+        most = multisample(toy.cvae, toy.batch, eps)["multisample"]
+    torch.testing.assert_close(one, exact.gsnn, rtol=1e-4, atol=0)
+    assert (one + 1e-3 < two).all()
+    assert (two < exact.log_evidence - 1e-3).all()
+    torch.testing.assert_close(most, exact.log_evidence, rtol=1e-3, atol=0)
 
 
 def test_iwae_of_several_levels(make_toy):
@@ -474,11 +501,12 @@ def test_limits_of_the_hybrid_objective(make_toy, network, particles):
     torch.testing.assert_close(terms["hybrid"], 0.3 * terms["elbo"] + 0.7 * terms["gsnn"], rtol=1e-14, atol=0)
 
 
+@pytest.mark.parametrize("function", [gsnn, multisample])
 @pytest.mark.parametrize("network", ["tutorial", "paper", "convolutional", "two levels"])
-def test_gsnn_does_not_touch_the_recognition_network(make_toy, network):
+def test_the_prior_networks_objectives_do_not_touch_the_recognition_network(make_toy, network, function):
     """Neither is it used, nor trained; the other networks are."""
     toy = make_toy(particles=2, network=TEST_NETWORKS.get(network, network))
-    before = gsnn(toy.cvae, toy.batch, toy.eps)["gsnn"]
+    before = maximised(function(toy.cvae, toy.batch, toy.eps))
     before.sum().backward()
     recognition = []
     for name, parameter in toy.cvae.named_parameters():
@@ -494,7 +522,7 @@ def test_gsnn_does_not_touch_the_recognition_network(make_toy, network):
     assert recognition
     for weights in recognition:
         weights.fill_(float("nan"))
-    assert torch.equal(gsnn(toy.cvae, toy.batch, toy.eps)["gsnn"], before)
+    assert torch.equal(maximised(function(toy.cvae, toy.batch, toy.eps)), before)
     assert maximised(elbo(toy.cvae, toy.batch, toy.eps)).isnan().all()
 
 

@@ -8,7 +8,7 @@ from support.steps import ALL_NETWORKS, CPU, Case, cases
 
 from cvae import runtime
 from cvae.model.networks import NETWORKS
-from cvae.model.objectives import OBJECTIVES, maximised
+from cvae.model.objectives import OBJECTIVES, OF_PRIOR, maximised
 from cvae.training.optimizer import GuardedAdam
 from cvae.training.weights import Weights
 
@@ -80,13 +80,13 @@ def test_gradient_is_that_of_plain_autograd(make_toy, case, slots, cached):
 
 @cases()
 def test_every_trained_weight_has_a_gradient(make_toy, case):
-    """But those of the recognition network where gsnn does not use it; and the baseline of a CVAE is not trained."""
+    """But those of the recognition network where it is not used; and the baseline of a CVAE is not trained."""
     toy = case.make(make_toy, particles=3)
     model = toy.model(case.which)
     _, found, _ = terms_and_gradient(case, model, toy.batch, case.noise(toy))
     assert not any(name.startswith("baseline_net") for name in found)
     without = {name for name, gradient in found.items() if not gradient.ne(0).any()}
-    if case.objective == "gsnn":
+    if case.objective in OF_PRIOR:
         assert without == {name for name in found if "recognition" in name}
         if "encoders.layers.0.weight" in found:
             of_prior, of_recognition = found["encoders.layers.0.weight"]
@@ -117,7 +117,7 @@ def test_half_precision_is_that_of_autocast(make_toy, case, precision):
     ours, theirs = results
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
-        assert tensor.ne(0).any() or (case.objective == "gsnn" and "recognition" in name), name
+        assert tensor.ne(0).any() or (case.objective in OF_PRIOR and "recognition" in name), name
         assert (ours[name] - tensor).norm() <= 2 * torch.finfo(half).eps * tensor.norm(), name
 
 
