@@ -2,7 +2,7 @@
 
 An objective is a function of a model, a batch and noise to its terms, `[B]` each, by name: the first is what is
 maximised. Its keyword-only parameters are settings of the same name. A new objective is a function here and a name in
-`OBJECTIVES`; autograd finds its gradient.
+`OBJECTIVES`, and in `OF_PRIOR` if it does without the recognition network; autograd finds its gradient.
 """
 
 import inspect
@@ -55,11 +55,11 @@ def gsnn(model: CVAE, batch: Batch, eps: Tensor) -> Terms:
 
 
 def multisample(model: CVAE, batch: Batch, eps: Tensor) -> Terms:
-    """log of the mean of p(y|x,z) over K samples of z from the prior network: a bound of log p(y|x) above `gsnn`.
+    """log of the mean of p(y|x,z) over K samples of z from the prior network: a lower bound, above that of `gsnn`.
 
     It is the Monte Carlo estimate of log p(y|x) with S = K, so that a network trained on it does well by few samples of
     its prior network. It does not train the recognition network. eps: the noise, `[K, B, latent_dim]`; with K = 1 it is
-    `gsnn`. Source: Mnih and Rezende 2016, the multi-sample objective with the prior as its proposal.
+    `gsnn`. Source: Raiko et al. 2015; Mnih and Rezende 2016, the multi-sample objective with the prior as its proposal.
     """
     log_likelihood = model.from_prior(batch.x, batch.guess, eps).log_likelihood(batch.y)
     return {"multisample": log_mean_exp(log_likelihood), "gsnn": log_likelihood.mean(0).detach()}
@@ -148,7 +148,7 @@ OBJECTIVES: dict[str, Objective] = {
 }  # fmt: skip
 
 OF_PRIOR = ("gsnn", "multisample")
-"""Objectives that take z from the prior network alone: they do not train the recognition network."""
+"""Objectives that take z from the prior network alone. The recognition network has no gradient, and is decayed only."""
 
 
 def objective(s: Settings) -> Objective:

@@ -29,6 +29,7 @@ import train
 from cvae.data.sources import load_test, load_train
 from cvae.errors import UsageError
 from cvae.model.likelihood import Likelihoods
+from cvae.model.objectives import OF_PRIOR
 from cvae.report.figures import ENDINGS, completions, write_picture
 from cvae.report.results import Column, Result, Row, by_setting
 from cvae.report.tables import MNIST, render
@@ -332,14 +333,15 @@ def test_levels_of_z(place: Path) -> None:
     ].keys()
 
 
-def test_gsnn_says_nothing_of_its_recognition_network(place: Path) -> None:
-    assert call_train("--data", "data", "--objective", "gsnn", *TINY, "--runs", "gsnn").code == 0
-    (found,) = records(call_eval("gsnn", "--format", "json"))
+@pytest.mark.parametrize("objective", OF_PRIOR)
+def test_nothing_is_said_of_an_untrained_recognition_network(place: Path, objective: str) -> None:
+    assert call_train("--data", "data", "--objective", objective, *TINY, "--runs", objective).code == 0
+    (found,) = records(call_eval(objective, "--format", "json"))
     assert found["kl"] is found["active_units"] is found["cvae_is_nll"]["mean"] is found["ess"]["median"] is None
     assert found["cvae_mc_nll"]["mean"] > 0
-    rows = {line.split("  ")[0]: line.split()[-1] for line in call_eval("gsnn").out.splitlines() if "  " in line}
+    rows = {line.split("  ")[0]: line.split()[-1] for line in call_eval(objective).out.splitlines() if "  " in line}
     assert rows["Active units of z"] == rows["Effective samples of S = 3"] == rows["Performance gap"] == "–"
-    assert not any("active_units" in name for name in read_metrics(place / "gsnn/q1/metrics.jsonl")[-1])
+    assert not any("active_units" in name for name in read_metrics(place / objective / "q1/metrics.jsonl")[-1])
 
 
 @pytest.mark.parametrize("form", ["text", "markdown"])

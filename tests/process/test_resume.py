@@ -246,8 +246,9 @@ def test_more_epochs(work: Path, forked: Forked) -> None:
 
 CONTRADICTIONS = [
     "--observed left", "--network paper", "--objective gsnn", "--objective hybrid", "--alpha 0.25",
-    "--quadrants 2", "--quadrants 1 2", "--precision bf16", "--baseline-epochs 3", "--patience 9",
-    "--batch-size 31", "--learning-rate 0.5", "--schedule constant", "--warmup-epochs 7", "--weight-decay 0.1",
+    "--objective multisample", "--quadrants 2", "--quadrants 1 2", "--precision bf16", "--baseline-epochs 3",
+    "--patience 9", "--batch-size 31", "--learning-rate 0.5", "--schedule constant", "--warmup-epochs 7",
+    "--weight-decay 0.1",
     "--average 7", "--hidden 32 33", "--latent-dim 9", "--particles 2", "--seed 1", "--size 32", "--transpose",
     "--targets binary", "--levels 2", "--channels 8", "--clip 5", "--preset best", "--bend 0.5",
     "--train-limit 299", "--compile", "--epochs 9 --seed 1",

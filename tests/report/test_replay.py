@@ -380,6 +380,14 @@ def test_line_goes_as_the_losses_do() -> None:
     assert any(gap[: len(gap) - gap[::-1].index(False)])
 
 
+@pytest.mark.parametrize(("value", "lines"), [(16.0, 1), (16.25, 4)])
+def test_counts_have_whole_numbers_at_their_axis(value: float, lines: int) -> None:
+    """A line at 16 alone; or at 15.5, 16, 16.5 and 17."""
+    picture = draw_curves({"cvae": {n: {"validation_active_units": value} for n in (1, 2, 3)}})
+    is_line = pixels(picture)[60:228, 60].ne(255).any(-1)  # left of the first epoch
+    assert int((is_line[1:] & ~is_line[:-1]).sum()) == lines
+
+
 @pytest.mark.parametrize("losses", [(1.0,), (2.0, 2.0), (None,), (1e29, 3.0), (1e300, 1.0), (5.0, *[1e-9] * 8)])
 def test_any_losses_can_be_drawn(losses: tuple[float | None, ...]) -> None:
     assert curve(*losses).width == 840

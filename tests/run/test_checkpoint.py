@@ -7,7 +7,6 @@ import io
 import os
 import pickle
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -15,13 +14,13 @@ import time
 import tracemalloc
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.disk import largest_file
 from support.scripts import ROOT
 from torch import Tensor
 
@@ -78,17 +77,6 @@ def refusal(path: Path) -> str:
     assert message.startswith(f"{path}: ")
     assert "\n" not in message
     return message
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """No file can grow over this size: the kernel refuses, as it does on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.fixture

@@ -1,31 +1,32 @@
 """The tables of the reference runs, as README.md and docs/ have them: printed from what is in `runs/reference/`.
 
-    python benchmarks/reference.py    # Markdown, each table under the name of its file
+    python benchmarks/reference_tables.py    # Markdown, each table under the name of its file
 
 `runs/reference/cll.json` has the records of `eval.py --format json` of all its runs; `records/` below it has the runs
 whose weights are not kept. docs/recipe.md says by which commands they were made.
 """
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
 
 from start import ROOT
 
 from cvae.report.realism_table import COLUMNS, ROWS
-from cvae.report.tables import LABELS, TUTORIAL, laid_out
+from cvae.report.records import Record
+from cvae.report.results import SMALL
+from cvae.report.tables import LABELS, TUTORIAL, Cells, laid_out
 
 REFERENCE = ROOT / "runs" / "reference"
 QUADRANTS = (1, 2, 3)
+SEVERAL_SEEDS = {"default": QUADRANTS, "best": (1,)}
+SEEDS = (0, 1, 2)
 HEADER = ("1 quadrant", "2 quadrants", "3 quadrants")
 PRESETS = ("tutorial", "default", "paper", "best")
 WITH_WEIGHTS = ("q1", "q2", "q3", "default-q1")
 FEW, MANY = "100", "1000"
-
-Record = dict[str, Any]
-Cells = list[list[str]]
 
 
 def read() -> dict[str, Record]:
@@ -96,7 +97,10 @@ def likelihoods(runs: Sequence[Record], samples: Sequence[str]) -> Cells:
     rows.append([LABELS["gap"], *(cell({"mean": run["gap"], "stderr": run["gap_stderr"]}) for run in runs)])
     for s in samples:
         effective = [found(run, "ess", s) for run in runs]
-        cells = ["–" if e["median"] is None else f"{e['median']:.1f}, {e['below_5']:.1%} below 5" for e in effective]
+        cells = [
+            "–" if e["median"] is None else f"{e['median']:.1f}, {e[f'below_{SMALL}']:.1%} below {SMALL}"
+            for e in effective
+        ]
         rows.append([LABELS["ess"].format(int(s)), *cells])
     return rows
 
@@ -120,17 +124,29 @@ def of_presets(records: dict[str, Record], quadrants: int) -> Cells:
 
 
 def of_seeds(records: dict[str, Record]) -> Cells:
-    """Means over the seeds 0, 1 and 2, and the standard deviation between them, where there are three."""
+    """Means over the seeds and the standard deviation between them, of the runs that have several."""
     rows = [["mean of seeds 0, 1, 2 ± standard deviation between them", *HEADER]]
-    for preset in ("default", "best"):
+    for preset, trained in SEVERAL_SEEDS.items():
         for label, what in {"−ELBO": ("cvae_neg_elbo",), "importance sampling": ("cvae_is_nll", MANY)}.items():
             cells = []
             for k in QUADRANTS:
-                names = [name(preset, k, seed) for seed in range(3)]
-                means = [found(records[each], *what)["mean"] for each in names if each in records]
-                cells.append(f"{mean(means):.2f} ± {stdev(means):.2f}" if len(means) == 3 else "–")
+                means = [found(records[name(preset, k, seed)], *what)["mean"] for seed in SEEDS if k in trained]
+                cells.append(f"{mean(means):.2f} ± {stdev(means):.2f}" if means else "–")
             rows.append([f"`{preset}`: {label}" + (", S = 1,000" if len(what) > 1 else ""), *cells])
     return rows
+
+
+def expected() -> dict[str, tuple[str, int]]:
+    """The preset and the seed of each run that there has to be, by its name."""
+    runs = {name(preset, k): (preset, 0) for preset in PRESETS for k in QUADRANTS}
+    runs |= {
+        name(preset, k, seed): (preset, seed)
+        for preset in SEVERAL_SEEDS
+        for k in SEVERAL_SEEDS[preset]
+        for seed in SEEDS
+    }
+    runs |= dict.fromkeys(("paper-gsnn", "paper-hybrid"), ("paper", 0))
+    return runs | {"top-default": ("default", 0)} | dict.fromkeys(("top-best", "top-best-multisample"), ("best", 0))
 
 
 def objectives(records: dict[str, Record]) -> Cells:
@@ -185,6 +201,7 @@ def tables() -> list[tuple[str, Cells]]:
 
 def main() -> None:
     """Print the tables."""
+    sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
     for file, cells in tables():
         print(f"<!-- {file} -->\n\n{laid_out(cells, 'markdown')}\n")
 
