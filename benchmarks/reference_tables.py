@@ -17,7 +17,7 @@ from start import ROOT
 from cvae.report.realism_table import COLUMNS, ROWS
 from cvae.report.records import Record
 from cvae.report.results import SMALL
-from cvae.report.tables import LABELS, TUTORIAL, Cells, laid_out
+from cvae.report.tables import LABELS, TUTORIAL, Cells, ess_cell, laid_out
 
 REFERENCE = ROOT / "runs" / "reference"
 QUADRANTS = (1, 2, 3)
@@ -97,10 +97,7 @@ def likelihoods(runs: Sequence[Record], samples: Sequence[str]) -> Cells:
     rows.append([LABELS["gap"], *(cell({"mean": run["gap"], "stderr": run["gap_stderr"]}) for run in runs)])
     for s in samples:
         effective = [found(run, "ess", s) for run in runs]
-        cells = [
-            "–" if e["median"] is None else f"{e['median']:.1f}, {e[f'below_{SMALL}']:.1%} below {SMALL}"
-            for e in effective
-        ]
+        cells = ["–" if e["median"] is None else ess_cell(e["median"], e[f"below_{SMALL}"]) for e in effective]
         rows.append([LABELS["ess"].format(int(s)), *cells])
     return rows
 

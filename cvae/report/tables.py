@@ -83,10 +83,15 @@ def _cell(column: Column, row: Row) -> str:
     if row.key == "ess":
         found = [result.effective_samples(row.samples or 0) for result in column.results]
         median, few = (sum(numbers) / len(found) for numbers in zip(*found, strict=True))
-        return f"{median:.1f}, {few:.1%} below {SMALL}"
+        return ess_cell(median, few)
     mean, stderr = estimate(column.values(row))
     spread = column.spread(row)
     return f"{mean:.2f} ± {stderr:.2f}" + ("" if spread is None else f", seeds ± {spread:.2f}")
+
+
+def ess_cell(median: float, few: float) -> str:
+    """Effective samples: the median over the images, and the share of the images below SMALL."""
+    return f"{median:.1f}, {few:.1%} below {SMALL}"
 
 
 def _difference(column: Column, reference: Column, row: Row) -> str:
