@@ -111,34 +111,40 @@ class MLP(nn.Module):
         where copies = 1: `[..., B, inputs]` → `[..., B, outputs]`. In float32 or wider."""
         layers: list[Linear] = list(self.layers)  # type: ignore[arg-type]
         single = copy is not None or len(layers[0].weight) == 1
-        hidden = x.flatten(0, -2)[None] if single else x
+        hidden = x.reshape(1, -1, x.shape[-1]) if single else x
         if copy is None and torch.is_grad_enabled() and all(layer.slots is not None for layer in layers):
-            weights = [weight for layer in layers for weight in (layer.weight, layer.bias)]
-            hidden = _IntoSlots.apply(hidden, layers, *weights)
+            hidden = _IntoSlots.apply(hidden, layers, layers[0].weight)
         else:
             hidden = hidden.to(self.dtype)
             for layer in layers:
                 hidden = layer(hidden, copy)
             hidden = widen(hidden)
-        return hidden.squeeze(0).unflatten(0, x.shape[:-1]) if single else hidden
+        return hidden.view(*x.shape[:-1], -1) if single else hidden
 
 
 class _IntoSlots(torch.autograd.Function):
-    """The layers of an `MLP`, whose backward pass writes the gradients of the weights into their slots."""
+    """The layers of an `MLP`, whose backward pass writes the gradients of the weights into their slots.
+
+    One of the weights is an argument, for autograd to know that there is something to be trained.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layers: list[Linear], *weights: Tensor) -> Tensor:
-        hidden = [x.to(weights[0].dtype)]  # of each layer, the inputs
-        for layer, weight, bias in zip(layers, weights[::2], weights[1::2], strict=True):
-            outputs = torch.baddbmm(bias[:, None], hidden[-1], weight.mT)
-            hidden.append(outputs.relu_() if layer.relu else outputs)
-        ctx.save_for_backward(*hidden[:-1], *weights[::2])
+    def forward(ctx: Any, x: Tensor, layers: list[Linear], weight: Tensor) -> Tensor:
+        hidden = x.to(weight.dtype)
+        inputs, weights = [], []  # of each layer
+        for layer in layers:
+            inputs.append(hidden)
+            weights.append(layer.weight)
+            hidden = torch.baddbmm(layer.bias[:, None], hidden, weights[-1].mT)
+            if layer.relu:
+                hidden.relu_()
+        ctx.save_for_backward(*inputs, *weights)
         ctx.layers, ctx.dtype = layers, x.dtype
-        return widen(hidden[-1])
+        return widen(hidden)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
         layers, count = ctx.layers, len(ctx.layers)
         inputs, weights = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
         grad = grads[0].to(weights[0].dtype)
@@ -151,4 +157,4 @@ class _IntoSlots(torch.autograd.Function):
                 grad = torch.bmm(grad, weights[i])
                 torch.ops.aten.threshold_backward.grad_input(grad, inputs[i], 0, grad_input=grad)  # a ReLU's
         by_x = torch.bmm(grad, weights[0]).to(ctx.dtype) if ctx.needs_input_grad[0] else None
-        return by_x, *[None] * (1 + 2 * count)
+        return by_x, None, None
