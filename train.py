@@ -45,7 +45,7 @@ from cvae.run.session import Run
 from cvae.run.state import Progress
 from cvae.terminal import called, command
 from cvae.training.optimizer import GuardedAdam
-from cvae.training.phase import Phase, scheduled_rate
+from cvae.training.phase import Phase
 from cvae.training.weights import WeightAverage, Weights
 
 REPORT_EVERY = 50  # steps between two looks at the device: the bar's loss, the gradients' health, the other processes
@@ -152,8 +152,8 @@ def train_epoch(phase: Phase, step: Step, take_step: Callable[..., None], epoch:
     permutation = runtime.permutation(len(step.images), s.seed, phase.name, epoch).to(run.device)
     runtime.seed_dropout(s.seed, phase.name, epoch, run.processes.rank)
     step.weights.model.train()
-    binary, bend = s.targets == "binary", s.bend if phase.name == "cvae" else 0.0  # the baseline hardly overfits
-    if binary or bend:
+    binary, bend = s.targets == "binary", phase.bend(s, epoch)
+    if binary or s.bend:
         with run.progress_bar(f"{where}, its images", len(step.images)) as bar:
             step.images.redraw(s.seed, phase.name, epoch, binary=binary, bend=bend, done=bar.update)
     optimizer.start_epoch()
@@ -162,7 +162,7 @@ def train_epoch(phase: Phase, step: Step, take_step: Callable[..., None], epoch:
         for i in range(steps):
             rows = permutation[i * size : (i + 1) * size]
             eps = phase.noise(size, random)
-            optimizer.learning_rate.fill_(scheduled_rate(s, epoch - 1 + i / steps, phase.epochs))
+            optimizer.learning_rate.fill_(phase.learning_rate(s, epoch - 1 + i / steps))
             take_step(rows[share], *(each[:, share] for each in eps))
             step.average.update((epoch - 1) * steps + i, last=i == steps - 1)
 

@@ -114,6 +114,11 @@ class Settings:
         SHARE,
         "share of the CVAE's training images that are turned, scaled and sheared a little, anew in each epoch",
     )
+    unbent_epochs: int = setting(
+        0,
+        whole(0, 1 << 31, "a whole number of at least 0"),
+        "last ones of the CVAE's epochs, with no image bent and at a lower learning rate",
+    )
     average: int = setting(
         500, whole(0, 1 << 31, "a whole number of at least 0"), "steps that the average of the weights spans; 0: none"
     )
@@ -152,6 +157,8 @@ class Settings:
                 raise ValueError(f"{flag(each.name)[2:]} has to be {kind.wanted}, not {reprlib.repr(value)}")
         if self.latent_dim % self.levels:
             raise ValueError(f"latent-dim has to be a multiple of levels, not {self.latent_dim} for {self.levels}")
+        if self.unbent_epochs >= self.epochs:
+            raise ValueError(f"unbent-epochs has to be less than epochs, {self.epochs}, not {self.unbent_epochs}")
         if self.compile and self.objective == "iwae":
             raise ValueError("compile cannot be used with the objective iwae, whose gradient takes two backward passes")
 

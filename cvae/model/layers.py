@@ -119,7 +119,7 @@ class MLP(nn.Module):
             for layer in layers:
                 hidden = layer(hidden, copy)
             hidden = widen(hidden)
-        return hidden.view(*x.shape[:-1], -1) if single else hidden
+        return hidden.view(*x.shape[:-1], hidden.shape[-1]) if single else hidden
 
 
 class _IntoSlots(torch.autograd.Function):

@@ -15,6 +15,8 @@ from cvae.model.objectives import Objective, Totals, by_level
 from cvae.settings import Settings
 
 VALIDATION_BATCH = 1000
+UNBENT_RATE = 0.15
+"""Of the highest learning rate: at which the last epochs begin, in which no image is bent."""
 
 
 class Phase(NamedTuple):
@@ -61,15 +63,27 @@ class Phase(NamedTuple):
         units = active_units(model, self.validation, seed, precision)
         return by_level("active_units", [float(active) for active, _ in units])
 
+    def bend(self, s: Settings, epoch: int) -> float:
+        """The share of the training images that are bent in an epoch: of the CVAE's. The baseline hardly overfits."""
+        return s.bend if epoch <= self._epochs_before_last(s) and self.name == "cvae" else 0.0
+
+    def learning_rate(self, s: Settings, epoch: float) -> float:
+        """At a moment, in epochs: a linear warm-up, then constant, or half a cosine down to zero.
+
+        In the CVAE's last `s.unbent_epochs`, half a cosine again, from `UNBENT_RATE` of the highest rate.
+        """
+        first, epochs, rate = s.warmup_epochs, self._epochs_before_last(s), s.learning_rate
+        if epoch < first:
+            return rate * (epoch + 0.01) / (first + 0.01)
+        if epoch >= epochs:
+            first, epochs, rate = epochs, self.epochs, rate * UNBENT_RATE
+        elif s.schedule == "constant":
+            return rate
+        return rate * 0.5 * (1 + math.cos(math.pi * (epoch - first) / (epochs - first)))
+
+    def _epochs_before_last(self, s: Settings) -> int:
+        return self.epochs - (s.unbent_epochs if self.name == "cvae" else 0)
+
     def where(self, epoch: int) -> str:
         """An epoch of the phase, in words."""
         return f"{self.name}, epoch {epoch}/{self.epochs}"
-
-
-def scheduled_rate(s: Settings, epoch: float, epochs: int) -> float:
-    """The learning rate at a moment, in epochs: a linear warm-up, then constant, or half a cosine down to zero."""
-    if epoch < s.warmup_epochs:
-        return s.learning_rate * (epoch + 0.01) / (s.warmup_epochs + 0.01)
-    if s.schedule == "constant":
-        return s.learning_rate
-    return s.learning_rate * 0.5 * (1 + math.cos(math.pi * (epoch - s.warmup_epochs) / (epochs - s.warmup_epochs)))

@@ -1,6 +1,7 @@
 """Epochs and validations: what they draw, whom they ask, and in which mode the model is."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -252,3 +253,37 @@ def test_averages_take_batch_normalisation_in(make_toy):
             assert not torch.equal(buffer, torch.zeros_like(buffer)), name
             assert not torch.equal(buffer, torch.ones_like(buffer)), name
             assert torch.equal(buffer, own) == (not buffer.is_floating_point()), name
+
+
+# Images and the learning rate, epoch by epoch
+
+
+def test_images_of_the_last_epochs_are_not_bent(make_toy):
+    """Those of the epochs before are, with an average of the share; the baseline's never are."""
+    for objective, bent_in in (("elbo", [1, 2, 7]), ("baseline", [])):
+        phase = toy_phase(make_toy, Case("tutorial", objective))
+        stored, step, changed = phase.train.vectors.clone(), None, []
+        for number in (1, 2, 7, 8, 9):
+            run = make_run(Settings(batch_size=6, epochs=9, bend=0.8, unbent_epochs=2))
+            step, _ = epoch(phase, run, number, step)
+            if not torch.equal(phase.train.vectors, stored):
+                changed.append(number)
+        assert changed == bent_in
+
+
+def test_learning_rate(make_toy):
+    """Warm-up, half a cosine, and in the last epochs another one, which begins at 0.15 of the highest rate."""
+    s = Settings(epochs=9, warmup_epochs=1.0, learning_rate=0.5, unbent_epochs=2)
+    whole, baseline = (toy_phase(make_toy, Case("tutorial", objective)) for objective in ("elbo", "baseline"))
+    shorter, never = whole._replace(epochs=7), replace(s, unbent_epochs=0)
+    moments = [i / 10 for i in range(70)]
+    rates = [whole.learning_rate(s, moment) for moment in moments]
+    assert rates == [shorter.learning_rate(never, moment) for moment in moments]
+    assert rates[:11] == pytest.approx([0.5 * (i / 10 + 0.01) / 1.01 for i in range(10)] + [0.5])
+    assert whole.learning_rate(s, 4.0) == pytest.approx(0.25)  # the middle of 1 and 7
+    assert sorted(rates[10:], reverse=True) == rates[10:]
+    found = [whole.learning_rate(s, moment) for moment in (7.0, 8.0, 9.0)]
+    assert found == pytest.approx([0.075, 0.0375, 0.0])
+    assert baseline.learning_rate(s, 8.0) == whole.learning_rate(never, 8.0) == pytest.approx(0.25 * (1 - 0.9238795))
+    constant = replace(s, schedule="constant")
+    assert [whole.learning_rate(constant, moment) for moment in (1.0, 6.9, 8.0)] == pytest.approx([0.5, 0.5, 0.0375])
