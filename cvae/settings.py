@@ -157,8 +157,6 @@ class Settings:
                 raise ValueError(f"{flag(each.name)[2:]} has to be {kind.wanted}, not {reprlib.repr(value)}")
         if self.latent_dim % self.levels:
             raise ValueError(f"latent-dim has to be a multiple of levels, not {self.latent_dim} for {self.levels}")
-        if self.unbent_epochs >= self.epochs:
-            raise ValueError(f"unbent-epochs has to be less than epochs, {self.epochs}, not {self.unbent_epochs}")
         if self.compile and self.objective == "iwae":
             raise ValueError("compile cannot be used with the objective iwae, whose gradient takes two backward passes")
 

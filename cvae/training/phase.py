@@ -82,7 +82,7 @@ class Phase(NamedTuple):
         return rate * 0.5 * (1 + math.cos(math.pi * (epoch - first) / (epochs - first)))
 
     def _epochs_before_last(self, s: Settings) -> int:
-        return self.epochs - (s.unbent_epochs if self.name == "cvae" else 0)
+        return max(0, self.epochs - s.unbent_epochs) if self.name == "cvae" else self.epochs
 
     def where(self, epoch: int) -> str:
         """An epoch of the phase, in words."""

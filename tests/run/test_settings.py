@@ -64,7 +64,7 @@ BAD: dict[str, list[Any]] = {
     "clip": [0.0, -1.0, "2", float("inf")],
     "channels": [0, 1 << 20, 1.0, "8"],
     "bend": [-0.1, 1.1, 1],
-    "unbent_epochs": [-1, 1.0, True, 30],
+    "unbent_epochs": [-1, 1.0, True],
     "latent_dim": [0, 1 << 16, 2.0],
     "epochs": [0, None],
     "baseline_epochs": [0, -3],

@@ -285,5 +285,7 @@ def test_learning_rate(make_toy):
     found = [whole.learning_rate(s, moment) for moment in (7.0, 8.0, 9.0)]
     assert found == pytest.approx([0.075, 0.0375, 0.0])
     assert baseline.learning_rate(s, 8.0) == whole.learning_rate(never, 8.0) == pytest.approx(0.25 * (1 - 0.9238795))
+    few = whole._replace(epochs=2)
+    assert [few.learning_rate(replace(s, unbent_epochs=3), moment) for moment in (1.0, 2.0)] == [0.0375, 0.0]
     constant = replace(s, schedule="constant")
     assert [whole.learning_rate(constant, moment) for moment in (1.0, 6.9, 8.0)] == pytest.approx([0.5, 0.5, 0.0375])
