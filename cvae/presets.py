@@ -17,7 +17,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"network": "paper", "bend": 0.5, "epochs": 45},
     "best": {
         "network": "deep",
-        "hidden": (500, 256),
+        "hidden": (500, 240),
         "channels": 32,
         "latent_dim": 64,
         "levels": 8,
