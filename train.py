@@ -35,7 +35,7 @@ from cvae.data.sources import TrainImages
 from cvae.distributed import Processes
 from cvae.model.likelihood import noise
 from cvae.model.networks import build
-from cvae.model.objectives import Totals, log_likelihood, maximised, objective
+from cvae.model.objectives import Totals, log_likelihood, maximised, objective, without_free
 from cvae.report.figures import completions
 from cvae.report.replay import draw_all
 from cvae.run.folder import find_run, quoted, read_precision, refuse_existing
@@ -71,6 +71,7 @@ class Step:
         self.batch_size = min(s.batch_size, len(phase.train))
         self.count = len(phase.train) // self.batch_size  # of an epoch
         self.totals = Totals(run.device)
+        self.free_nats = torch.zeros((), device=run.device) if s.free_epochs and phase.name == "cvae" else None
         self.precision = run.precision if weights.half is None else "fp32"  # weights in half precision need no autocast
 
     def __call__(self, rows: Tensor, *eps: Tensor) -> None:
@@ -78,7 +79,7 @@ class Step:
         batch = self.images.batch(rows)
         with runtime.autocast(self.precision, self.run.device):
             terms = self.objective(self.weights.model, batch, *eps)  # draws z; nats per image, by name
-        loss = -maximised(terms).sum() / self.batch_size
+        loss = -without_free(terms, self.free_nats).sum() / self.batch_size
         with self.weights.collecting_gradients():
             self.optimizer.scaled(loss).backward()
         loss = loss.detach()
@@ -162,10 +163,9 @@ def train_epoch(phase: Phase, step: Step, take_step: Callable[..., None], epoch:
         for i in range(steps):
             rows = permutation[i * size : (i + 1) * size]
             eps = phase.noise(size, random)
-            optimizer.learning_rate.fill_(phase.learning_rate(s, epoch - 1 + i / steps))
+            phase.schedule(s, epoch - 1 + i / steps, optimizer.learning_rate, step.free_nats)
             take_step(rows[share], *(each[:, share] for each in eps))
             step.average.update((epoch - 1) * steps + i, last=i == steps - 1)
-
             bar.update(size)
             if i % REPORT_EVERY == 0:
                 bar.set_postfix_str(f"loss {-maximised(step.totals.means()):.2f}", refresh=False)

@@ -101,6 +101,11 @@ class Settings:
         number(lambda v: v >= 0, "a number of at least 0"),
         "epochs in which the learning rate grows to its highest",
     )
+    free_epochs: float = setting(
+        0.0,
+        number(lambda v: v >= 0, "a number of at least 0"),
+        "first epochs of the CVAE in which a little KL of each level costs nothing, so that all come to be used",
+    )
     weight_decay: float = setting(
         0.2, SHARE, "decoupled weight decay: this share of the weights, times the learning rate, is taken off each step"
     )

@@ -15,6 +15,7 @@ from cvae.model.objectives import Objective, Totals, by_level
 from cvae.settings import Settings
 
 VALIDATION_BATCH = 1000
+FREE_NATS = 0.4
 UNBENT_RATE = 0.15
 """Of the highest learning rate: at which the last epochs begin, in which no image is bent."""
 
@@ -66,6 +67,16 @@ class Phase(NamedTuple):
     def bend(self, s: Settings, epoch: int) -> float:
         """The share of the training images that are bent in an epoch: of the CVAE's. The baseline hardly overfits."""
         return s.bend if epoch <= self._epochs_before_last(s) and self.name == "cvae" else 0.0
+
+    def schedule(self, s: Settings, epoch: float, rate: Tensor, free_nats: Tensor | None) -> None:
+        """Set what changes from step to step, at a moment in epochs. free_nats: None where it is always zero."""
+        rate.fill_(self.learning_rate(s, epoch))
+        if free_nats is not None:
+            free_nats.fill_(self.free_nats(s, epoch))
+
+    def free_nats(self, s: Settings, epoch: float) -> float:
+        """What costs nothing of each level's KL: `FREE_NATS` at first, and less and less in `s.free_epochs`."""
+        return FREE_NATS * max(0.0, 1 - epoch / s.free_epochs) if s.free_epochs and self.name == "cvae" else 0.0
 
     def learning_rate(self, s: Settings, epoch: float) -> float:
         """At a moment, in epochs: a linear warm-up, then constant, or half a cosine down to zero.

@@ -251,7 +251,7 @@ CONTRADICTIONS = [
     "--weight-decay 0.1",
     "--average 7", "--hidden 32 33", "--latent-dim 9", "--particles 2", "--seed 1", "--size 32", "--transpose",
     "--targets binary", "--levels 2", "--channels 8", "--clip 5", "--preset best", "--bend 0.5",
-    "--unbent-epochs 1",
+    "--unbent-epochs 1", "--free-epochs 2",
     "--train-limit 299", "--compile", "--epochs 9 --seed 1",
 ]  # fmt: skip
 

@@ -287,5 +287,11 @@ def test_learning_rate(make_toy):
     assert baseline.learning_rate(s, 8.0) == whole.learning_rate(never, 8.0) == pytest.approx(0.25 * (1 - 0.9238795))
     few = whole._replace(epochs=2)
     assert [few.learning_rate(replace(s, unbent_epochs=3), moment) for moment in (1.0, 2.0)] == [0.0375, 0.0]
+    assert [whole.free_nats(replace(s, free_epochs=4.0), moment) for moment in (0.0, 1.0, 4.0, 5.0)] == pytest.approx(
+        [0.4, 0.3, 0.0, 0.0]
+    )
+    whole.schedule(replace(s, free_epochs=4.0), 1.0, rate := torch.zeros(()), nats := torch.zeros(()))
+    assert (rate.item(), nats.item()) == pytest.approx((0.5, 0.3))
+    assert baseline.free_nats(replace(s, free_epochs=4.0), 0.0) == whole.free_nats(s, 0.0) == 0
     constant = replace(s, schedule="constant")
     assert [whole.learning_rate(constant, moment) for moment in (1.0, 6.9, 8.0)] == pytest.approx([0.5, 0.5, 0.0375])

@@ -2,7 +2,9 @@
 
 import copy
 import math
+import re
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -124,23 +126,33 @@ def test_terms_are_added_to_the_totals(make_toy, case):
 
 @cases(networks=NETWORKS)
 @pytest.mark.parametrize("shares", [[8], [3, 5], [0, 8]], ids=str)
-def test_loss_is_minus_the_objective_per_image(make_toy, case, shares):
-    """Its gradient is that of the mean over a batch, to which each process adds that of its share."""
+@pytest.mark.parametrize("free", [False, True], ids=["", "free nats"])
+def test_loss_is_minus_the_objective_per_image(make_toy, case, shares, free):
+    """Its gradient is that of the mean over a batch, to which each process adds that of its share. With free nats, the
+    ELBO has them in the place of a KL that is smaller."""
     toy = case.make(make_toy, count=20, gain=1.0, dtype=torch.float32)
     phase = make_phase(case, toy)
     plain = copy.deepcopy(phase.model)
-    step = Step(phase, make_run(PLAIN))
+    step = Step(phase, make_run(replace(PLAIN, free_epochs=4.0 if free else 0.0)))
+    assert (step.free_nats is not None) == (free and case.which == "cvae")
     step.optimizer.learning_rate.zero_()  # the weights stay
     rows, eps = torch.randperm(20)[:8], phase.noise(8, runtime.generator(CPU, 0))
     terms = phase.objective(plain, phase.train.batch(rows), *eps)
-    (-maximised(terms).mean()).backward()
+    gain = maximised(terms)
+    if free and case.objective == "elbo":
+        levels = [kl for name, kl in terms.items() if re.fullmatch("kl_[0-9]", name)] or [terms["kl"]]
+        nats = torch.cat(levels).detach().quantile(0.5)  # between two of them
+        step.free_nats.copy_(nats)
+        gain = terms["log_likelihood"] - sum(torch.where(kl < nats, nats, kl) for kl in levels)
+    (-gain.mean()).backward()
 
     total, losses = torch.zeros_like(step.weights.gradient), []
     step.run.processes.sum_ = lambda gradient, loss: losses.append(loss.item())  # what is exchanged
     for part in torch.arange(8).split(shares):
         step(rows[part], *(each[:, part] for each in eps))
         total += step.weights.gradient
-    assert sum(losses) == pytest.approx(-maximised(terms).mean().item(), rel=1e-5)
+    assert sum(losses) == pytest.approx(-gain.mean().item(), rel=1e-5)
+    assert step.totals.means()[next(iter(terms))] == pytest.approx(maximised(terms).mean().item(), rel=1e-5)
     trained = {name: parameter for name, parameter in plain.named_parameters() if parameter.requires_grad}
     expected = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in trained.items()}
     assert set(expected) == set(step.weights)
