@@ -17,15 +17,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"network": "paper", "bend": 0.5, "epochs": 45},
     "best": {
         "network": "deep",
-        "hidden": (500, 240),
+        "hidden": (500, 256),
         "channels": 32,
         "latent_dim": 64,
-        "levels": 8,
+        "levels": 4,
         "weight_decay": 0.1,
         "clip": 50.0,
         "bend": 0.9,
-        "epochs": 44,
-        "unbent_epochs": 4,
+        "epochs": 40,
         "patience": 10,
     },
 }
