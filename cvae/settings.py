@@ -104,7 +104,7 @@ class Settings:
     free_epochs: float = setting(
         0.0,
         number(lambda v: v >= 0, "a number of at least 0"),
-        "first epochs of the CVAE in which a little KL of each level costs nothing, so that all come to be used",
+        "first epochs of the CVAE in which a little KL of each level costs nothing, with the objective elbo",
     )
     weight_decay: float = setting(
         0.2, SHARE, "decoupled weight decay: this share of the weights, times the learning rate, is taken off each step"
@@ -122,7 +122,7 @@ class Settings:
     unbent_epochs: int = setting(
         0,
         whole(0, 1 << 31, "a whole number of at least 0"),
-        "last ones of the CVAE's epochs, with no image bent and at a lower learning rate",
+        "last of the CVAE's epochs, with no image bent and at a lower learning rate; none if it is stopped early",
     )
     average: int = setting(
         500, whole(0, 1 << 31, "a whole number of at least 0"), "steps that the average of the weights spans; 0: none"

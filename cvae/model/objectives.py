@@ -146,9 +146,8 @@ def maximised(terms: dict[str, Value]) -> Value:
 def without_free(terms: Terms, nats: Tensor | None) -> Tensor:
     """What a training maximises, nats `[B]`: the first of the terms; if it is the elbo, less what KLs lack of `nats`.
 
-    nats: of each level and image, a scalar. So much KL costs nothing, so that no level's q is driven into its p before
-    it has come to be used; all other terms stay what they are. None: none is free.
-    Source: the free bits of Kingma et al. 2016, here for each image.
+    nats: of each level and image, a scalar. A smaller KL has no gradient, which helps levels to come to be used; all
+    terms stay what they are. None: none is free. Source: the free bits of Kingma et al. 2016, here for each image.
     """
     name, gain = next(iter(terms.items()))
     if nats is None or name != "elbo":

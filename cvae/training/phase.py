@@ -16,6 +16,7 @@ from cvae.settings import Settings
 
 VALIDATION_BATCH = 1000
 FREE_NATS = 0.4
+"""Nats of each level and image whose KL costs nothing at first, where `s.free_epochs` is not zero."""
 UNBENT_RATE = 0.15
 """Of the highest learning rate: at which the last epochs begin, in which no image is bent."""
 
@@ -65,7 +66,7 @@ class Phase(NamedTuple):
         return by_level("active_units", [float(active) for active, _ in units])
 
     def bend(self, s: Settings, epoch: int) -> float:
-        """The share of the training images that are bent in an epoch: of the CVAE's. The baseline hardly overfits."""
+        """The share of images bent in an epoch: none for the baseline, which hardly overfits, nor in the last ones."""
         return s.bend if epoch <= self._epochs_before_last(s) and self.name == "cvae" else 0.0
 
     def schedule(self, s: Settings, epoch: float, rate: Tensor, free_nats: Tensor | None) -> None:
@@ -75,7 +76,7 @@ class Phase(NamedTuple):
             free_nats.fill_(self.free_nats(s, epoch))
 
     def free_nats(self, s: Settings, epoch: float) -> float:
-        """What costs nothing of each level's KL: `FREE_NATS` at first, and less and less in `s.free_epochs`."""
+        """What costs nothing of each level's KL: `FREE_NATS`, falling linearly to zero in `s.free_epochs`."""
         return FREE_NATS * max(0.0, 1 - epoch / s.free_epochs) if s.free_epochs and self.name == "cvae" else 0.0
 
     def learning_rate(self, s: Settings, epoch: float) -> float:
@@ -84,10 +85,10 @@ class Phase(NamedTuple):
         In the CVAE's last `s.unbent_epochs`, half a cosine again, from `UNBENT_RATE` of the highest rate.
         """
         first, epochs, rate = s.warmup_epochs, self._epochs_before_last(s), s.learning_rate
-        if epoch < first:
-            return rate * (epoch + 0.01) / (first + 0.01)
-        if epoch >= epochs:
+        if epochs <= epoch and epochs < self.epochs:
             first, epochs, rate = epochs, self.epochs, rate * UNBENT_RATE
+        elif epoch < first:
+            return rate * (epoch + 0.01) / (first + 0.01)
         elif s.schedule == "constant":
             return rate
         return rate * 0.5 * (1 + math.cos(math.pi * (epoch - first) / (epochs - first)))

@@ -259,7 +259,7 @@ def test_averages_take_batch_normalisation_in(make_toy):
 
 
 def test_images_of_the_last_epochs_are_not_bent(make_toy):
-    """Those of the epochs before are, with an average of the share; the baseline's never are."""
+    """Those of the epochs before are; the baseline's never are."""
     for objective, bent_in in (("elbo", [1, 2, 7]), ("baseline", [])):
         phase = toy_phase(make_toy, Case("tutorial", objective))
         stored, step, changed = phase.train.vectors.clone(), None, []
@@ -286,7 +286,9 @@ def test_learning_rate(make_toy):
     assert found == pytest.approx([0.075, 0.0375, 0.0])
     assert baseline.learning_rate(s, 8.0) == whole.learning_rate(never, 8.0) == pytest.approx(0.25 * (1 - 0.9238795))
     few = whole._replace(epochs=2)
-    assert [few.learning_rate(replace(s, unbent_epochs=3), moment) for moment in (1.0, 2.0)] == [0.0375, 0.0]
+    rates = [few.learning_rate(replace(s, unbent_epochs=3), moment) for moment in (0.0, 1.0, 2.0)]
+    assert rates == pytest.approx([0.075, 0.0375, 0.0])  # no warm-up then
+    assert whole.learning_rate(never, 9.0) == pytest.approx(0.0)
     assert [whole.free_nats(replace(s, free_epochs=4.0), moment) for moment in (0.0, 1.0, 4.0, 5.0)] == pytest.approx(
         [0.4, 0.3, 0.0, 0.0]
     )
