@@ -71,7 +71,7 @@ class Step:
         self.batch_size = min(s.batch_size, len(phase.train))
         self.count = len(phase.train) // self.batch_size  # of an epoch
         self.totals = Totals(run.device)
-        self.free_nats = torch.zeros((), device=run.device) if s.free_epochs and phase.name == "cvae" else None
+        self.free_nats = torch.zeros((), device=run.device) if phase.free_nats(s, 0.0) else None
         self.precision = run.precision if weights.half is None else "fp32"  # weights in half precision need no autocast
 
     def __call__(self, rows: Tensor, *eps: Tensor) -> None:
@@ -154,7 +154,7 @@ def train_epoch(phase: Phase, step: Step, take_step: Callable[..., None], epoch:
     runtime.seed_dropout(s.seed, phase.name, epoch, run.processes.rank)
     step.weights.model.train()
     binary, bend = s.targets == "binary", phase.bend(s, epoch)
-    if binary or s.bend:
+    if binary or (s.bend and phase.name == "cvae"):  # in the last epochs too: the stored images are put back
         with run.progress_bar(f"{where}, its images", len(step.images)) as bar:
             step.images.redraw(s.seed, phase.name, epoch, binary=binary, bend=bend, done=bar.update)
     optimizer.start_epoch()
