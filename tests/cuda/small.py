@@ -97,7 +97,7 @@ class Training(NamedTuple):
 
     def take(self, steps: range, take_step: Callable[..., None] | None = None) -> None:
         for number in steps:
-            self.optimizer.learning_rate.fill_(1e-2 / (1 + number))
+            self.phase.schedule(self.step.run.settings, number / 50, self.optimizer.learning_rate, self.step.free_nats)
             (take_step or self.step)(*self.inputs(number))
 
     def state(self) -> dict[str, Any]:
@@ -129,6 +129,7 @@ def make_training(
         "batch_size": BATCH,
         "learning_rate": 1e-2,
         "average": 0,
+        "free_epochs": 0.5,
     }
     s = Settings(network=network, objective="elbo" if is_baseline else objective_name, **{**smallest, **settings})
     split = SPLITS[size]

@@ -252,6 +252,7 @@ def test_emulated_graph_computes_on_the_memory_of_its_capture(emulation: Emulati
         ["--network", "paper", "--objective", "iwae", "--particles", "3"],
         ["--precision", "fp16"],
         ["--targets", "binary"],
+        ["--network", "deep", "--levels", "2", "--bend", "0.5", "--unbent-epochs", "1", "--free-epochs", "2.5"],
     ],
     ids=" ".join,
 )

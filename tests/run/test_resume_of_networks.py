@@ -20,11 +20,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_resumed_is_undisturbed(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, network: str, objective: str
 ) -> None:
-    """Ended after the baseline's epoch, and again after the first one of the CVAE."""
+    """Ended after the baseline's epoch, and again after the first one of the CVAE; the last one's images are unbent."""
     if network in TEST_NETWORKS:
         monkeypatch.setitem(NETWORKS, network, TEST_NETWORKS[network])
     words = ["--data", data, *TINY, "--runs", tmp_path, "--network", network, "--objective", objective]
-    words += ["--particles", "2", "--average", "4"]
+    words += ["--particles", "2", "--average", "4", "--bend", "0.5", "--unbent-epochs", "1", "--free-epochs", "1.5"]
     assert call_train(*words, "--name", "whole")[::2] == (0, "")
     resume = ["--runs", tmp_path, "--resume", "parts"]
     with interrupted_after("baseline", 1):
