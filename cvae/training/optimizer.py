@@ -33,7 +33,7 @@ class Part(NamedTuple):
 
 
 class GuardedAdam:
-    """Adam whose step is skipped, and counted, when the loss or a gradient is not finite, or its square is not.
+    """Adam whose step is skipped, and counted, when the loss or the gradient's squared norm is not finite.
 
     Before each step it takes `learning_rate` · `weight_decay` of every weight off it, whatever the gradient, but for
     biases and other vectors: the decoupled decay of AdamW. Source: Loshchilov and Hutter 2019.
@@ -81,13 +81,13 @@ class GuardedAdam:
     @torch.inference_mode()
     def step(self, loss: Tensor) -> Tensor:
         """Update the weights by their `gradient`, unless it or the loss is not finite; whether it did: bool scalar."""
+        if self._gradient is not self.weights.gradient:
+            self._gradient.copy_(self.weights.gradient)
+        norm: Tensor = torch.linalg.vector_norm(self._gradient)
         # No NaN and no infinity is lost on the way. v − v is 0 where v is finite, and NaN elsewhere.
-        extremes = torch.stack(torch.aminmax(self.weights.gradient)).float()
-        if self.scale is not None:
-            extremes /= self.scale
-        checksum = extremes.square().sum() + loss
+        checksum = norm.square() + loss
         skip = (checksum - checksum != 0).float()
-        self._update(skip)
+        self._update(skip, norm)
         outcome = skip  # BAD or 0
         if self.scale is not None:
             overflow = skip * (loss - loss == 0)
@@ -97,11 +97,9 @@ class GuardedAdam:
         self._unseen += 1
         return skip == 0
 
-    def _update(self, skip: Tensor) -> None:
-        """Adam's step itself, which leaves everything as it is where `skip` is 1."""
-        if self._gradient is not self.weights.gradient:
-            self._gradient.copy_(self.weights.gradient)
-        divisor = self._divisor()
+    def _update(self, skip: Tensor, norm: Tensor) -> None:
+        """Adam's step itself, which leaves everything as it is where `skip` is 1. norm: of the gradient."""
+        divisor = self._divisor(norm)
         for part in self._parts:
             adamw(
                 [part.weights], [part.gradient], [part.moments], [part.squares], [], [part.updates],
@@ -111,11 +109,10 @@ class GuardedAdam:
             )  # fmt: skip
         self.weights.refresh()
 
-    def _divisor(self) -> Tensor | None:
+    def _divisor(self, norm: Tensor) -> Tensor | None:
         """What the gradient is to be divided by: the loss scale, and what its norm is above `clip`."""
         if self.clip is None:
             return self.scale
-        norm = torch.linalg.vector_norm(self._gradient)
         return torch.maximum(norm / self.clip, torch.ones_like(norm) if self.scale is None else self.scale)
 
     def _adjust_scale(self, skip: Tensor, overflow: Tensor) -> None:
