@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from statistics import quantiles
 from typing import Any, NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
@@ -17,6 +18,7 @@ COLOURS = {"train": TRAIN, "validation": VALIDATION}
 LARGEST = 1e30  # nats
 AS_LOGGED = ("kl", "active_units")  # the beginnings of what is drawn as it is logged: by level too
 ENOUGH = 5  # epochs: of so many, the axis has room for the last nine tenths only, since the first are far from them
+FAR = 10  # times the quartiles' distance from them: there is no room on the axis for an epoch that is so far out
 COLUMNS, PANEL, LEGEND = 2, (420, 230), 30  # a row's panels; width and height of one, and height, in screen pixels
 LEFT, RIGHT, TOP, BOTTOM = 48, 12, 26, 26  # around the axes of a panel
 SCALE = 3  # drawn so many times as large, and shrunk: the lines are smooth then
@@ -52,11 +54,11 @@ def best_epoch(epochs: Mapping[int, Record]) -> int:
 
 
 def panels(phases: Phases) -> Iterator[Panel]:
-    """What there is to draw, the terms of the baseline first."""
+    """What there is to draw, the terms of the baseline first; not the active units by level, which hardly change."""
     for phase, epochs in phases.items():
         for i, name in enumerate(terms(next(iter(epochs.values())))):
             lines = {part: _line(epochs, name, part) for part in COLOURS}
-            if any(lines.values()):
+            if any(lines.values()) and not name.startswith("active units "):
                 yield Panel(f"{phase}: {name}", lines, None if i else best_epoch(epochs))
 
 
@@ -151,7 +153,14 @@ def _ranges(panel: Panel) -> tuple[float, float, float, float]:
     first, last = _ends(epoch for line in panel.lines.values() for epoch in line)
     count = last - first + 1
     begin = first + (math.ceil(count / 10) if count >= ENOUGH else 0)
-    low, high = _ends(value for line in panel.lines.values() for epoch, value in line.items() if epoch >= begin)
+    seen = [value for line in panel.lines.values() for epoch, value in line.items() if epoch >= begin]
+    if len(seen) >= ENOUGH:
+        lower, _, upper = quantiles(seen)
+        room = FAR * (upper - lower) or math.inf
+        seen = [value for value in seen if lower - room <= value <= upper + room]
+    if panel.best in panel.lines["validation"]:
+        seen.append(panel.lines["validation"][panel.best])
+    low, high = _ends(seen)
     margin = 0.06 * (high - low) or max(1.0, abs(high)) * 0.06
     return first, last, low - margin, high + margin
 

@@ -24,7 +24,7 @@ from cvae.data.names import mnist
 from cvae.data.sources import load_train
 from cvae.model.likelihood import noise
 from cvae.report import replay
-from cvae.report.curves import VALIDATION, best_epoch, draw_curves, terms, ticks
+from cvae.report.curves import VALIDATION, best_epoch, draw_curves, panels, terms, ticks
 from cvae.report.figures import completions
 from cvae.run.folder import read_json, read_settings
 from cvae.run.load import load
@@ -400,6 +400,20 @@ def test_first_epochs_do_not_flatten_the_rest() -> None:
         pixels(curve(500.0, 200.0, 100.0, *rest))[60:].ne(pixels(curve(50.0, 40.0, 30.0, *rest))[60:]).float().mean()
         < 0.01
     )
+
+
+def test_an_epoch_that_diverged_does_not_flatten_the_rest() -> None:
+    """All others are where they are without it."""
+    losses = [70 - n / 10 for n in range(30)]
+    spike = heights(curve(*losses[:15], 2400.0, *losses[16:]))
+    plain = heights(curve(*losses))
+    differs = [a != b for a, b in zip(spike, plain, strict=True)]
+    assert 0 < sum(differs) < 30  # of 355 columns: the two sides of the spike
+
+
+def test_active_units_by_level_are_not_drawn() -> None:
+    record = {f"validation_{name}": 8.0 for name in ("elbo", "active_units", "active_units_1", "active_units_2")}
+    assert [panel.title for panel in panels({"cvae": {1: record}})] == ["cvae: -elbo", "cvae: active units"]
 
 
 def test_signs_of_the_terms() -> None:
