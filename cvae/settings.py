@@ -117,12 +117,12 @@ class Settings:
     bend: float = setting(
         0.0,
         SHARE,
-        "share of the CVAE's training images that are turned, scaled and sheared a little, anew in each epoch",
+        "share of the CVAE's training images that are turned, scaled, sheared and bent a little, anew in each epoch",
     )
     unbent_epochs: int = setting(
         0,
         whole(0, 1 << 31, "a whole number of at least 0"),
-        "last of the CVAE's epochs, with no image bent and at a lower learning rate; none if it is stopped early",
+        "how many of the CVAE's last epochs have no bent image, and a lower rate; early stopping may come first",
     )
     average: int = setting(
         500, whole(0, 1 << 31, "a whole number of at least 0"), "steps that the average of the weights spans; 0: none"

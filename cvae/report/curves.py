@@ -18,7 +18,7 @@ COLOURS = {"train": TRAIN, "validation": VALIDATION}
 LARGEST = 1e30  # nats
 AS_LOGGED = ("kl", "active_units")  # the beginnings of what is drawn as it is logged: by level too
 ENOUGH = 5  # epochs: of so many, the axis has room for the last nine tenths only, since the first are far from them
-FAR = 10  # times the quartiles' distance from them: there is no room on the axis for an epoch that is so far out
+FAR, FEW = 10, 0.1  # nor for values beyond the quartiles by more than FAR times their difference, if these are FEW
 COLUMNS, PANEL, LEGEND = 2, (420, 230), 30  # a row's panels; width and height of one, and height, in screen pixels
 LEFT, RIGHT, TOP, BOTTOM = 48, 12, 26, 26  # around the axes of a panel
 SCALE = 3  # drawn so many times as large, and shrunk: the lines are smooth then
@@ -156,8 +156,9 @@ def _ranges(panel: Panel) -> tuple[float, float, float, float]:
     seen = [value for line in panel.lines.values() for epoch, value in line.items() if epoch >= begin]
     if len(seen) >= ENOUGH:
         lower, _, upper = quantiles(seen)
-        room = FAR * (upper - lower) or math.inf
-        seen = [value for value in seen if lower - room <= value <= upper + room]
+        room = FAR * (upper - lower)
+        near = [value for value in seen if lower - room <= value <= upper + room]
+        seen = near if len(near) >= (1 - FEW) * len(seen) else seen
     if panel.best in panel.lines["validation"]:
         seen.append(panel.lines["validation"][panel.best])
     low, high = _ends(seen)

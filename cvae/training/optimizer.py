@@ -80,12 +80,12 @@ class GuardedAdam:
 
     @torch.inference_mode()
     def step(self, loss: Tensor) -> Tensor:
-        """Update the weights by their `gradient`, unless it or the loss is not finite; whether it did: bool scalar."""
+        """Update the weights by their `gradient`, unless its squared norm or the loss is infinite or NaN; whether it did."""
         if self._gradient is not self.weights.gradient:
             self._gradient.copy_(self.weights.gradient)
         norm: Tensor = torch.linalg.vector_norm(self._gradient)
         # No NaN and no infinity is lost on the way. v − v is 0 where v is finite, and NaN elsewhere.
-        checksum = norm.square() + loss
+        checksum = (norm if self.scale is None else norm / self.scale).square() + loss
         skip = (checksum - checksum != 0).float()
         self._update(skip, norm)
         outcome = skip  # BAD or 0
@@ -146,8 +146,8 @@ class GuardedAdam:
         self._look()
         if self.failed_at:
             raise NonFiniteError(
-                f"{where}, step {self.failed_at}: the loss or its gradient was NaN or infinite {MAX_STREAK} steps in a "
-                "row; the weights have not taken it. Try a lower --learning-rate, or look at the data"
+                f"{where}, step {self.failed_at}: the loss or its gradient was NaN, infinite or too large {MAX_STREAK} "
+                "steps in a row; the weights have not taken it. Try a lower --learning-rate, or look at the data"
             )
         if self.scale is not None and float(self.scale) < MIN_SCALE:
             raise NonFiniteError(

@@ -1,4 +1,4 @@
-"""Small trainings that the tests of CUDA take steps of, with the two networks and a convolutional one."""
+"""Small trainings that the tests of CUDA take steps of, with the package's networks and a convolutional one."""
 
 import json
 from collections.abc import Callable
@@ -129,7 +129,8 @@ def make_training(
         "batch_size": BATCH,
         "learning_rate": 1e-2,
         "average": 0,
-        "free_epochs": 0.5,
+        "warmup_epochs": 0.1,
+        "free_epochs": 0.3,
     }
     s = Settings(network=network, objective="elbo" if is_baseline else objective_name, **{**smallest, **settings})
     split = SPLITS[size]

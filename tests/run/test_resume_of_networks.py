@@ -20,7 +20,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_resumed_is_undisturbed(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, network: str, objective: str
 ) -> None:
-    """Ended after the baseline's epoch, and again after the first one of the CVAE; the last one's images are unbent."""
+    """Ended after the baseline's epoch, and again after the CVAE's first; in its second no image is bent."""
     if network in TEST_NETWORKS:
         monkeypatch.setitem(NETWORKS, network, TEST_NETWORKS[network])
     words = ["--data", data, *TINY, "--runs", tmp_path, "--network", network, "--objective", objective]

@@ -217,6 +217,9 @@ def test_bad_number_is_seen_wherever_it_is(half, poison):
         weights.gradient.copy_(torch.linspace(-1, 1, size))
         weights.gradient[place] = poison
         assert not optimizer.step(torch.tensor(1.0))
+    weights.gradient.zero_()
+    weights.gradient[:2] = 1.5e19  # each square is finite, their sum is not; float16 has no such number
+    assert not optimizer.step(torch.tensor(1.0))
     for vector, value in ((weights.vector, 1), (weights.working, 1), (optimizer.moments, 0), (optimizer.squares, 0)):
         assert vector.eq(value).all()
     weights.gradient.copy_(torch.linspace(-1, 1, size)).mul_(1e4)
@@ -292,6 +295,17 @@ def test_float16_overflow_halves_the_scale_until_it_fits():
     assert accepted == [False] * 10 + [True] * 2
     assert optimizer.skipped() == {"skipped_steps": 0, "overflow_steps": 10}
     assert weight.item() == pytest.approx(0.01 - 2 * 1e-2, abs=1e-6)  # Adam's first steps are of the learning rate
+
+
+def test_gradient_is_looked_at_without_the_scale():
+    """1e17 by a scale of 2⁻¹⁰ is 1e20, whose square no float32 holds."""
+    weights = Weights(OneWeight(1.0))
+    optimizer = GuardedAdam(weights, 1e-2, loss_scaling=True)
+    optimizer.scale.fill_(2.0**-10)
+    for gradient, is_good in ((1e17, False), (1e10, True)):
+        weights.gradient.fill_(gradient)
+        assert bool(optimizer.step(torch.tensor(1.0))) == is_good
+    assert optimizer.squares.isfinite().all()
 
 
 def test_scale_doubles_after_enough_good_steps():
