@@ -80,7 +80,7 @@ class GuardedAdam:
 
     @torch.inference_mode()
     def step(self, loss: Tensor) -> Tensor:
-        """Update the weights by their `gradient`, unless its squared norm or the loss is infinite or NaN; whether it did."""
+        """Update the weights by their `gradient` if its squared norm and the loss are finite; whether they are."""
         if self._gradient is not self.weights.gradient:
             self._gradient.copy_(self.weights.gradient)
         norm: Tensor = torch.linalg.vector_norm(self._gradient)
