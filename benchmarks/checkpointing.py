@@ -36,7 +36,8 @@ class UnguardedAdam(GuardedAdam):
 
     @torch.inference_mode()
     def step(self, loss: Tensor) -> Tensor:
-        self._update(None)  # type: ignore[arg-type]
+        self._widen()
+        self._update(None, None)  # type: ignore[arg-type]
         return loss.new_ones((), dtype=torch.bool)
 
 
@@ -45,8 +46,8 @@ def save(ours: Training, folder: Path) -> float:
     started = time.perf_counter()
     state = {
         "model": ours.model.state_dict(),
-        "average": ours.average.model.state_dict(),
-        "optimizer": ours.optimizer.state_dict(),
+        "average": ours.step.average.model.state_dict(),
+        "optimizer": ours.step.optimizer.state_dict(),
     }
     checkpoint.save(folder / LAST, state)
     checkpoint.save(folder / BEST, {"model": state["average"]})

@@ -81,13 +81,12 @@ class GuardedAdam:
     @torch.inference_mode()
     def step(self, loss: Tensor) -> Tensor:
         """Update the weights by their `gradient` if its squared norm and the loss are finite; whether they are."""
-        if self._gradient is not self.weights.gradient:
-            self._gradient.copy_(self.weights.gradient)
+        self._widen()
         norm: Tensor = torch.linalg.vector_norm(self._gradient)
         # No NaN and no infinity is lost on the way. v − v is 0 where v is finite, and NaN elsewhere.
         checksum = (norm if self.scale is None else norm / self.scale).square() + loss
         skip = (checksum - checksum != 0).float()
-        self._update(skip, norm)
+        self._update(skip, self._divisor(norm))
         outcome = skip  # BAD or 0
         if self.scale is not None:
             overflow = skip * (loss - loss == 0)
@@ -97,9 +96,13 @@ class GuardedAdam:
         self._unseen += 1
         return skip == 0
 
-    def _update(self, skip: Tensor, norm: Tensor) -> None:
-        """Adam's step itself, which leaves everything as it is where `skip` is 1. norm: of the gradient."""
-        divisor = self._divisor(norm)
+    def _widen(self) -> None:
+        """Take the gradient over in the weights' type, if it has another."""
+        if self._gradient is not self.weights.gradient:
+            self._gradient.copy_(self.weights.gradient)
+
+    def _update(self, skip: Tensor, divisor: Tensor | None) -> None:
+        """Adam's step itself, which leaves everything as it is where `skip` is 1. divisor: of the gradient."""
         for part in self._parts:
             adamw(
                 [part.weights], [part.gradient], [part.moments], [part.squares], [], [part.updates],
@@ -110,7 +113,7 @@ class GuardedAdam:
         self.weights.refresh()
 
     def _divisor(self, norm: Tensor) -> Tensor | None:
-        """What the gradient is to be divided by: the loss scale, and what its norm is above `clip`."""
+        """What a gradient of this norm is to be divided by: the loss scale, and what its norm is above `clip`."""
         if self.clip is None:
             return self.scale
         return torch.maximum(norm / self.clip, torch.ones_like(norm) if self.scale is None else self.scale)
