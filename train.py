@@ -154,7 +154,7 @@ def train_epoch(phase: Phase, step: Step, take_step: Callable[..., None], epoch:
     runtime.seed_dropout(s.seed, phase.name, epoch, run.processes.rank)
     step.weights.model.train()
     binary, bend = s.targets == "binary", phase.bend(s, epoch)
-    if binary or (s.bend and phase.name == "cvae"):  # in the last epochs too: the stored images are put back
+    if binary or phase.bend(s, 0):  # asked of the start: the last epochs put the stored images back
         with run.progress_bar(f"{where}, its images", len(step.images)) as bar:
             step.images.redraw(s.seed, phase.name, epoch, binary=binary, bend=bend, done=bar.update)
     optimizer.start_epoch()
