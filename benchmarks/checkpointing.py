@@ -36,7 +36,6 @@ class UnguardedAdam(GuardedAdam):
 
     @torch.inference_mode()
     def step(self, loss: Tensor) -> Tensor:
-        self._widen()
         self._update(None, None)  # type: ignore[arg-type]
         return loss.new_ones((), dtype=torch.bool)
 

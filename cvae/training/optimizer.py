@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw  # AdamW's step as a function: an optimizer object per part costs more time
 
 from cvae.errors import NonFiniteError
-from cvae.training.weights import Weights
+from cvae.training.weights import ALIGNMENT, Weights
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # of Kingma and Ba 2015
 
@@ -17,19 +17,24 @@ MAX_STREAK = 10
 MAX_UNSEEN = 1000
 """So many steps may pass between two looks at their outcomes."""
 
+AT_ONCE = 800_000
+"""A CPU takes so many weights through a step at once, if their gradient is in half precision: from its conversion to
+their copy, they stay in its caches."""
+
 BAD, OVERFLOW = 1, 2  # outcomes of a step; 0: it was taken
 INITIAL_SCALE, MIN_SCALE, GROWTH_INTERVAL = 2.0**16, 2.0**-14, 2000
 
 
 class Part(NamedTuple):
-    """The weights of one decay: views of all vectors, which one call of Adam updates."""
+    """Some weights of one decay: views of all vectors, which one call of Adam updates."""
 
     decay: float
     updates: Tensor  # steps taken, a number
     weights: Tensor
-    gradient: Tensor  # in the weights' type
+    gradient: Tensor
     moments: Tensor
     squares: Tensor
+    working: Tensor
 
 
 class GuardedAdam:
@@ -59,11 +64,17 @@ class GuardedAdam:
         self.device = weights.vector.device
         self.learning_rate = torch.tensor(learning_rate, device=self.device)
         self.moments, self.squares = torch.zeros_like(weights.vector), torch.zeros_like(weights.vector)
-        self._gradient = weights.gradient if weights.half is None else torch.zeros_like(weights.vector)
-        kinds = [(slice(weights.decayed), 0.0), (slice(weights.decayed, None), weight_decay)]
-        vectors = (weights.vector, self._gradient, self.moments, self.squares)
-        parts = [Part(decay, self._zero(), *(vector[rows] for vector in vectors)) for rows, decay in kinds]
-        self._parts = [part for part in parts if len(part.weights)]
+        vectors = (weights.vector, weights.gradient, self.moments, self.squares, weights.working)
+        size = max(1, len(weights.vector))
+        if weights.half is not None and self.device.type == "cpu":
+            size = min(AT_ONCE, size)
+        self._widened = None if weights.half is None else weights.vector.new_zeros(size)  # the gradient of each in turn
+        self._parts = [
+            Part(decay, self._zero(), *views)
+            for rows, decay in ((slice(weights.decayed), 0.0), (slice(weights.decayed, None), weight_decay))
+            for views in zip(*(vector[rows].split(size) for vector in vectors), strict=True)
+            if len(views[0])
+        ]
         self.scale = torch.tensor(INITIAL_SCALE, device=self.device) if loss_scaling else None
         self.good_steps = self._zero()  # since the scale last changed
         self._outcomes = torch.zeros(MAX_UNSEEN, device=self.device)  # of the steps since the last look
@@ -81,8 +92,7 @@ class GuardedAdam:
     @torch.inference_mode()
     def step(self, loss: Tensor) -> Tensor:
         """Update the weights by their `gradient` if its squared norm and the loss are finite; whether they are."""
-        self._widen()
-        norm: Tensor = torch.linalg.vector_norm(self._gradient)
+        norm = self._norm()
         # No NaN and no infinity is lost on the way. v − v is 0 where v is finite, and NaN elsewhere.
         checksum = (norm if self.scale is None else norm / self.scale).square() + loss
         skip = (checksum - checksum != 0).float()
@@ -96,21 +106,32 @@ class GuardedAdam:
         self._unseen += 1
         return skip == 0
 
-    def _widen(self) -> None:
-        """Take the gradient over in the weights' type, if it has another."""
-        if self._gradient is not self.weights.gradient:
-            self._gradient.copy_(self.weights.gradient)
+    def _norm(self) -> Tensor:
+        """The gradient's Euclidean norm, in the weights' type: that of the norms of its rows, which is twice as fast.
+
+        In bfloat16, which has float32's range, the rows' norms are rounded to it: the whole one's error is 0.2% at the
+        most, and some 1e-5 for millions of weights.
+        """
+        weights, gradient = self.weights, self.weights.gradient
+        dtype = None if gradient.dtype is torch.bfloat16 else weights.vector.dtype
+        rows = torch.linalg.vector_norm(gradient.view(-1, ALIGNMENT), dim=1, dtype=dtype)
+        norm: Tensor = torch.linalg.vector_norm(rows.to(weights.vector.dtype))
+        return norm
 
     def _update(self, skip: Tensor, divisor: Tensor | None) -> None:
         """Adam's step itself, which leaves everything as it is where `skip` is 1. divisor: of the gradient."""
         for part in self._parts:
+            gradient = part.gradient
+            if self._widened is not None:
+                gradient = self._widened[: len(gradient)].copy_(gradient)
             adamw(
-                [part.weights], [part.gradient], [part.moments], [part.squares], [], [part.updates],
+                [part.weights], [gradient], [part.moments], [part.squares], [], [part.updates],
                 fused=True, capturable=self.device.type == "cuda", grad_scale=divisor, found_inf=skip,
                 lr=self.learning_rate, beta1=BETA1, beta2=BETA2, eps=EPSILON, weight_decay=part.decay, amsgrad=False,
                 maximize=False,
             )  # fmt: skip
-        self.weights.refresh()
+            if self._widened is not None:
+                part.working.copy_(part.weights)
 
     def _divisor(self, norm: Tensor) -> Tensor | None:
         """What a gradient of this norm is to be divided by: the loss scale, and what its norm is above `clip`."""

@@ -10,6 +10,7 @@ from torch import nn
 
 from cvae.errors import NonFiniteError
 from cvae.model.layers import MLP
+from cvae.training import optimizer as optimizers
 from cvae.training.optimizer import (
     BETA1,
     BETA2,
@@ -181,8 +182,10 @@ HALVES = pytest.mark.parametrize(("half", "loss_scaling"), [(torch.bfloat16, Fal
 
 
 @HALVES
-def test_half_gradient_is_widened_and_the_copy_follows(half, loss_scaling):
-    """Bit for bit the step on the same gradient in float32."""
+@pytest.mark.parametrize("at_once", [512, 1 << 20])
+def test_half_gradient_is_widened_and_the_copy_follows(half, loss_scaling, at_once, monkeypatch):
+    """Bit for bit the step on the same gradient in float32, in several portions or one."""
+    monkeypatch.setattr(optimizers, "AT_ONCE", at_once)
     weights, plain = (Weights(MLP((30, 33)), kind) for kind in (half, None))
     start = torch.randn(len(weights.vector), generator=torch.Generator().manual_seed(0))
     for one in (weights, plain):
@@ -200,6 +203,21 @@ def test_half_gradient_is_widened_and_the_copy_follows(half, loss_scaling):
         assert torch.equal(weights.vector, plain.vector)
         assert torch.equal(weights.working, weights.vector.to(half))
     assert (weights.vector - start).abs().min() > 0
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16, None])
+def test_clipped_gradient_has_the_norm(half, monkeypatch):
+    """By the moments after a first step, which are 1 − β₁ times the gradient."""
+    monkeypatch.setattr(optimizers, "AT_ONCE", 3072)
+    weights = Weights(MLP((70, 90, 80)), half)
+    optimizer = GuardedAdam(weights, 1e-2, clip=7.0)
+    torch.manual_seed(0)
+    weights.gradient.copy_(torch.randn(len(weights.vector)))
+    assert weights.gradient.double().norm() > 100
+    assert optimizer.step(torch.tensor(1.0))
+    tolerance = 2**-9 if half is torch.bfloat16 else 1e-6  # bfloat16's half unit in the last place
+    expected = weights.gradient.double() * 7 * (1 - BETA1) / weights.gradient.double().norm()
+    torch.testing.assert_close(optimizer.moments.double(), expected, rtol=tolerance, atol=1e-9)
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16, None])
