@@ -79,7 +79,7 @@ class Step:
         batch = self.images.batch(rows)
         with runtime.autocast(self.precision, self.run.device):
             terms = self.objective(self.weights.model, batch, *eps)  # draws z; nats per image, by name
-        loss = -without_free(terms, self.free_nats).sum() / self.batch_size
+        loss = without_free(terms, self.free_nats).sum() / -self.batch_size
         with self.weights.collecting_gradients():
             self.optimizer.scaled(loss).backward()
         loss = loss.detach()

@@ -22,7 +22,10 @@ class Gaussian(NamedTuple):
 
     def sample(self, eps: Tensor) -> Tensor:
         """z = loc + scale · eps, reparameterized; eps ~ N(0, 1) broadcasts against `[..., Z]`."""
-        return torch.addcmul(widen(self.loc), widen(self.log_scale).exp(), eps)
+        loc, scale = widen(self.loc), widen(self.log_scale).exp()
+        if loc.dim() < eps.dim():  # a dimension of its own, or the gradient would be summed over even one sample
+            loc, scale = loc.unsqueeze(0), scale.unsqueeze(0)
+        return torch.addcmul(loc, scale, eps)
 
     def detach(self) -> "Gaussian":
         """The same Gaussian as a constant."""
@@ -72,7 +75,8 @@ class _GaussianKL(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        by_loc, by_q, by_p = (grad.unsqueeze(-1) * derivative for derivative in ctx.saved_tensors)
+        grad = grad.unsqueeze(-1)
+        by_loc, by_q, by_p = (grad * derivative for derivative in ctx.saved_tensors)
         return by_loc, by_q, -by_loc, by_p
 
 
@@ -94,9 +98,9 @@ class _BernoulliLogProb(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, logits: Tensor) -> Tensor:
         if ctx.needs_input_grad[1]:
-            larger = logits.sigmoid()
-            ctx.save_for_backward(y - larger)
-            larger.sub_(0.5).abs_().add_(0.5)  # σ(|l|) = ½ + |σ(l) − ½|
+            white = logits.sigmoid()
+            ctx.save_for_backward(y - white)
+            larger = torch.maximum(white, 1.0 - white)  # σ(|l|)
         else:
             larger = logits.abs().sigmoid_()
         return larger.log_().sub_(logits.clamp(min=0)).addcmul_(y, logits).sum(-1)
