@@ -6,7 +6,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,16 @@ class Slot:
         self.filled = True
 
 
+class Trained(NamedTuple):
+    """A layer of an `MLP` in training: its weights as products take them, and where their gradients go."""
+
+    weight: Tensor  # [copies, fan_in, fan_out]
+    bias: Tensor  # [copies, 1, fan_out]
+    relu: bool
+    of_weight: Slot
+    of_bias: Slot
+
+
 class Linear(nn.Module):
     """`copies` linear layers of one shape side by side, each followed by a ReLU or not, in one batched product.
 
@@ -67,7 +77,6 @@ class Linear(nn.Module):
         self.relu = relu
         self.weight = nn.Parameter(torch.empty(copies, fan_out, fan_in))
         self.bias = nn.Parameter(torch.zeros(copies, fan_out))
-        self.slots: tuple[Slot, Slot] | None = None  # of weight and bias
         for weight, bias in zip(self.weight.data, self.bias.data, strict=True):
             if weight.is_meta:
                 break  # PyTorch would load its compiler, a second's work, to draw nothing
@@ -83,9 +92,6 @@ class Linear(nn.Module):
         outputs = torch.baddbmm(bias[:, None], x, weight.mT)
         return outputs.relu() if self.relu else outputs
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "slots": None}  # a copy of a model is not what is trained
-
 
 class MLP(nn.Module):
     """`copies` networks of the same sizes side by side: linear layers with a ReLU between each two.
@@ -96,6 +102,8 @@ class MLP(nn.Module):
     def __init__(self, sizes: Sequence[int], copies: int = 1):
         super().__init__()
         last = len(sizes) - 2
+        self.copies = copies
+        self.trained: list[Trained] | None = None  # its layers, while `Weights` trains them all
         self.layers = nn.ModuleList(
             Linear(fan_in, fan_out, copies, relu=i < last) for i, (fan_in, fan_out) in enumerate(pairwise(sizes))
         )
@@ -109,17 +117,19 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, copy: int | None = None) -> Tensor:
         """All networks: `[copies, B, inputs]` → `[copies, B, outputs]`. The network of number `copy`, or the only one
         where copies = 1: `[..., B, inputs]` → `[..., B, outputs]`. In float32 or wider."""
-        layers: list[Linear] = list(self.layers)  # type: ignore[arg-type]
-        single = copy is not None or len(layers[0].weight) == 1
-        hidden = x.reshape(1, -1, x.shape[-1]) if single else x
-        if copy is None and torch.is_grad_enabled() and all(layer.slots is not None for layer in layers):
-            hidden = _IntoSlots.apply(hidden, layers, layers[0].weight)
+        flat = (copy is not None or self.copies == 1) and x.shape[:-2] != (1,)
+        hidden = x.reshape(1, -1, x.shape[-1]) if flat else x
+        if copy is None and self.trained is not None and torch.is_grad_enabled():
+            hidden = _IntoSlots.apply(hidden, self.trained, self.layers[0].weight)
         else:
             hidden = hidden.to(self.dtype)
-            for layer in layers:
+            for layer in self.layers:
                 hidden = layer(hidden, copy)
             hidden = widen(hidden)
-        return hidden.view(*x.shape[:-1], hidden.shape[-1]) if single else hidden
+        return hidden.view(*x.shape[:-1], hidden.shape[-1]) if flat else hidden
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "trained": None}  # a copy of a model is not what is trained
 
 
 class _IntoSlots(torch.autograd.Function):
@@ -129,13 +139,13 @@ class _IntoSlots(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layers: list[Linear], weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layers: list[Trained], weight: Tensor) -> Tensor:
         hidden = x.to(weight.dtype)
         inputs, weights = [], []  # of each layer
         for layer in layers:
             inputs.append(hidden)
             weights.append(layer.weight)
-            hidden = torch.baddbmm(layer.bias[:, None], hidden, weights[-1].mT)
+            hidden = torch.baddbmm(layer.bias, hidden, layer.weight)
             if layer.relu:
                 hidden.relu_()
         ctx.save_for_backward(*inputs, *weights)
@@ -149,12 +159,12 @@ class _IntoSlots(torch.autograd.Function):
         inputs, weights = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
         grad = grads[0].to(weights[0].dtype)
         for i in reversed(range(count)):
-            of_weight, of_bias = layers[i].slots
-            if of_weight.gradients.wanted:
-                of_weight.add_product(grad.mT, inputs[i])
-                of_bias.add_sum(grad)
+            layer = layers[i]
+            if layer.of_weight.gradients.wanted:
+                layer.of_weight.add_product(grad.mT, inputs[i])
+                layer.of_bias.add_sum(grad)
             if i > 0:
-                grad = torch.bmm(grad, weights[i])
+                grad = torch.bmm(grad, weights[i].mT)
                 torch.ops.aten.threshold_backward.grad_input(grad, inputs[i], 0, grad_input=grad)  # a ReLU's
-        by_x = torch.bmm(grad, weights[0]).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        by_x = torch.bmm(grad, weights[0].mT).to(ctx.dtype) if ctx.needs_input_grad[0] else None
         return by_x, None, None

@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from cvae.model.layers import Gradients, Linear, Slot
+from cvae.model.layers import MLP, Gradients, Linear, Slot, Trained
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -71,15 +71,26 @@ class Weights(Generic[Model]):
         self._slots = {name: Slot(self._wanted, self.view(name, self.gradient)) for name in trained}
         autocast = half is not None and self.half is None  # it computes with copies of the weights, of another type
         for prefix, module in self.model.named_modules():
-            names = [f"{prefix}.{kind}".lstrip(".") for kind in ("weight", "bias")]
-            if slots and not autocast and isinstance(module, Linear) and self._slots.keys() >= set(names):
-                module.slots = self._slots[names[0]], self._slots[names[1]]
+            if slots and not autocast and isinstance(module, MLP):
+                module.trained = self._layers(f"{prefix}." if prefix else "", module)
+
+    def _layers(self, prefix: str, mlp: MLP) -> list[Trained] | None:
+        """The layers of one of the model's networks, if all of them are trained."""
+        layers = []
+        for i, layer in enumerate(mlp.layers):
+            assert isinstance(layer, Linear)
+            weight, bias = (f"{prefix}layers.{i}.{kind}" for kind in ("weight", "bias"))
+            if not self._slots.keys() >= {weight, bias}:
+                return None
+            weights, biases = layer.weight.detach().mT, layer.bias.detach()[:, None]
+            layers.append(Trained(weights, biases, layer.relu, self._slots[weight], self._slots[bias]))
+        return layers
 
     def release(self) -> None:
         """Have the model be one that is not trained any more."""
         for module in self.model.modules():
-            if isinstance(module, Linear):
-                module.slots = None
+            if isinstance(module, MLP):
+                module.trained = None
 
     @contextmanager
     def collecting_gradients(self) -> Iterator[None]:

@@ -125,7 +125,7 @@ def collected(mlp: MLP, loss: Loss, x: Tensor) -> tuple[list[Tensor], Tensor]:
     """The gradients that end in the vector, and that for x."""
     weights = Weights(mlp, slots=True)
     weights.gradient.fill_(float("nan"))  # nothing of an earlier step counts
-    assert all(layer.slots is not None for layer in mlp.layers)
+    assert mlp.trained is not None
     x = x.clone().requires_grad_()
     value = loss(mlp, x)
     with weights.collecting_gradients():
@@ -138,7 +138,7 @@ def collected(mlp: MLP, loss: Loss, x: Tensor) -> tuple[list[Tensor], Tensor]:
 def by_autograd(mlp: MLP, loss: Loss, x: Tensor) -> tuple[list[Tensor], Tensor]:
     """The same from a copy of plain operations."""
     mlp, x = copy.deepcopy(mlp), x.clone().requires_grad_()
-    assert all(layer.slots is None for layer in mlp.layers)
+    assert mlp.trained is None
     loss(mlp, x).backward()
     found = [torch.zeros_like(p) if p.grad is None else p.grad for p in mlp.parameters()]
     return found, torch.zeros_like(x) if x.grad is None else x.grad
@@ -301,8 +301,8 @@ def test_copy_of_what_is_trained_has_no_slots():
     weights = Weights(mlp, slots=True)
     weights.gradient.fill_(7)
     copied = copy.deepcopy(mlp)
-    assert all(layer.slots is None for layer in copied.layers)
-    assert all(layer.slots is not None for layer in mlp.layers)
+    assert copied.trained is None
+    assert mlp.trained is not None
     copied(x).sum().backward()
     assert all(parameter.grad.ne(0).any() for parameter in copied.parameters())
     assert weights.gradient.eq(7).all()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from cvae.model.layers import MLP, Linear
+from cvae.model.layers import MLP
 from cvae.training.weights import ALIGNMENT, WeightAverage, Weights
 
 HALVES = pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
@@ -199,8 +199,8 @@ def test_gradient_is_where_the_optimizer_reads_it(make, slots):
     net = make().double()
     expected = plain_gradient(copy.deepcopy(net), x := torch.randn(9, 5, dtype=torch.float64))
     weights = Weights(net, slots=slots)
-    assert all((module.slots is not None) == slots for module in net.first.modules() if isinstance(module, Linear))
-    assert all(module.slots is None for module in net.fixed.modules() if isinstance(module, Linear))
+    assert (net.first.trained is not None) == slots
+    assert net.fixed.trained is None
     loss = weights.model.train()(x).square().sum()
     with weights.collecting_gradients():
         loss.backward()
@@ -351,7 +351,7 @@ def test_average_is_of_the_weights_and_not_of_their_working_copy(half):
     for name, parameter in average.model.named_parameters():
         if name in set(weights):
             assert parameter.eq(1 + 2**-12).all(), name  # which neither half type can tell from 1
-    assert all(module.slots is None for module in average.model.modules() if isinstance(module, Linear))
+    assert all(module.trained is None for module in average.model.modules() if isinstance(module, MLP))
 
 
 def test_average_takes_buffers_in():
