@@ -70,20 +70,21 @@ class Weights(Generic[Model]):
         self._wanted = Gradients()
         self._slots = {name: Slot(self._wanted, self.view(name, self.gradient)) for name in trained}
         autocast = half is not None and self.half is None  # it computes with copies of the weights, of another type
-        for prefix, module in self.model.named_modules():
+        for module in self.model.modules():
             if slots and not autocast and isinstance(module, MLP):
-                module.trained = self._layers(f"{prefix}." if prefix else "", module)
+                module.trained = self._layers(module)
 
-    def _layers(self, prefix: str, mlp: MLP) -> list[Trained] | None:
+    def _layers(self, mlp: MLP) -> list[Trained] | None:
         """The layers of one of the model's networks, if all of them are trained."""
+        slots = {id(self._parameters[name]): slot for name, slot in self._slots.items()}
         layers = []
-        for i, layer in enumerate(mlp.layers):
+        for layer in mlp.layers:
             assert isinstance(layer, Linear)
-            weight, bias = (f"{prefix}layers.{i}.{kind}" for kind in ("weight", "bias"))
-            if not self._slots.keys() >= {weight, bias}:
+            weight, bias = layer.weight, layer.bias
+            if not slots.keys() >= {id(weight), id(bias)}:
                 return None
-            weights, biases = layer.weight.detach().mT, layer.bias.detach()[:, None]
-            layers.append(Trained(weights, biases, layer.relu, self._slots[weight], self._slots[bias]))
+            values = weight.detach().mT, bias.detach()[:, None]
+            layers.append(Trained(*values, layer.relu, slots[id(weight)], slots[id(bias)]))
         return layers
 
     def release(self) -> None:
