@@ -84,8 +84,8 @@ class Step:
             self.optimizer.scaled(loss).backward()
         loss = loss.detach()
         self.run.processes.sum_(self.weights.gradient, loss)
-        accepted = self.optimizer.step(loss)
-        self.totals.add(terms, accepted)
+        skipped = self.optimizer.step(loss)
+        self.totals.add(terms, skipped)
 
 
 def fit(phase: Phase, run: Run, last: dict[str, Any]) -> Progress:
@@ -160,11 +160,10 @@ def train_epoch(phase: Phase, step: Step, take_step: Callable[..., None], epoch:
     optimizer.start_epoch()
     step.totals.zero()
     with run.progress_bar(where, steps * size) as bar:
-        for i in range(steps):
-            rows = permutation[i * size : (i + 1) * size]
+        for i, rows in enumerate(permutation[: steps * size].view(steps, size)[:, share]):
             eps = phase.noise(size, random)
             phase.schedule(s, epoch - 1 + i / steps, optimizer.learning_rate, step.free_nats)
-            take_step(rows[share], *(each[:, share] for each in eps))
+            take_step(rows, *(each[:, share] for each in eps))
             step.average.update((epoch - 1) * steps + i, last=i == steps - 1)
             bar.update(size)
             if i % REPORT_EVERY == 0:

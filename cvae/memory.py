@@ -15,6 +15,7 @@ CONTROL_GROUPS = {
 def keep_freed_memory(keep: bool) -> None:
     """Have glibc keep freed memory instead of giving it back: each step needs it again, and new pages cost faults.
 
+    Nor are small freed blocks kept apart ("fast bins"), which each allocation of a tensor would merge again.
     False: give it back, and have the thresholds at which glibc's own adaptation to large blocks ends.
     """
     try:
@@ -22,9 +23,10 @@ def keep_freed_memory(keep: bool) -> None:
         mallopt, malloc_trim = c.mallopt, c.malloc_trim
     except (OSError, AttributeError, TypeError):
         return  # another C library: as it is
-    m_trim_threshold, m_mmap_threshold = -1, -3
+    m_mxfast, m_trim_threshold, m_mmap_threshold = 1, -1, -3
     mallopt(m_mmap_threshold, MMAP_THRESHOLD)
     mallopt(m_trim_threshold, 1 << 30 if keep else 2 * MMAP_THRESHOLD)
+    mallopt(m_mxfast, 0 if keep else 128)  # in bytes; 128 is glibc's own
     if not keep:
         malloc_trim(0)
 

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 LOG_2PI = 1.8378770664093453
 
@@ -35,6 +34,12 @@ class Gaussian(NamedTuple):
 def widen(tensor: Tensor) -> Tensor:
     """The tensor in float32 where it is of half precision, else as it is."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def refuse_to_be_differentiated() -> None:
+    """In a backward pass that is written out: raises RuntimeError if the pass itself is recorded (`create_graph`)."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("these derivatives are written out and cannot be differentiated again: no create_graph here")
 
 
 def gaussian_log_prob(z: Tensor, gaussian: Gaussian) -> Tensor:
@@ -73,8 +78,8 @@ class _GaussianKL(torch.autograd.Function):
         return by_p.mul(-0.5).sub_(log_ratio).sum(-1)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        refuse_to_be_differentiated()
         grad = grad.unsqueeze(-1)
         by_loc, by_q, by_p = (grad * derivative for derivative in ctx.saved_tensors)
         return by_loc, by_q, -by_loc, by_p
@@ -106,8 +111,8 @@ class _BernoulliLogProb(torch.autograd.Function):
         return larger.log_().sub_(logits.clamp(min=0)).addcmul_(y, logits).sum(-1)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        refuse_to_be_differentiated()
         (derivative,) = ctx.saved_tensors
         return None, derivative * grad.unsqueeze(-1)
 

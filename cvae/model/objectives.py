@@ -41,7 +41,7 @@ def elbo(model: CVAE, batch: Batch, eps: Tensor) -> Terms:
     tutorial samples its KL too, at the same z; the closed form has the same expectation and less variance.
     """
     draw = model.from_posterior(*batch, eps)
-    log_likelihood, kl = draw.log_likelihood(batch.y).mean(0), kl_terms(draw)
+    log_likelihood, kl = sample_mean(draw.log_likelihood(batch.y)), kl_terms(draw)
     return {"elbo": log_likelihood - kl["kl"], "log_likelihood": log_likelihood, **kl}
 
 
@@ -51,7 +51,7 @@ def gsnn(model: CVAE, batch: Batch, eps: Tensor) -> Terms:
     The lower bound with the recognition network set equal to the prior network, so that there is no KL. The objective
     does not train the recognition network. eps: as in `elbo`. Source: Sohn et al. 2015, section 4.2.
     """
-    return {"gsnn": model.from_prior(batch.x, batch.guess, eps).log_likelihood(batch.y).mean(0)}
+    return {"gsnn": sample_mean(model.from_prior(batch.x, batch.guess, eps).log_likelihood(batch.y))}
 
 
 def multisample(model: CVAE, batch: Batch, eps: Tensor) -> Terms:
@@ -62,7 +62,7 @@ def multisample(model: CVAE, batch: Batch, eps: Tensor) -> Terms:
     `gsnn`. Source: Raiko et al. 2015; Mnih and Rezende 2016, the multi-sample objective with the prior as its proposal.
     """
     log_likelihood = model.from_prior(batch.x, batch.guess, eps).log_likelihood(batch.y)
-    return {"multisample": log_mean_exp(log_likelihood), "gsnn": log_likelihood.mean(0).detach()}
+    return {"multisample": log_mean_exp(log_likelihood), "gsnn": sample_mean(log_likelihood).detach()}
 
 
 def hybrid(model: CVAE, batch: Batch, eps: Tensor, *, alpha: float) -> Terms:
@@ -85,7 +85,7 @@ def iwae(model: CVAE, batch: Batch, eps: Tensor) -> Terms:
     if log_weights.requires_grad:
         differentiable = doubly_reparameterized(draw, log_likelihood, log_weights)
         bound = bound.detach() + (differentiable - differentiable.detach())
-    reported, kl = log_likelihood.mean(0).detach(), {name: term.detach() for name, term in kl_terms(draw).items()}
+    reported, kl = sample_mean(log_likelihood).detach(), {name: term.detach() for name, term in kl_terms(draw).items()}
     return {"iwae": bound, "elbo": reported - kl["kl"], "log_likelihood": reported, **kl}
 
 
@@ -121,9 +121,14 @@ def log_mean_exp(log_weights: Tensor) -> Tensor:
     return log_weights.logsumexp(0) - math.log(len(log_weights))
 
 
+def sample_mean(values: Tensor) -> Tensor:
+    """The mean over the samples, `[L, B]` → `[B]`."""
+    return values.mean(0) if len(values) > 1 else values.squeeze(0)
+
+
 def kl_terms(draw: Draw) -> Terms:
     """KL(q ‖ p), nats `[B]`, a mean over the samples: `kl`, and `kl_1`, …, by level, where there are several."""
-    return by_level("kl", [kl if kl.dim() == 1 else kl.mean(0) for kl in draw.kl_of_levels])
+    return by_level("kl", [kl if kl.dim() == 1 else sample_mean(kl) for kl in draw.kl_of_levels])
 
 
 def kl_levels(terms: Terms) -> list[Tensor]:
@@ -134,8 +139,8 @@ def kl_levels(terms: Terms) -> list[Tensor]:
 def by_level(name: str, values: Sequence[Value]) -> dict[str, Value]:
     """A quantity's sum over the levels of z by its name, and where there are several, that of each: `name_1` is the
     top."""
-    each = {f"{name}_{i}": value for i, value in enumerate(values, start=1)}
-    return {name: reduce(add, values)} | (each if len(values) > 1 else {})
+    total = {name: reduce(add, values)}
+    return total if len(values) == 1 else total | {f"{name}_{i}": value for i, value in enumerate(values, start=1)}
 
 
 def maximised(terms: dict[str, Value]) -> Value:
@@ -178,14 +183,14 @@ class Totals:
         self.names: list[str] = []
         self.sums = torch.zeros(0, dtype=torch.float64, device=device)  # of each term, and of the images
 
-    def add(self, terms: Terms, accepted: Tensor | None = None) -> None:
-        """Add the terms of a batch; accepted: a bool scalar, on the device, without which nothing is added."""
+    def add(self, terms: Terms, skipped: Tensor | None = None) -> None:
+        """Add the terms of a batch; skipped: a bool scalar, on the device, with which nothing is added."""
         if not self.names:
             self.names = list(terms)
             self.sums = torch.zeros(len(terms) + 1, dtype=torch.float64, device=self.device)
         values = [term.detach() for term in terms.values()]
         added = torch.stack([*values, torch.ones_like(values[0])]).sum(1, dtype=torch.float64)
-        self.sums += added if accepted is None else torch.where(accepted, added, 0.0)
+        self.sums += added if skipped is None else added.masked_fill_(skipped, 0.0)
 
     def zero(self) -> None:
         """Begin anew."""

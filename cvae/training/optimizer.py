@@ -30,11 +30,23 @@ class Part(NamedTuple):
 
     decay: float
     updates: Tensor  # steps taken, a number
+    gradient: Tensor  # of the weights' type
     weights: Tensor
-    gradient: Tensor
     moments: Tensor
     squares: Tensor
+
+
+class Portion(NamedTuple):
+    """Weights that are taken through a step at once, by views, and the parts that they consist of.
+
+    widened: where the gradient is converted to the weights' type. None: it is of their type, as is their working copy.
+    """
+
+    widened: Tensor | None
+    gradient: Tensor
+    weights: Tensor
     working: Tensor
+    parts: list[Part]
 
 
 class GuardedAdam:
@@ -64,17 +76,8 @@ class GuardedAdam:
         self.device = weights.vector.device
         self.learning_rate = torch.tensor(learning_rate, device=self.device)
         self.moments, self.squares = torch.zeros_like(weights.vector), torch.zeros_like(weights.vector)
-        vectors = (weights.vector, weights.gradient, self.moments, self.squares, weights.working)
-        size = max(1, len(weights.vector))
-        if weights.half is not None and self.device.type == "cpu":
-            size = min(AT_ONCE, size)
-        self._widened = None if weights.half is None else weights.vector.new_zeros(size)  # the gradient of each in turn
-        self._parts = [
-            Part(decay, self._zero(), *views)
-            for rows, decay in ((slice(weights.decayed), 0.0), (slice(weights.decayed, None), weight_decay))
-            for views in zip(*(vector[rows].split(size) for vector in vectors), strict=True)
-            if len(views[0])
-        ]
+        self._portions = self._portioned(weight_decay)
+        self._parts = [part for portion in self._portions for part in portion.parts]
         self.scale = torch.tensor(INITIAL_SCALE, device=self.device) if loss_scaling else None
         self.good_steps = self._zero()  # since the scale last changed
         self._outcomes = torch.zeros(MAX_UNSEEN, device=self.device)  # of the steps since the last look
@@ -89,13 +92,38 @@ class GuardedAdam:
     def _zero(self) -> Tensor:
         return torch.zeros((), device=self.device)
 
+    def _portioned(self, weight_decay: float) -> list[Portion]:
+        """The weights in portions, the last ones first: the norm, taken before, has read the gradient to its end."""
+        weights, length = self.weights, len(self.weights.vector)
+        size = min(AT_ONCE, length) if weights.half is not None and self.device.type == "cpu" else length
+        room = None if weights.half is None else weights.vector.new_empty(size)  # of one portion after the other
+        portions = []
+        for start in reversed(range(0, length, size)):
+            end = min(start + size, length)
+            boundary = min(max(start, weights.decayed), end)
+            widened = None if room is None else room[: end - start]
+            gradient, vector, working = (v[start:end] for v in (weights.gradient, weights.vector, weights.working))
+            parts = [
+                Part(decay, self._zero(), (gradient if widened is None else widened)[a - start : b - start], *views)
+                for a, b, decay in ((start, boundary, 0.0), (boundary, end, weight_decay))
+                for views in [(v[a:b] for v in (weights.vector, self.moments, self.squares))]
+                if a < b
+            ]
+            portions.append(Portion(widened, gradient, vector, working, parts))
+        return portions
+
     @torch.inference_mode()
     def step(self, loss: Tensor) -> Tensor:
-        """Update the weights by their `gradient` if its squared norm and the loss are finite; whether they are."""
+        """Update the weights by their `gradient`, unless its squared norm or the loss is not finite.
+
+        Returns whether the step was skipped, a bool scalar.
+        """
         norm = self._norm()
         # No NaN and no infinity is lost on the way. v − v is 0 where v is finite, and NaN elsewhere.
-        checksum = (norm if self.scale is None else norm / self.scale).square() + loss
-        skip = (checksum - checksum != 0).float()
+        unscaled = norm if self.scale is None else norm / self.scale
+        checksum = torch.addcmul(loss, unscaled, unscaled)
+        skipped = checksum - checksum != 0
+        skip = skipped.float()
         self._update(skip, self._divisor(norm))
         outcome = skip  # BAD or 0
         if self.scale is not None:
@@ -104,7 +132,7 @@ class GuardedAdam:
             self._adjust_scale(skip, overflow)
         self._outcomes.index_copy_(0, self._unseen, outcome.view(1))
         self._unseen += 1
-        return skip == 0
+        return skipped
 
     def _norm(self) -> Tensor:
         """The gradient's Euclidean norm, in the weights' type: that of the norms of its rows, which is twice as fast.
@@ -120,18 +148,18 @@ class GuardedAdam:
 
     def _update(self, skip: Tensor, divisor: Tensor | None) -> None:
         """Adam's step itself, which leaves everything as it is where `skip` is 1. divisor: of the gradient."""
-        for part in self._parts:
-            gradient = part.gradient
-            if self._widened is not None:
-                gradient = self._widened[: len(gradient)].copy_(gradient)
-            adamw(
-                [part.weights], [gradient], [part.moments], [part.squares], [], [part.updates],
-                fused=True, capturable=self.device.type == "cuda", grad_scale=divisor, found_inf=skip,
-                lr=self.learning_rate, beta1=BETA1, beta2=BETA2, eps=EPSILON, weight_decay=part.decay, amsgrad=False,
-                maximize=False,
-            )  # fmt: skip
-            if self._widened is not None:
-                part.working.copy_(part.weights)
+        for portion in self._portions:
+            if portion.widened is not None:
+                portion.widened.copy_(portion.gradient)
+            for part in portion.parts:
+                adamw(
+                    [part.weights], [part.gradient], [part.moments], [part.squares], [], [part.updates],
+                    fused=True, capturable=self.device.type == "cuda", grad_scale=divisor, found_inf=skip,
+                    lr=self.learning_rate, beta1=BETA1, beta2=BETA2, eps=EPSILON, weight_decay=part.decay,
+                    amsgrad=False, maximize=False,
+                )  # fmt: skip
+            if portion.widened is not None:
+                portion.working.copy_(portion.weights)
 
     def _divisor(self, norm: Tensor) -> Tensor | None:
         """What a gradient of this norm is to be divided by: the loss scale, and what its norm is above `clip`."""

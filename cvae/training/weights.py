@@ -63,12 +63,12 @@ class Weights(Generic[Model]):
             kept = (*model.buffers(), *(p for p in model.parameters() if not p.requires_grad))
             self.model = copy.deepcopy(model, {id(tensor): tensor for tensor in kept})
         self.gradient = torch.zeros_like(self.working)
-        self._parameters = {name: p for name, p in self.model.named_parameters() if name in trained}
+        parameters = {name: p for name, p in self.model.named_parameters() if name in trained}
         if self.half is not None:
-            for name, parameter in self._parameters.items():
+            for name, parameter in parameters.items():
                 parameter.data = self.view(name, self.working)
         self._wanted = Gradients()
-        self._slots = {name: Slot(self._wanted, self.view(name, self.gradient)) for name in trained}
+        self._slots = [(p, Slot(self._wanted, self.view(name, self.gradient))) for name, p in parameters.items()]
         autocast = half is not None and self.half is None  # it computes with copies of the weights, of another type
         for module in self.model.modules():
             if slots and not autocast and isinstance(module, MLP):
@@ -76,15 +76,15 @@ class Weights(Generic[Model]):
 
     def _layers(self, mlp: MLP) -> list[Trained] | None:
         """The layers of one of the model's networks, if all of them are trained."""
-        slots = {id(self._parameters[name]): slot for name, slot in self._slots.items()}
+        slots = {id(parameter): slot for parameter, slot in self._slots}
         layers = []
         for layer in mlp.layers:
             assert isinstance(layer, Linear)
             weight, bias = layer.weight, layer.bias
             if not slots.keys() >= {id(weight), id(bias)}:
                 return None
-            values = weight.detach().mT, bias.detach()[:, None]
-            layers.append(Trained(*values, layer.relu, slots[id(weight)], slots[id(bias)]))
+            values = weight.detach(), bias.detach().unsqueeze(-1)
+            layers.append(Trained(*values, slots[id(weight)], slots[id(bias)]))
         return layers
 
     def release(self) -> None:
@@ -96,22 +96,20 @@ class Weights(Generic[Model]):
     @contextmanager
     def collecting_gradients(self) -> Iterator[None]:
         """Within it, a backward pass; after it, `gradient` holds what that found, and nothing of an earlier one."""
-        for slot in self._slots.values():
-            slot.filled = False
-        for parameter in self._parameters.values():
-            parameter.grad = None  # a pass that failed halfway may have left one
+        for parameter, _ in self._slots:
+            parameter.grad = None
         self._wanted.wanted = True
         try:
             yield
         finally:
             self._wanted.wanted = False
-            for name, slot in self._slots.items():
-                parameter = self._parameters[name]
+            for parameter, slot in self._slots:
                 if parameter.grad is not None:  # a plain operation's, of which the layers here know nothing
                     slot.add(parameter.grad)
                     parameter.grad = None
                 elif not slot.filled:
                     slot.tensor.zero_()
+                slot.filled = False
 
     def refresh(self) -> None:
         """Bring `working` up to date: needed when the weights have changed; the optimizer does it after its steps."""

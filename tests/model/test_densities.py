@@ -228,9 +228,8 @@ CASES = pytest.mark.parametrize("case", [bernoulli_and_arguments, kl_and_argumen
 def test_derivatives_of_derivatives_are_refused(case):
     """They are not written out: an error, and no wrong number."""
     value, parameters = case()
-    gradients = torch.autograd.grad(value.square().sum(), parameters, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        sum(gradient.square().sum() for gradient in gradients).backward()
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        torch.autograd.grad(value.square().sum(), parameters, create_graph=True)
 
 
 @CASES

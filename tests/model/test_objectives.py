@@ -591,12 +591,12 @@ def test_steps_that_were_not_taken_do_not_count():
     """Whatever their terms are."""
     terms, totals = some_terms(10), Totals()
     bad = {name: torch.full_like(term, float("nan")) for name, term in terms.items()}
-    totals.add(bad, torch.tensor(False))
+    totals.add(bad, skipped=torch.tensor(True))
     assert all(math.isnan(mean) for mean in totals.means().values())
-    totals.add(terms, torch.tensor(True))
+    totals.add(terms, skipped=torch.tensor(False))
     expected = totals.means()
-    totals.add(bad, torch.tensor(False))
-    totals.add({name: 5 * term for name, term in terms.items()}, torch.tensor(False))
+    totals.add(bad, skipped=torch.tensor(True))
+    totals.add({name: 5 * term for name, term in terms.items()}, skipped=torch.tensor(True))
     assert totals.means() == expected
     assert totals.sums[-1] == 10
     assert expected["elbo"] == pytest.approx(terms["elbo"].double().mean().item(), rel=1e-14)

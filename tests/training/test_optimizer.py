@@ -51,7 +51,7 @@ def advance(net, optimizer, steps):
     for step in steps:
         loss = batch_loss(net, step)
         backward(optimizer, loss)
-        accepted.append(bool(optimizer.step(loss)))
+        accepted.append(not optimizer.step(loss))
     return accepted
 
 
@@ -63,7 +63,7 @@ def bad_step(net, optimizer, poison, place):
         loss = loss.detach() * poison
     else:
         optimizer.weights.view("2.weight", optimizer.weights.gradient)[1, 2] = poison
-    return bool(optimizer.step(loss))
+    return not optimizer.step(loss)
 
 
 def snapshot(net, optimizer):
@@ -98,7 +98,7 @@ def test_is_adam_bit_for_bit_on_finite_gradients(loss_scaling, weight_decay):
         backward(optimizer, loss)
         for part, parameter in zip(parts, theirs, strict=True):
             parameter.grad = weights.gradient[part] / scale_of(optimizer)
-        assert optimizer.step(loss)
+        assert not optimizer.step(loss)
         adam.step()
         assert torch.equal(weights.vector, torch.cat([parameter.detach() for parameter in theirs]))
     assert optimizer.skipped()["skipped_steps"] == 0
@@ -198,8 +198,8 @@ def test_half_gradient_is_widened_and_the_copy_follows(half, loss_scaling, at_on
         weights.gradient.copy_(plain.gradient.mul_(scale_of(reference) / 100))
         plain.gradient.copy_(weights.gradient)
         loss = torch.tensor(1.0)
-        assert optimizer.step(loss)
-        assert reference.step(loss)
+        assert not optimizer.step(loss)
+        assert not reference.step(loss)
         assert torch.equal(weights.vector, plain.vector)
         assert torch.equal(weights.working, weights.vector.to(half))
     assert (weights.vector - start).abs().min() > 0
@@ -214,7 +214,7 @@ def test_clipped_gradient_has_the_norm(half, monkeypatch):
     torch.manual_seed(0)
     weights.gradient.copy_(torch.randn(len(weights.vector)))
     assert weights.gradient.double().norm() > 100
-    assert optimizer.step(torch.tensor(1.0))
+    assert not optimizer.step(torch.tensor(1.0))
     tolerance = 2**-9 if half is torch.bfloat16 else 1e-6  # bfloat16's half unit in the last place
     expected = weights.gradient.double() * 7 * (1 - BETA1) / weights.gradient.double().norm()
     torch.testing.assert_close(optimizer.moments.double(), expected, rtol=tolerance, atol=1e-9)
@@ -234,14 +234,14 @@ def test_bad_number_is_seen_wherever_it_is(half, poison):
     for place in (0, 1, 31, size // 2 - 1, size // 2, size - 32, size - 1):
         weights.gradient.copy_(torch.linspace(-1, 1, size))
         weights.gradient[place] = poison
-        assert not optimizer.step(torch.tensor(1.0))
+        assert optimizer.step(torch.tensor(1.0))
     weights.gradient.zero_()
     weights.gradient[:2] = 1.5e19  # each square is finite, their sum is not; float16 has no such number
-    assert not optimizer.step(torch.tensor(1.0))
+    assert optimizer.step(torch.tensor(1.0))
     for vector, value in ((weights.vector, 1), (weights.working, 1), (optimizer.moments, 0), (optimizer.squares, 0)):
         assert vector.eq(value).all()
     weights.gradient.copy_(torch.linspace(-1, 1, size)).mul_(1e4)
-    assert optimizer.step(torch.tensor(1.0))
+    assert not optimizer.step(torch.tensor(1.0))
     assert weights.vector.isfinite().all()
     assert weights.vector.ne(1).sum() >= size - 1
 
@@ -307,7 +307,7 @@ def test_float16_overflow_halves_the_scale_until_it_fits():
     for _ in range(12):
         loss = (weight.half() * 1000).float().sum()
         backward(optimizer, loss)
-        accepted.append(bool(optimizer.step(loss)))
+        accepted.append(not optimizer.step(loss))
         optimizer.check("somewhere")  # no streak of bad steps: the scale is being found
     assert float(optimizer.scale) == 2.0**6  # 64,000
     assert accepted == [False] * 10 + [True] * 2
@@ -322,7 +322,7 @@ def test_gradient_is_looked_at_without_the_scale():
     optimizer.scale.fill_(2.0**-10)
     for gradient, is_good in ((1e17, False), (1e10, True)):
         weights.gradient.fill_(gradient)
-        assert bool(optimizer.step(torch.tensor(1.0))) == is_good
+        assert bool(optimizer.step(torch.tensor(1.0))) != is_good
     assert optimizer.squares.isfinite().all()
 
 
@@ -437,7 +437,7 @@ def test_every_part_goes_on_with_its_count_of_updates():
                 optimizer = GuardedAdam(optimizer.weights, 1e-2)
                 optimizer.load_state_dict(state)
             optimizer.weights.gradient.copy_(torch.linspace(-1, step, len(optimizer.weights.gradient)))
-            assert optimizer.step(torch.tensor(1.0))
+            assert not optimizer.step(torch.tensor(1.0))
         states.append(snapshot(net, optimizer))
     assert_identical(*states)
 

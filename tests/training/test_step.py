@@ -178,8 +178,8 @@ def test_mixed_precision_agrees_with_float32(make_toy, case, precision):
             seed={"tutorial": 0, "paper": 2}.get(case.network, 0),
         )  # fmt: skip
         step = Step(make_phase(case, toy), make_run(Settings(), name))
-        weights, optimizer, eps, accepted = step.weights, step.optimizer, case.noise(toy), False
-        while not accepted:  # a scale that overflows is halved, and the weights stay as they were
+        weights, optimizer, eps, skipped = step.weights, step.optimizer, case.noise(toy), True
+        while skipped:  # a scale that overflows is halved, and the weights stay as they were
             with runtime.autocast(step.precision, CPU):
                 terms = case.function()(weights.model, toy.batch, *eps)
             loss = -maximised(terms).mean()
@@ -187,7 +187,7 @@ def test_mixed_precision_agrees_with_float32(make_toy, case, precision):
             with weights.collecting_gradients():
                 optimizer.scaled(loss).backward()
             found = [weights.view(weight, weights.gradient).float() / scale for weight in weights]
-            accepted = bool(optimizer.step(loss.detach()))
+            skipped = bool(optimizer.step(loss.detach()))
             optimizer.check("here")
         with runtime.autocast(step.precision, CPU):
             after = -maximised(case.function()(weights.model, toy.batch, *eps)).mean()
