@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from cvae.model.densities import refuse_to_be_differentiated, widen
 
+relu_backward = torch.ops.aten.threshold_backward.grad_input
+
 
 class Gradients:
     """Tells the layers whether the gradients of their weights are wanted just now."""
@@ -166,6 +168,3 @@ class _IntoSlots(torch.autograd.Function):
                 relu_backward(grad, inputs[i], 0, grad_input=grad)
         by_x = torch.bmm(grad.mT, weights[0]).to(ctx.dtype) if ctx.needs_input_grad[0] else None
         return by_x, None, None
-
-
-relu_backward = torch.ops.aten.threshold_backward.grad_input
