@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 from cvae.model.densities import refuse_to_be_differentiated, widen
 
-relu_backward = torch.ops.aten.threshold_backward.grad_input
-
 
 class Gradients:
     """Tells the layers whether the gradients of their weights are wanted just now."""
@@ -46,19 +44,20 @@ class Slot:
         self.filled = True
 
     def add_sum(self, gradient: Tensor) -> None:
-        """Add the sum over the last dimension."""
+        """Add the sum over the second dimension."""
         if self.filled:
-            self.tensor.add_(gradient.sum(-1))
+            self.tensor.add_(gradient.sum(1))
         else:
-            torch.sum(gradient, -1, out=self.tensor)
+            torch.sum(gradient, 1, out=self.tensor)
         self.filled = True
 
 
 class Trained(NamedTuple):
-    """A layer of an `MLP` in training: its weights, and where their gradients go."""
+    """A layer of an `MLP` in training: its weights as products take them, and where their gradients go."""
 
-    weight: Tensor  # [copies, fan_out, fan_in]
-    bias: Tensor  # [copies, fan_out, 1]
+    weight: Tensor  # [copies, fan_in, fan_out]
+    bias: Tensor  # [copies, 1, fan_out]
+    relu: bool
     of_weight: Slot
     of_bias: Slot
 
@@ -135,36 +134,36 @@ class MLP(nn.Module):
 class _IntoSlots(torch.autograd.Function):
     """The layers of an `MLP`, whose backward pass writes the gradients of the weights into their slots.
 
-    One of the weights is an argument, for autograd to know that there is something to be trained. Between the layers,
-    activations are `[copies, features, B]`: a product takes the weights, its left side, as they lie, and rearranges
-    only what is smaller.
+    One of the weights is an argument, for autograd to know that there is something to be trained.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layers: list[Trained], weight: Tensor) -> Tensor:
-        *before, last = layers
-        hidden = x.to(weight.dtype).mT
-        inputs = [hidden]  # of each layer
-        for layer in before:
-            hidden = torch.baddbmm(layer.bias, layer.weight, hidden).relu_()
+        hidden = x.to(weight.dtype)
+        inputs, weights = [], []  # of each layer
+        for layer in layers:
             inputs.append(hidden)
-        ctx.save_for_backward(*inputs, *(layer.weight for layer in layers))
+            weights.append(layer.weight)
+            hidden = torch.baddbmm(layer.bias, hidden, layer.weight)
+            if layer.relu:
+                hidden.relu_()
+        ctx.save_for_backward(*inputs, *weights)
         ctx.layers, ctx.dtype = layers, x.dtype
-        return widen(torch.baddbmm(last.bias.mT, hidden.mT, last.weight.mT))
+        return widen(hidden)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
         refuse_to_be_differentiated()
         layers, count = ctx.layers, len(ctx.layers)
         inputs, weights = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
-        wanted = layers[0].of_weight.gradients.wanted
-        grad = grads[0].to(weights[0].dtype).mT
+        grad = grads[0].to(weights[0].dtype)
         for i in reversed(range(count)):
-            if wanted:
-                layers[i].of_weight.add_product(grad, inputs[i].mT)
-                layers[i].of_bias.add_sum(grad)
+            layer = layers[i]
+            if layer.of_weight.gradients.wanted:
+                layer.of_weight.add_product(grad.mT, inputs[i])
+                layer.of_bias.add_sum(grad)
             if i > 0:
-                grad = torch.bmm(weights[i].mT, grad)
-                relu_backward(grad, inputs[i], 0, grad_input=grad)
-        by_x = torch.bmm(grad.mT, weights[0]).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+                grad = torch.bmm(grad, weights[i].mT)
+                torch.ops.aten.threshold_backward.grad_input(grad, inputs[i], 0, grad_input=grad)  # a ReLU's
+        by_x = torch.bmm(grad, weights[0].mT).to(ctx.dtype) if ctx.needs_input_grad[0] else None
         return by_x, None, None

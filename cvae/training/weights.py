@@ -83,8 +83,8 @@ class Weights(Generic[Model]):
             weight, bias = layer.weight, layer.bias
             if not slots.keys() >= {id(weight), id(bias)}:
                 return None
-            values = weight.detach(), bias.detach().unsqueeze(-1)
-            layers.append(Trained(*values, slots[id(weight)], slots[id(bias)]))
+            values = weight.detach().mT, bias.detach()[:, None]
+            layers.append(Trained(*values, layer.relu, slots[id(weight)], slots[id(bias)]))
         return layers
 
     def release(self) -> None:
