@@ -64,7 +64,7 @@ class GuardedAdam:
 
     With `loss_scaling` (float16), the loss is multiplied by a scale before the backward pass, and the gradients are
     divided by it after. Where gradients overflow and the loss is finite, the scale is too large: such a step is
-    skipped too, counted apart, and halves the scale, which doubles again after 2,000 good steps. Source: Micikevicius
+    skipped too, counted apart, and divided the scale, which doubles again after 2,000 good steps. Source: Micikevicius
     et al. 2018.
     """
 
@@ -99,17 +99,18 @@ class GuardedAdam:
         room = None if weights.half is None else weights.vector.new_empty(size)  # of one portion after the other
         portions = []
         for start in reversed(range(0, length, size)):
-            end = min(start + size, length)
-            boundary = min(max(start, weights.decayed), end)
-            widened = None if room is None else room[: end - start]
-            gradient, vector, working = (v[start:end] for v in (weights.gradient, weights.vector, weights.working))
+            rows, undecayed = slice(start, min(start + size, length)), max(0, weights.decayed - start)
+            gradient = weights.gradient[rows]
+            widened = None if room is None else room[: len(gradient)]
+            of_type = gradient if widened is None else widened
+            vectors = (of_type, weights.vector[rows], self.moments[rows], self.squares[rows])
+            divided = zip(*(vector.tensor_split((undecayed,)) for vector in vectors), strict=True)
             parts = [
-                Part(decay, self._zero(), (gradient if widened is None else widened)[a - start : b - start], *views)
-                for a, b, decay in ((start, boundary, 0.0), (boundary, end, weight_decay))
-                for views in [(v[a:b] for v in (weights.vector, self.moments, self.squares))]
-                if a < b
+                Part(decay, self._zero(), *views)
+                for decay, views in zip((0.0, weight_decay), divided, strict=True)
+                if len(views[0])
             ]
-            portions.append(Portion(widened, gradient, vector, working, parts))
+            portions.append(Portion(widened, gradient, weights.vector[rows], weights.working[rows], parts))
         return portions
 
     @torch.inference_mode()

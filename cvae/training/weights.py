@@ -97,7 +97,7 @@ class Weights(Generic[Model]):
     def collecting_gradients(self) -> Iterator[None]:
         """Within it, a backward pass; after it, `gradient` holds what that found, and nothing of an earlier one."""
         for parameter, _ in self._slots:
-            parameter.grad = None
+            parameter.grad = None  # a backward pass outside of this may have left one
         self._wanted.wanted = True
         try:
             yield
