@@ -26,11 +26,11 @@ INITIAL_SCALE, MIN_SCALE, GROWTH_INTERVAL = 2.0**16, 2.0**-14, 2000
 
 
 class Part(NamedTuple):
-    """Some weights of one decay: views of all vectors, which one call of Adam updates."""
+    """Some weights of one decay, which one call of Adam updates: views."""
 
     decay: float
     updates: Tensor  # steps taken, a number
-    gradient: Tensor  # of the weights' type
+    gradient: Tensor  # of the weights' type: what it was converted to, if that was needed
     weights: Tensor
     moments: Tensor
     squares: Tensor
@@ -39,7 +39,8 @@ class Part(NamedTuple):
 class Portion(NamedTuple):
     """Weights that are taken through a step at once, by views, and the parts that they consist of.
 
-    widened: where the gradient is converted to the weights' type. None: it is of their type, as is their working copy.
+    widened: where the gradient is converted to the weights' type. None: it is of their type, and `working` is the
+    weights themselves.
     """
 
     widened: Tensor | None
@@ -64,7 +65,7 @@ class GuardedAdam:
 
     With `loss_scaling` (float16), the loss is multiplied by a scale before the backward pass, and the gradients are
     divided by it after. Where gradients overflow and the loss is finite, the scale is too large: such a step is
-    skipped too, counted apart, and divided the scale, which doubles again after 2,000 good steps. Source: Micikevicius
+    skipped too, counted apart, and halves the scale, which doubles again after 2,000 good steps. Source: Micikevicius
     et al. 2018.
     """
 
@@ -166,7 +167,8 @@ class GuardedAdam:
         """What a gradient of this norm is to be divided by: the loss scale, and what its norm is above `clip`."""
         if self.clip is None:
             return self.scale
-        return torch.maximum(norm / self.clip, torch.ones_like(norm) if self.scale is None else self.scale)
+        divisor = torch.maximum(norm / self.clip, torch.ones_like(norm) if self.scale is None else self.scale)
+        return divisor.float()  # which the fused update wants for weights of any type
 
     def _adjust_scale(self, skip: Tensor, overflow: Tensor) -> None:
         assert self.scale is not None

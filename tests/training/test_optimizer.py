@@ -56,14 +56,14 @@ def advance(net, optimizer, steps):
 
 
 def bad_step(net, optimizer, poison, place):
-    """A step whose loss or whose gradient of one weight is `poison`."""
+    """A step whose loss or whose gradient of one weight is `poison`; whether it was skipped."""
     loss = batch_loss(net, 0)
     backward(optimizer, loss)
     if place == "loss":
         loss = loss.detach() * poison
     else:
         optimizer.weights.view("2.weight", optimizer.weights.gradient)[1, 2] = poison
-    return not optimizer.step(loss)
+    return optimizer.step(loss)
 
 
 def snapshot(net, optimizer):
@@ -98,7 +98,7 @@ def test_is_adam_bit_for_bit_on_finite_gradients(loss_scaling, weight_decay):
         backward(optimizer, loss)
         for part, parameter in zip(parts, theirs, strict=True):
             parameter.grad = weights.gradient[part] / scale_of(optimizer)
-        assert not optimizer.step(loss)
+        assert not optimizer.step(loss)  # not skipped
         adam.step()
         assert torch.equal(weights.vector, torch.cat([parameter.detach() for parameter in theirs]))
     assert optimizer.skipped()["skipped_steps"] == 0
@@ -163,7 +163,7 @@ def test_clip_counts_no_infinity():
     optimizer = GuardedAdam(Weights(net), 0.01, clip=1.0)
     advance(net, optimizer, range(2))
     before = snapshot(net, optimizer)
-    assert not bad_step(net, optimizer, math.inf, "gradient")
+    assert bad_step(net, optimizer, math.inf, "gradient")
     after = snapshot(net, optimizer)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -198,23 +198,26 @@ def test_half_gradient_is_widened_and_the_copy_follows(half, loss_scaling, at_on
         weights.gradient.copy_(plain.gradient.mul_(scale_of(reference) / 100))
         plain.gradient.copy_(weights.gradient)
         loss = torch.tensor(1.0)
-        assert not optimizer.step(loss)
+        assert not optimizer.step(loss)  # not skipped
         assert not reference.step(loss)
         assert torch.equal(weights.vector, plain.vector)
         assert torch.equal(weights.working, weights.vector.to(half))
     assert (weights.vector - start).abs().min() > 0
 
 
-@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16, None])
-def test_clipped_gradient_has_the_norm(half, monkeypatch):
+@pytest.mark.parametrize(
+    ("dtype", "half"),
+    [(torch.float32, torch.bfloat16), (torch.float32, torch.float16), (torch.float32, None), (torch.float64, None)],
+)
+def test_clipped_gradient_has_the_norm(dtype, half, monkeypatch):
     """By the moments after a first step, which are 1 − β₁ times the gradient."""
     monkeypatch.setattr(optimizers, "AT_ONCE", 3072)
-    weights = Weights(MLP((70, 90, 80)), half)
+    weights = Weights(MLP((70, 90, 80)).to(dtype), half)
     optimizer = GuardedAdam(weights, 1e-2, clip=7.0)
     torch.manual_seed(0)
     weights.gradient.copy_(torch.randn(len(weights.vector)))
     assert weights.gradient.double().norm() > 100
-    assert not optimizer.step(torch.tensor(1.0))
+    assert not optimizer.step(torch.tensor(1.0))  # not skipped
     tolerance = 2**-9 if half is torch.bfloat16 else 1e-6  # bfloat16's half unit in the last place
     expected = weights.gradient.double() * 7 * (1 - BETA1) / weights.gradient.double().norm()
     torch.testing.assert_close(optimizer.moments.double(), expected, rtol=tolerance, atol=1e-9)
@@ -234,14 +237,14 @@ def test_bad_number_is_seen_wherever_it_is(half, poison):
     for place in (0, 1, 31, size // 2 - 1, size // 2, size - 32, size - 1):
         weights.gradient.copy_(torch.linspace(-1, 1, size))
         weights.gradient[place] = poison
-        assert optimizer.step(torch.tensor(1.0))
+        assert optimizer.step(torch.tensor(1.0))  # skipped
     weights.gradient.zero_()
     weights.gradient[:2] = 1.5e19  # each square is finite, their sum is not; float16 has no such number
-    assert optimizer.step(torch.tensor(1.0))
+    assert optimizer.step(torch.tensor(1.0))  # skipped
     for vector, value in ((weights.vector, 1), (weights.working, 1), (optimizer.moments, 0), (optimizer.squares, 0)):
         assert vector.eq(value).all()
     weights.gradient.copy_(torch.linspace(-1, 1, size)).mul_(1e4)
-    assert not optimizer.step(torch.tensor(1.0))
+    assert not optimizer.step(torch.tensor(1.0))  # not skipped
     assert weights.vector.isfinite().all()
     assert weights.vector.ne(1).sum() >= size - 1
 
@@ -257,7 +260,7 @@ def test_bad_step_leaves_everything_as_it_was(loss_scaling, poison, place, good_
     advance(net, optimizer, range(good_steps))
     advance(spared, undisturbed, range(good_steps))
     before = snapshot(net, optimizer)
-    assert not bad_step(net, optimizer, poison, place)
+    assert bad_step(net, optimizer, poison, place)
     assert_identical(snapshot(net, optimizer), before)
     is_overflow = loss_scaling and place == "gradient"  # a finite loss: the scale's doing, for all one knows
     assert optimizer.skipped()["skipped_steps"] == (not is_overflow)
@@ -437,7 +440,7 @@ def test_every_part_goes_on_with_its_count_of_updates():
                 optimizer = GuardedAdam(optimizer.weights, 1e-2)
                 optimizer.load_state_dict(state)
             optimizer.weights.gradient.copy_(torch.linspace(-1, step, len(optimizer.weights.gradient)))
-            assert not optimizer.step(torch.tensor(1.0))
+            assert not optimizer.step(torch.tensor(1.0))  # not skipped
         states.append(snapshot(net, optimizer))
     assert_identical(*states)
 
