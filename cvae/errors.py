@@ -13,7 +13,7 @@ class PeerLost(CvaeError):
 
 
 class UsageError(CvaeError):
-    """The request cannot be served as it was made: a flag, a device, a folder that is taken."""
+    """The request cannot be served as it was made: a flag, a device, a folder that is taken, too little memory."""
 
     exit_code = 2
 
@@ -52,3 +52,13 @@ def printable(text: str) -> str:
 def first_line(error: BaseException) -> str:
     """What an error says, in one line."""
     return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it says that memory does not suffice, the machine's or the GPU's: as Python and PyTorch say so."""
+    signs = ("can't allocate memory", "bad_alloc", "STATUS_ALLOC_FAILED")
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"  # PyTorch's, which is not imported here
+        or any(sign in str(error) for sign in signs)
+    )

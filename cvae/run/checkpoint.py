@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from cvae.errors import DataError, DiskError
+from cvae.errors import DataError, DiskError, is_out_of_memory
 
 FORMAT = 3
 TAG = b"SHA-256\0"
@@ -95,6 +95,8 @@ def unpickled(path: Path, body: bytes | memoryview, problem: str) -> Any:
         _refuse_harm(body)
         return torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
     except Exception as error:  # a forged file may fail anywhere in the reader
+        if is_out_of_memory(error):
+            raise
         raise DataError(f"{path}: {problem} ({type(error).__name__})") from None
 
 

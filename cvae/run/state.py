@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cvae.data.masks import is_picture
-from cvae.errors import DataError
+from cvae.errors import DataError, is_out_of_memory
 from cvae.run import checkpoint
 from cvae.run.checkpoint import kinds
 from cvae.run.folder import (
@@ -72,6 +72,8 @@ def fitting(folder: Path, name: str) -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         with advice(folder):
             raise DataError(f"{folder / name}: does not fit the run's settings ({type(error).__name__})") from None
 

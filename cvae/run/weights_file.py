@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cvae import __version__
 from cvae.data.masks import Split, is_picture, mask_name
-from cvae.errors import DataError
+from cvae.errors import DataError, is_out_of_memory
 from cvae.model.cvae import CVAE
 from cvae.model.densities import widen
 from cvae.model.networks import build
@@ -114,6 +114,8 @@ def read_weights(path: Path) -> tuple[dict[str, str], Weights]:
         if metadata.pop("sha256") != _digest(metadata, tensors):
             raise ValueError("the digest does not match")
     except Exception as error:  # a forged file may fail anywhere in the reader
+        if is_out_of_memory(error):
+            raise
         raise DataError(f"{path}: is damaged, or no weights of this program ({type(error).__name__})") from None
     return metadata, {name: widen(tensor) for name, tensor in tensors.items()}
 
@@ -130,7 +132,9 @@ def assembled(path: Path, settings: Settings, split: Split, state: object) -> CV
             raise ValueError
         model = build(split, settings)
         model.load_state_dict(state)  # type: ignore[arg-type]
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise DataError(f"{path}: does not hold the weights of a CVAE of the run's settings") from None
     return model.requires_grad_(False).eval()
 

@@ -536,6 +536,18 @@ def test_log_that_cannot_grow(place: Path, tmp_path: Path) -> None:
     assert str(tmp_path / "q1") in failed(result, 5)
 
 
+def test_too_little_memory(place: Path, tmp_path: Path) -> None:
+    """For the many samples of the CVAE's first step: one line, what was reached stays, and it is not called damaged."""
+    words, run = [*TINY, "--particles", "20000"], tmp_path / "q1"
+    ended = train("--data", "data", "--runs", tmp_path, *words, cwd=place, memory=200 << 20)
+    assert "memory does not suffice" in failed(ended, 2)
+    assert_baseline_intact(run)
+    reached = (run / "last.pt").read_bytes()
+    again = train("--runs", tmp_path, "--resume", "q1", cwd=place, memory=200 << 20)
+    assert "memory does not suffice" in failed(again, 2)
+    assert (run / "last.pt").read_bytes() == reached
+
+
 def test_folder_that_is_moved_away_while_training(place: Path, tmp_path: Path) -> None:
     words = ["--data", "data", "--runs", str(tmp_path), *TINY, "--epochs", "100000", "--patience", "100000"]
     with subprocess.Popen(

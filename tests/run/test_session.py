@@ -1,6 +1,8 @@
 """Which weights a run validates, keeps and goes on with: the average, of the best epoch."""
 
+import json
 import os
+import shutil
 import threading
 from pathlib import Path
 
@@ -10,16 +12,18 @@ from support.inprocess import TINY, call_train, interrupted_after, make_tiny_dat
 from support.steps import CPU
 
 import cvae.run.log
+from cvae import runtime
 from cvae.data.images import ImageSet
 from cvae.data.sources import load_train
 from cvae.distributed import Processes
-from cvae.errors import DiskError
+from cvae.errors import DataError, DiskError, UsageError
 from cvae.model.likelihood import noise
 from cvae.model.objectives import objective
 from cvae.run import checkpoint
 from cvae.run.folder import read_json, read_settings
 from cvae.run.load import load
 from cvae.run.log import RunLog
+from cvae.run.state import fitting
 from cvae.training.phase import Phase
 
 
@@ -66,6 +70,45 @@ def test_validated_weights_are_those_that_are_kept(place: Path, run: str) -> Non
     assert best["epoch"] == summary["best_epoch"]
     assert found == {name: best[f"validation_{name}"] for name in found}
     assert summary["best_loss"] == -best["validation_elbo"] == min(-line["validation_elbo"] for line in lines)
+
+
+def test_run_from_before_some_settings_opens_and_goes_on(place: Path, tmp_path: Path) -> None:
+    """What they leave out is what the run did, and is written down with what follows."""
+    ends = []
+    for added in ((), ("free_epochs", "bend", "clip", "levels")):
+        folder = tmp_path / str(len(added))
+        shutil.copytree(place / "whole", folder)
+        config = read_json(folder / "config.json")
+        for name in added:
+            del config["settings"][name]
+        (folder / "config.json").write_text(json.dumps(config))
+        assert load(folder).latent_dim == 4
+        ended = call_train("--runs", tmp_path, "--resume", folder.name, "--epochs", "7")
+        assert (ended.code, ended.err) == (0, "")
+        ends.append((results(folder), read_json(folder / "config.json")["settings"]))
+    assert ends[0] == ends[1]
+    assert len(ends[0][0]["metrics"]) == 6 + 7
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        MemoryError(),
+    ],
+    ids=repr,
+)
+def test_too_little_memory_is_no_damage(tmp_path: Path, error: Exception) -> None:
+    with pytest.raises(type(error)), fitting(tmp_path, "last.pt"):
+        raise error
+    with pytest.raises(UsageError, match=r"^the memory does not suffice"), runtime.prepare(CPU):
+        raise error
+    with pytest.raises(DataError, match="does not fit"), fitting(tmp_path, "last.pt"):
+        raise RuntimeError("size mismatch")
+    with pytest.raises(RuntimeError, match="size mismatch"), runtime.prepare(CPU):
+        raise RuntimeError("size mismatch")
 
 
 def test_average_is_what_is_kept(place: Path) -> None:

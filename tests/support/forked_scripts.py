@@ -2,13 +2,13 @@
 
 A line of JSON on stdin asks for a script, in as many children at once as there are environments for it,
 
-    {"script": "train.py", "argv": ["--name", "a"], "cwd": "/tmp", "environments": [{}], "file_size": null,
-     "watched": true, "kill_at": 17}
+    {"script": "train.py", "argv": ["--name", "a"], "cwd": "some/folder", "environments": [{}], "file_size": null,
+     "memory": null, "watched": true, "kill_at": 17}
 
 and a line of JSON on stdout tells what became of each: its exit code (negative: the signal that ended it), what it
 printed, and the moments it came to, if it was watched, which costs time. The moments are those at which a training is
 about to change something on the disk, each as "function call file". It may kill itself, with SIGKILL, at one of them,
-counted from its start. file_size: in bytes, the largest that it may write.
+counted from its start. file_size: in bytes, the largest that it may write; memory: so much more than it has now.
 """
 
 import json
@@ -87,6 +87,9 @@ class Child:
             os.environ.update(environment)
             if asked["file_size"] is not None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (asked["file_size"],) * 2)
+            if asked["memory"] is not None:
+                pages = int(Path("/proc/self/statm").read_text().split()[0])
+                resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + asked["memory"],) * 2)
             self.run(asked)
 
     def run(self, asked: dict[str, Any]) -> None:

@@ -212,7 +212,7 @@ def fork(script: str, *words: str | Path, cwd: Path, **more: Any) -> list[dict[s
     stdin, stdout = forking().stdin, forking().stdout
     assert stdin is not None
     assert stdout is not None
-    asked = {"environments": [{}], "file_size": None, "watched": False, "kill_at": None, **more}
+    asked = {"environments": [{}], "file_size": None, "memory": None, "watched": False, "kill_at": None, **more}
     stdin.write(json.dumps({"script": script, "argv": list(map(str, words)), "cwd": str(cwd), **asked}) + "\n")
     stdin.flush()
     answers: list[dict[str, Any]] = json.loads(stdout.readline())
@@ -220,10 +220,10 @@ def fork(script: str, *words: str | Path, cwd: Path, **more: Any) -> list[dict[s
 
 
 def fork_script(
-    script: str, *words: str | Path, cwd: Path, file_size: int | None = None
+    script: str, *words: str | Path, cwd: Path, file_size: int | None = None, memory: int | None = None
 ) -> subprocess.CompletedProcess[str]:
     """As `run_script`, many times as fast: `main` with these words, without the imports."""
-    (answer,) = fork(script, *words, cwd=cwd, file_size=file_size)
+    (answer,) = fork(script, *words, cwd=cwd, file_size=file_size, memory=memory)
     return subprocess.CompletedProcess([sys.executable, script, *words], answer["code"], answer["out"], answer["err"])
 
 
