@@ -9,6 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -25,7 +26,6 @@ from cvae import runtime
 from cvae.data.masks import Split
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
-RANDN = torch.randn
 aten = torch.ops.aten
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
@@ -56,7 +56,8 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(Tensor, "backward", backward)
     monkeypatch.setattr(torch.autograd, "grad", grad)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
-    monkeypatch.setattr(torch, "randn", _randn)
+    for name in ("randn", "randint"):
+        monkeypatch.setattr(torch, name, partial(_random, getattr(torch, name)))
     with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # does copy.deepcopy
         yield
@@ -69,11 +70,13 @@ class FakeGenerator:
         self.device = device
 
 
-def _randn(*size: int, generator: FakeGenerator | torch.Generator | None = None, **options: Any) -> Tensor:
+def _random(
+    draw: Callable[..., Tensor], *size: Any, generator: FakeGenerator | torch.Generator | None = None, **options: Any
+) -> Tensor:  # fmt: skip
     if isinstance(generator, FakeGenerator):
         assert torch.device(options["device"]) == generator.device
         generator = None
-    return RANDN(*size, generator=generator, **options)
+    return draw(*size, generator=generator, **options)
 
 
 class OnDevice(TorchDispatchMode):

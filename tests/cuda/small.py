@@ -38,7 +38,7 @@ def source(train: Tensor, validation: Tensor) -> TrainImages:
 
 
 class Convolutional(CVAE):
-    """Of plain modules, with batch normalisation and dropout: what autocast and plain autograd have to do with."""
+    """Made of plain modules, with batch normalisation and dropout: what autocast and plain autograd have to do with."""
 
     def __init__(self, split: Split, s: Settings):
         super().__init__(split, nn.Linear(split.num_observed, split.num_hidden), s.latent_dim)

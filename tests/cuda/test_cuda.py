@@ -165,7 +165,7 @@ def test_fp32_is_without_tf32(operation):
 
 @IN_PRECISION
 def test_nan_is_skipped_in_the_graph(device, precision):
-    """Of a step whose noise is NaN nothing stays but its count."""
+    """Nothing stays of a step whose noise is NaN, but its count."""
     training = make_training(device, "tutorial", "elbo", precision)
     take_step = graphed(training)
     training.take(range(10), take_step)

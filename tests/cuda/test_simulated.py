@@ -7,14 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from simulation import CPU, CUDA, Emulation, OnDevice, Stream, backward, fake_cuda, grad
-from small import KINDS, NAMES, PRECISIONS, Training, assert_equal, left_behind, make_training
+from small import KINDS, NAMES, PRECISIONS, SIDE, Training, assert_equal, left_behind, make_training
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 import train
 from cvae import runtime
 from cvae.distributed import Processes
 from cvae.model.likelihood import Likelihoods, evaluate
+from cvae.report.figures import completion_rows
 from cvae.runtime import GraphedStep
 from cvae.training.weights import WeightAverage
 
@@ -62,6 +65,62 @@ def test_evaluation_and_completions_stay_on_the_device(monkeypatch, network):
         assert [len(each) for each in portions] == [len(Likelihoods._fields)] * 4
         assert all(values.device == CUDA for each in portions for values in each)
         assert samples.shape == (5, 10, model.split.num_hidden)
+
+
+@pytest.mark.parametrize("network", NAMES)
+@IN_PRECISION
+def test_active_units_stay_on_the_device(monkeypatch, network, precision):
+    """Up to the count, which is read; there are no numbers here that could be."""
+    with fake_cuda(monkeypatch):
+        training = fake_training(network, "elbo", precision)
+        model = training.model.eval()
+        with pytest.raises(DataDependentOutputException), OnDevice() as watch:
+            training.phase.active_units(model, 0, precision)
+        assert "var" in watch.seen
+
+
+def test_epoch_and_picture_on_the_device(monkeypatch):
+    """An epoch's images drawn anew, its steps, and the picture after it, which begins and ends on the CPU."""
+    with fake_cuda(monkeypatch):
+        training = fake_training("tutorial", "elbo", "fp32")
+        split, images = training.model.split, training.phase.train
+        digits = torch.zeros(10, SIDE, SIDE, dtype=torch.uint8)
+        x = split.split(digits.to(CUDA) / 255)[0]
+        with OnDevice():
+            images.redraw(0, "cvae", 1, binary=True)
+            y_hat = training.model.baseline_net(x).sigmoid()
+            samples = training.model.train().completions(x, torch.randn(5, 1, 4, device=CUDA))
+        assert images.vectors.device == images.guesses.device == CUDA
+        rows = completion_rows(digits, split, y_hat, samples)
+        assert [pictures.shape for _, pictures in rows] == [(10, 3, SIDE, SIDE)] * 8
+        assert {pictures.device for _, pictures in rows} == {CPU}
+
+
+def test_only_gradients_go_by_nccl(monkeypatch):
+    """All else is on the CPU, for gloo, which raises when another process ends."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    asked, places = [], []
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: asked.append(backend))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, *_: places.append(tensor.device))
+    monkeypatch.setattr(dist, "all_gather_object", lambda parts, part: places.append(part.device))
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda objects, device: places.append(device))
+    with fake_cuda(monkeypatch):
+        processes, gradient, totals = Processes(), torch.zeros(4, device=CUDA), torch.zeros(3, device=CUDA)
+        with processes.connected(CUDA):
+            processes.sum_(gradient, torch.zeros((), device=CUDA))
+            assert places == [CUDA]
+            processes.sum_on_host_(totals)
+            processes.average_(torch.zeros(2, device=CUDA))
+            processes.gather(totals)
+            processes.maximum(1)
+            processes.on_main(lambda: None)
+            assert places == [CUDA] + [CPU] * 5
+        assert gradient.device == totals.device == CUDA
+        with processes.connected(CPU):
+            pass
+    assert asked == ["cpu:gloo,cuda:nccl", "gloo"]
 
 
 def a_constant_on_the_cpu(objective: Callable[..., dict[str, Tensor]], *inputs: Any) -> dict[str, Tensor]:

@@ -138,6 +138,38 @@ def test_two_processes_with_any_network_and_objective(work: Path, forked: Forked
     assert_agree(work / f"runs/one-{name}", work / f"runs/two-{name}", 1e-5)  # sums of more that cancels
 
 
+RANKED = """
+import os, sys
+import torch, train
+from cvae.model.networks import NETWORKS, Tutorial
+
+class Ranked(Tutorial):  # its running statistic is what its process saw, and nothing else: the process's own number
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.register_buffer("statistic", torch.zeros(()))
+
+    def from_posterior(self, *arguments, **more):
+        if self.training:
+            self.statistic.fill_(1.0 + int(os.environ["RANK"]))
+        return super().from_posterior(*arguments, **more)
+
+NETWORKS["ranked"] = Ranked
+sys.exit(train.main())
+"""
+
+
+def test_running_statistics_are_the_mean_over_the_processes(work: Path, tmp_path: Path) -> None:
+    """Those of the model, and of the average of its weights: 1.5 where one process has 1 and the other one 2."""
+    script = tmp_path / "ranked.py"
+    script.write_text(RANKED)
+    words = [*SMALL, "--data", work / "data", "--network", "ranked", "--runs", tmp_path, "--quiet"]
+    code, _, err = finish(start(torchrun(str(script), *words), work))
+    assert code == 0, err
+    last = checkpoint.load(tmp_path / "q1/last.pt")
+    assert last["model"]["statistic"] == last["average"]["statistic"] == 1.5
+
+
 def test_both_stop_early_at_the_same_epoch(on_one: Path, on_two: tuple[Path, str]) -> None:
     stopped = [("baseline", 1), ("cvae", 1), ("cvae", 2)]  # of 9
     assert epochs_logged(on_one) == epochs_logged(on_two[0]) == stopped

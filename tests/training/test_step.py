@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.steps import CPU, cases, make_phase, make_run
+from support.steps import CPU, Case, cases, make_phase, make_run
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,7 +19,7 @@ from cvae.model.layers import Linear
 from cvae.model.networks import NETWORKS
 from cvae.model.objectives import OF_PRIOR, maximised
 from cvae.settings import Settings
-from train import Step
+from train import Step, train_epoch
 
 PLAIN = Settings(batch_size=8, learning_rate=1e-3, weight_decay=0.0)
 PRECISIONS = pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -94,7 +94,7 @@ def test_step_never_waits_for_the_device(make_toy, case, precision, cached):
 
 @cases()
 def test_terms_are_added_to_the_totals(make_toy, case):
-    """Of each step that was taken, whole: sums over its images, and their number."""
+    """Each step that was taken, whole: sums over its images, and their number."""
     toy = case.make(make_toy, count=20, gain=1.0, dtype=torch.float32)
     phase = make_phase(case, toy)
     step = Step(phase, make_run(PLAIN))
@@ -212,3 +212,26 @@ def test_auto_is_bfloat16_where_the_processor_has_it(monkeypatch, capable):
     assert [runtime.resolve_precision(name, CPU) for name in ("fp32", "bf16", "fp16")] == ["fp32", "bf16", "fp16"]
     monkeypatch.delattr(torch.cpu, "get_capabilities")  # as in versions of PyTorch that have it not
     assert runtime.resolve_precision("auto", CPU) == "fp32"
+
+
+def test_average_spans_epochs(make_toy):
+    """It is the recursion over the weights after each step, as if there were no epochs."""
+    case = Case("tutorial", "elbo")
+    phase = make_phase(case, case.make(make_toy, count=24))
+    step = Step(phase, make_run(replace(PLAIN, average=500)))
+    seen: list[Tensor] = []
+
+    def take_step(*inputs: Tensor) -> None:
+        step(*inputs)
+        seen.append(step.weights.vector.double().clone())
+
+    for epoch in (1, 2, 3):
+        train_epoch(phase, step, take_step, epoch)
+    assert len(seen) == 9
+    expected = torch.zeros_like(seen[0])
+    for i, weights in enumerate(seen):
+        expected.lerp_(weights, 1 / (1 + i / 9))
+    assert (expected - seen[-1]).abs().max() > 1e-4  # the control: the last weights are others
+    for name, parameter in step.average.model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.double(), step.weights.view(name, expected), rtol=1e-6, atol=1e-7)
