@@ -68,7 +68,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--precision",
         choices=precisions,
         default="auto",
-        help="of products; auto: bf16 on CPUs that have it, else fp32",
+        help="type of matrix products; auto: bf16 on CPUs that have it, else fp32",
     )
     add("--format", choices=tables.FORMATS, default="text", help="format of the table (default: %(default)s)")
     add(
@@ -76,18 +76,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         type=user_path,
         metavar="PATH",
         help=f"write completions of ten test images, as the ending says ({', '.join(figures.ENDINGS)}); "
-        "of several runs, one file each",
+        "one file per run where there are several",
     )
     add(
         "--samples-to",
         type=user_path,
         metavar="DIR",
-        help="write each completion as a PNG file of its own, of several runs in a folder each; replaces no file",
+        help="write each completion as a PNG file of its own, in a folder per run if there are several; replaces none",
     )
     digits = "test images for --figure and --samples-to, counted from 0 (default: the first ten)"
     add("--digits", type=indices, metavar="N,N,…", help=digits)
     add("--realism", action="store_true", help="measure realism and diversity of completions too: a second table")
-    add("--realism-images", type=positive, metavar="N", help="of the first N test images only (default: all)")
+    add("--realism-images", type=positive, metavar="N", help="measure on the first N test images only (default: all)")
     add("--realism-figure", type=user_path, metavar="PATH", help="draw completions of ever more ambiguous images")
     add("--data", metavar="PATH", help="where the images of the runs are now, as for train.py")
     add("--data-root", metavar="DIR", help="where torchvision's data sets are now, as for train.py")

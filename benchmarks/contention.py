@@ -134,10 +134,15 @@ def main() -> int:
     """Run the command line; returns 2 if the environment says how threads wait already."""
     parser = arguments(__doc__)
     parser.add_argument(
-        "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of the products (default: %(default)s)"
+        "--precision",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
+        help="the type of the products (default: %(default)s)",
     )
     parser.add_argument("--batch-size", type=count, default=128, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--steps", type=count, default=60, metavar="N", help="of a round (default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=count, default=60, metavar="N", help="how many, per round (default: %(default)s)"
+    )
     parser.add_argument("--rounds", type=count, default=7, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--training", action="store_true", help="measure beside a second training too")
     parser.add_argument("--spins", type=count, nargs="+", default=[], metavar="N", help="more sides: GOMP_SPINCOUNT")

@@ -4,7 +4,7 @@
     python benchmarks/numpyro_way.py                              # some three minutes on two cores
     python benchmarks/numpyro_way.py --format json
     python benchmarks/numpyro_way.py --rounds 2 --steps 10        # a trial of the script itself
-    python benchmarks/numpyro_way.py --python /tmp/jax/bin/python # NumPyro is installed there: it needs no PyTorch
+    python benchmarks/numpyro_way.py --python jax/bin/python    # NumPyro is installed there: it needs no PyTorch
 
 Counted are images/s of training steps on MNIST with one quadrant observed, from the images in memory to the updated
 weights, for the baseline and for the CVAE. Ours are measured as `speed.py` does it. NumPyro's way is what its own
@@ -240,10 +240,15 @@ def main() -> int:
     parser.add_argument("--format", choices=("text", "json"), default="text", help="(default: %(default)s)")
     parser.add_argument("--elbo", choices=ELBOS, default="sampled", help="KL of NumPyro's (default: %(default)s)")
     parser.add_argument(
-        "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of our products (default: %(default)s)"
+        "--precision",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
+        help="the type of our products (default: %(default)s)",
     )
     parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=100, metavar="N", help="of a round (default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=100, metavar="N", help="how many, per round (default: %(default)s)"
+    )
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="(default: %(default)s)")
     parser.add_argument(
         "--python", default=sys.executable, metavar="PATH", help="that has NumPyro (default: the one that runs this)"

@@ -259,7 +259,7 @@ def main() -> int:
     parser = arguments(__doc__)
     parser.add_argument("--trainings", type=count, default=100, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--signal", choices=("KILL", "TERM", "INT"), default="KILL", help="(default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the moments (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the moments (default: %(default)s)")
     parser.add_argument("--workers", type=count, default=2, metavar="N", help="at a time (default: %(default)s)")
     options = parser.parse_args()
 

@@ -37,7 +37,7 @@ gemm_share  How much of what the machine can do the CVAE's step makes use of: it
             a step takes 2m for the forward pass, 2m for the gradients of the weights, and 2m for those of the inputs,
             the latter without the first layers of prior and recognition network, whose inputs are data; and nothing for
             the frozen baseline, whose ŷ was computed once. That is 12.4 MFLOP per image, 1.587 GFLOP per step at batch
-            128. PyTorch's FlopCounterMode counts a real step beside. Of other networks or objectives it is not given.
+            128. PyTorch's FlopCounterMode counts a real step beside. It is not given for other networks or objectives.
 memory      The peak resident memory of `train.py`, one epoch each on the full data (ru_maxrss of its process).
 start       From starting the process `train.py --quadrants 1` to the end of its first training step: imports, reading
             and checking MNIST, the run folder, TensorBoard's writer. The first start is not counted: it warms the disk.
@@ -260,7 +260,10 @@ def main() -> int:
     """Run the command line."""
     parser = arguments(__doc__)
     parser.add_argument(
-        "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of our products (default: %(default)s)"
+        "--precision",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
+        help="the type of our products (default: %(default)s)",
     )
     parser.add_argument("--network", choices=NETWORKS, default=Settings.network, help="ours (default: %(default)s)")
     parser.add_argument(
@@ -273,12 +276,16 @@ def main() -> int:
     )
     parser.add_argument("--no-tutorial", action="store_true", help="leave the tutorial's way out")
     parser.add_argument("--batch-size", type=count, default=128, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--steps", type=count, default=100, metavar="N", help="of a round (default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=count, default=100, metavar="N", help="how many, per round (default: %(default)s)"
+    )
     parser.add_argument("--rounds", type=count, default=5, metavar="N", help="(default: %(default)s)")
     parser.add_argument(
-        "--matrix-size", type=count, default=2048, metavar="N", help="of the large product (default: %(default)s)"
+        "--matrix-size", type=count, default=2048, metavar="N", help="rows of the large product (default: %(default)s)"
     )
-    parser.add_argument("--starts", type=count, default=3, metavar="N", help="of train.py (default: %(default)s)")
+    parser.add_argument(
+        "--starts", type=count, default=3, metavar="N", help="how often train.py is started (default: %(default)s)"
+    )
     parser.add_argument(
         "--no-trainings", action="store_true", help="leave memory and start out: no real training is started"
     )

@@ -115,7 +115,9 @@ def main() -> int:
     parser.add_argument(
         "--slice", type=count, default=6400, metavar="N", help="images of the tutorial's epoch (default: %(default)s)"
     )
-    parser.add_argument("--rounds", type=count, default=4, metavar="N", help="of the slice (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=count, default=4, metavar="N", help="how often the slice is measured (default: %(default)s)"
+    )
     parser.add_argument("train_flags", nargs="*", metavar="FLAG", help="for train.py, after --")
     options = parser.parse_args()
     on = machine()

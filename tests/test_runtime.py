@@ -73,7 +73,7 @@ def odd_surroundings() -> Iterator[None]:
 
 @pytest.mark.usefixtures("odd_surroundings")
 def test_all_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a training, an evaluation, and both where they fail: on settings that would change their results."""
+    """By a training, an evaluation, and both where they fail: on settings that would change their results."""
     monkeypatch.chdir(tmp_path)
     make_tiny_data(tmp_path / "data")
     before = surroundings()

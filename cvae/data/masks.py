@@ -61,13 +61,13 @@ def border(height: int, width: int) -> Tensor:
 def checkerboard(height: int, width: int) -> Tensor:
     """The mask of every other pixel, bool `[height, width]`: those whose row and column, counted from 0, add up evenly.
 
-    The upper left pixel is given. Of an odd number of pixels, one more is given than hidden.
+    The upper left pixel is given. Where the number of pixels is odd, one more is given than hidden.
     """
     return (torch.arange(height)[:, None] + torch.arange(width)) % 2 == 0
 
 
 def every_second_row(height: int, width: int) -> Tensor:
-    """The mask of rows 0, 2, 4, …, bool `[height, width]`. Of an odd number of rows, one more is given than hidden."""
+    """The mask of rows 0, 2, 4, …, bool `[height, width]`. Where their number is odd, one more is given."""
     return (torch.arange(height)[:, None] % 2 == 0).expand(height, width).clone()
 
 

@@ -187,7 +187,7 @@ def _decoded(image: Image.Image, path: str, side: int | None, expected: Expected
     if expected is not None and sorted(image.size) != sorted(expected[1:]):
         raise DataError(_unequal(path, image, expected))
     if getattr(image, "is_animated", False):
-        note("of several frames the first one taken")
+        note("the first one of several frames taken")
     if image.getexif().get(ORIENTATION, 1) != 1:
         image = ImageOps.exif_transpose(image)
         note("turned as their EXIF orientation says")

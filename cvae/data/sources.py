@@ -71,8 +71,8 @@ def load_train(s: Settings = Settings(), reading: Reading = Reading()) -> TrainI
 
     The last 10,000 of the 60,000 images of MNIST are for validation. Other training images are permuted by
     `s.seed`, so that it does not matter in which order they lie, and the last sixth of them, 10,000 at the most, is for
-    validation, unless the source has validation images. Of a source that is not divided, a sixth is taken for the
-    test first, the same one whatever the seed.
+    validation, unless the source has validation images. From a source that is not divided, a sixth is taken for
+    the test first, the same one whatever the seed.
 
     Before anything is read whole, it is looked at whether the memory of `reading` holds what `room.needed` says. Raises
     DataError, naming the file at fault.

@@ -14,7 +14,7 @@ from cvae.settings import Settings
 LARGEST = 4.0
 """The bound of a level's log-scales, and of the recognition network's above the prior network's: e⁴ = 55."""
 FIRST_LOG_RATIO = -1.0
-"""Of q's scale to p's, before any training: each z tells something of y from the first step, and is made use of."""
+"""log(q's scale / p's), before any training: each z tells something of y from the first step, and is made use of."""
 
 
 class Deep(CVAE):

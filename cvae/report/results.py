@@ -72,7 +72,7 @@ class Result(NamedTuple):
         return found if row.samples is None else found[self.samples.index(row.samples)]
 
     def effective_samples(self, samples: int) -> tuple[float, float]:
-        """Of the importance weights of S samples: the median over the images, and the share below SMALL."""
+        """The importance weights of S samples: the median over the images, and the share below SMALL."""
         ess = self.values(Row("ess", samples))
         return ess.median().item(), (ess < SMALL).double().mean().item()
 
@@ -116,7 +116,7 @@ def by_setting(results: Sequence[Result]) -> list[Column]:
     """The results of runs that differ in their seeds alone as one column each, in the order of their first ones.
 
     They are on the same test images. Where a run lies, what it is called, and which device it was trained on, does not
-    count. Of runs that have their seeds in common too, as copies do, each is in a column of its own.
+    count. Runs that have their seeds in common too, as copies do, are each in a column of their own.
     """
     columns: dict[tuple[object, ...], list[Result]] = {}
     copies: Counter[tuple[object, ...]] = Counter()

@@ -44,7 +44,7 @@ def create_run(
 ) -> BaseFileLock | None:
     """Make a run folder, or with `overwrite` begin the one that is there anew; returns the lock on it, as `hold` does.
 
-    files: what is in it from the beginning, by name, each with what writes it. Of a folder that is begun anew, the
+    files: what is in it from the beginning, by name, each with what writes it. Where a folder is begun anew, the
     files of the run go, and all others stay; where `path` is a link, it is the folder that it leads to. A process that
     is killed in between leaves the old run, the new one, or a folder that counts as free.
 

@@ -29,7 +29,7 @@ def once_for_all(
 ) -> Callable[[], TrainImages]:
     """What loads the images that these runs share, in all processes, once; where there are several runs, they are kept.
 
-    It raises Interrupted if a signal comes before they are read. Of several processes none leaves alone, since the
+    It raises Interrupted if a signal comes before they are read. No process of several leaves alone, since the
     others wait for it: all of them do when they have read.
     """
     first, *others = sorted(runs, key=lambda s: s.quadrants)  # where the fewest are given, the most guesses are kept

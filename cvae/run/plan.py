@@ -36,7 +36,7 @@ def parse(argv: Sequence[str] | None, manual: str | None) -> tuple[argparse.Name
     )
     parser.add_argument("--resume", type=user_path, metavar="RUN", help="name or folder of a run to go on with")
     parser.add_argument(
-        "--init", type=user_path, metavar="RUN", help="name or folder of a run whose weights are begun with"
+        "--init", type=user_path, metavar="RUN", help="name or folder of a run with whose weights the new one begins"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the run's folder if it exists")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")

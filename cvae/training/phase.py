@@ -18,7 +18,7 @@ VALIDATION_BATCH = 1000
 FREE_NATS = 0.4
 """Nats of each level and image whose KL costs nothing at first, where `s.free_epochs` is not zero."""
 UNBENT_RATE = 0.15
-"""Of the highest learning rate: at which the last epochs begin, in which no image is bent."""
+"""The share of the highest learning rate at which the last epochs begin, in which no image is bent."""
 
 
 class Phase(NamedTuple):

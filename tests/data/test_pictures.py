@@ -134,7 +134,7 @@ def test_first_frame(tmp_path: Path) -> None:
         notes: list[str] = []
         path = saved(tmp_path / name, Image.fromarray(GREY), save_all=True, append_images=frames, **more)
         assert (read_picture(path, notes=notes) == GREY).all()
-        assert "of several frames the first one taken" in notes
+        assert "the first one of several frames taken" in notes
 
 
 def test_content_decides_what_a_picture_is(tmp_path: Path) -> None:
@@ -289,7 +289,7 @@ def test_dark_sixteen_bit_picture(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("brightest", "told"), [(4080, True), (4400, False)])
 def test_twelve_bits_in_sixteen_are_said_to_be_dark(tmp_path: Path, brightest: int, told: bool) -> None:
-    """Of all images together: one dark picture among others says nothing."""
+    """It is asked of all images together: one dark picture among others says nothing."""
     wide = IMAGES.numpy().astype(np.uint16) * 16
     wide[3, 0, 0] = brightest
     np.savez(tmp_path / "images.npz", x_train=wide)
@@ -406,7 +406,7 @@ def test_pictures_are_read_once_for_all_runs(tmp_path: Path, read: list[str]) ->
 
 @pytest.mark.parametrize("quiet", [False, True])
 def test_bar_over_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quiet: bool) -> None:
-    """Of what takes its time, as if a minute passed with each image; with --quiet nothing is said."""
+    """Where it takes its time, as if a minute passed with each image; with --quiet nothing is said."""
     monkeypatch.setattr("cvae.terminal.LINE_EVERY_S", 0)
     data = write_pictures(tmp_path / "images", random_images(60, 6, 5))
     words = [*TINY, "--epochs", "1"] + ["--quiet"] * quiet

@@ -82,7 +82,7 @@ def test_which_parts_are_drawn(data: str) -> None:
 
 
 def test_redrawn_in_place_with_the_guesses_of_what_is_drawn() -> None:
-    """Of the grey levels each time, not of the draw before; a CUDA graph reads where they are."""
+    """From the grey levels each time, not from the draw before; a CUDA graph reads where they are."""
     split = Split(quadrants(3, 8, 8))
     weights = torch.linspace(-2, 2, split.num_observed * split.num_hidden).view(split.num_observed, split.num_hidden)
 

@@ -111,7 +111,7 @@ def test_log_likelihood_matches_quadrature(make_toy: Callable[..., Any]) -> None
 
 
 def test_nothing_is_kept_for_a_gradient(toy: Any) -> None:
-    """Of weights that are trained; what comes back can be used in a gradient of one's own."""
+    """The weights may be trained ones; what comes back can be used in a gradient of one's own."""
     assert any(parameter.requires_grad for parameter in toy.cvae.parameters())
     found = toy.cvae.complete(toy.images)
     assert not found.requires_grad

@@ -113,7 +113,7 @@ LOGITS = [*LOGITS, *(-logit for logit in LOGITS)]
 @pytest.mark.parametrize("y", [0.0, 0.25, 1.0])
 @pytest.mark.parametrize("with_grad", [False, True])
 def test_bernoulli_log_prob_matches_its_formula(dtype, y, with_grad):
-    """Of each pixel, up to the rounding of 1 or of the logit, whichever is larger: under 1e-7 for black at l ≤ 0."""
+    """For each pixel, up to the rounding of 1 or of the logit, whichever is larger: under 1e-7 for black at l ≤ 0."""
     logits = torch.tensor(LOGITS, dtype=dtype)
     pixels = torch.full((len(LOGITS), 1), y, dtype=dtype), logits[:, None].clone().requires_grad_(with_grad)
     ours = bernoulli_log_prob(*pixels).detach()
@@ -175,7 +175,7 @@ def test_bernoulli_gradients():
 
 
 def test_gradient_of_the_bernoulli_is_autograds():
-    """Of the plain formula, whatever the sums are multiplied with."""
+    """Those of the plain formula, whatever the sums are multiplied with."""
     y, logits = random_pixels()
     ours, expected = bernoulli_log_prob(y, logits), plain_bernoulli(y, logits)
     torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
@@ -186,7 +186,7 @@ def test_gradient_of_the_bernoulli_is_autograds():
 
 @pytest.mark.parametrize("frozen", [(), (0,), (1,), (2, 3), (0, 1)], ids=str)
 def test_gradient_of_the_kl_is_autograds(frozen):
-    """Of the plain formula, whatever the sums are multiplied with, and if some of its arguments are constants."""
+    """Those of the plain formula, whatever the sums are multiplied with, and if some of its arguments are constants."""
     parameters = random_pair()
     for i in frozen:
         parameters[i].requires_grad_(False)

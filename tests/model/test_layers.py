@@ -49,7 +49,7 @@ def gradients_of(mlp: MLP) -> list[Tensor]:
 
 
 def plain_gradients(networks: list[nn.Sequential]) -> list[Tensor]:
-    """Of all copies side by side; zeros where there is none."""
+    """The gradients of all copies side by side; zeros where there is none."""
     parameters = zip(*(network.parameters() for network in networks), strict=True)
     return [torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in copies]) for copies in parameters]
 

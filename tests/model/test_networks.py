@@ -371,7 +371,7 @@ def test_dropout_and_batch_normalisation_work_in_training_only(make_toy):
 @ALL
 @pytest.mark.parametrize("name", objectives.OBJECTIVES)
 def test_collected_gradient_is_autograds(toy, network, name):
-    """Of every objective and network, layers that write their own gradients or not, to 1e-10 in float64."""
+    """Every objective and network, layers that write their own gradients or not, to 1e-10 in float64."""
     objective = objectives.objective(Settings(objective=name, alpha=0.3))
     plain = copy.deepcopy(toy.cvae)
     next(iter(objective(plain, toy.batch, toy.eps).values())).sum().backward()

@@ -159,7 +159,7 @@ def expectation(
     ],
 )
 def test_objectives_are_their_integrals_in_expectation(make_toy, network, name, expected):
-    """Of the one-dimensional z of ReLU networks, which a fine grid takes."""
+    """With the one-dimensional z of ReLU networks, which a fine grid takes."""
     toy = make_toy(latent_dim=1, count=4, gain=1.3, seed=2, network=network)
     exact, alpha = integrate(toy.cvae, toy.x, toy.y), 0.3
     with torch.no_grad():
@@ -576,7 +576,7 @@ def test_sums_are_divided_once():
 
 
 def test_sums_are_taken_in_double_precision():
-    """Of numbers that float32 would no longer add."""
+    """With numbers that float32 would no longer add."""
     totals = Totals()
     totals.add({"elbo": torch.tensor([2.0**25])})
     for _ in range(10):

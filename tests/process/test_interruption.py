@@ -200,7 +200,7 @@ sys.exit(train.main(sys.argv[1:]))
     ],
 )
 def test_exploding_weights(work: Path, forked: Forked, phase: str, flags: list[str], before: int) -> None:
-    """Of nine steps, one explodes and eight are skipped; two steps later there were ten in a row."""
+    """One of nine steps explodes and eight are skipped; two steps later there were ten in a row."""
     argv = ["--data", "data", *SMALL, *flags, "--schedule", "constant", "--warmup-epochs", "0", "--average", "0"]
     name = f"exploding-{phase}"
     folder = work / "runs" / name

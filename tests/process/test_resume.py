@@ -60,7 +60,7 @@ def nth(moments: list[str], what: str, n: int) -> int:
 
 
 CONTRARY = [*SMALL, "--data", "contrary", "--baseline-epochs", "1", "--epochs", "2", "--batch-size", "60"]
-"""Of the CVAE's two epochs, each of five steps, the second is no improvement."""
+"""The CVAE has two epochs, each of five steps; the second is no improvement."""
 
 
 @pytest.fixture(scope="module")

@@ -125,7 +125,7 @@ class Place(NamedTuple):
 
 
 def places(cvae: OneLevel, split: Split) -> Iterator[Place]:
-    """Of all parameters of ours."""
+    """Those of all parameters of ours."""
     every = split.order
     observed, hidden = every.split([split.num_observed, split.num_hidden])
     z = torch.arange(cvae.latent_dim)
@@ -143,7 +143,7 @@ def places(cvae: OneLevel, split: Split) -> Iterator[Place]:
 def places_of(
     ours: str, mlp: MLP, copy: int, theirs: str, inputs: Tensor | None, outputs: Tensor | None = None, first: int = 0
 ) -> Iterator[Place]:
-    """Of one of the networks: inputs and outputs are the places of its own in the reference's, all where None.
+    """Those of one of the networks: inputs and outputs are the places of its own in the reference's, all where None.
 
     first: the number of the reference's layer that its first one is.
     """

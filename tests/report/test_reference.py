@@ -43,7 +43,7 @@ def test_documents_have_the_tables(reference: ModuleType) -> None:
 
 
 def test_records_are_of_the_runs(reference: ModuleType) -> None:
-    """Of each run that there has to be and of no other, with the settings that it is named after."""
+    """They are of each run that there has to be and of no other, with the settings that it is named after."""
     records, expected = reference.read(), reference.expected()
     folders = {reference.folder(name) for name in expected}
     assert set(records) == set(expected)

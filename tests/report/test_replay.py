@@ -105,7 +105,7 @@ def test_replay_of_a_finished_run(done: Path) -> None:
 
 
 def test_completions_are_those_of_the_best_weights(done: Path) -> None:
-    """Of the first validation images, by the model as anybody loads it."""
+    """They are of the first validation images, by the model as anybody loads it."""
     settings, model = read_settings(done), load(done)
     images = load_train(settings).validation[:NUM_DIGITS]
     x, _ = model.split.split(images / 255)
@@ -394,7 +394,7 @@ def test_any_losses_can_be_drawn(losses: tuple[float | None, ...]) -> None:
 
 
 def test_first_epochs_do_not_flatten_the_rest() -> None:
-    """Of thirty epochs, the axis is that of the last 27."""
+    """The axis of thirty epochs is that of the last 27."""
     rest = [10 - n / 10 for n in range(27)]
     assert (
         pixels(curve(500.0, 200.0, 100.0, *rest))[60:].ne(pixels(curve(50.0, 40.0, 30.0, *rest))[60:]).float().mean()

@@ -138,7 +138,7 @@ def test_advice_where_no_weights_are_left(place: Path, tmp_path: Path) -> None:
 
 
 def test_mask_that_is_lost(place: Path, tmp_path: Path) -> None:
-    """Of a run whose mask was a picture: with that picture, it can be begun anew as long as there is one."""
+    """A run whose mask was a picture: with that picture, it can be begun anew as long as there is one."""
     picture = tmp_path / "mask.png"
     Image.fromarray((torch.rand(10, 9) < 0.5).byte().mul(255).numpy()).save(picture)
     words = ["--data", place / "improving/data", *WORDS, "--observed", picture, "--runs", tmp_path, "--name"]
@@ -233,7 +233,7 @@ def test_optimizer_that_does_not_fit(place: Path, tmp_path: Path) -> None:
 
 
 def test_other_images(place: Path, tmp_path: Path) -> None:
-    """Of the same number and size: only their digests tell."""
+    """They have the same number and size: only their digests tell."""
     run = Path(shutil.copytree(place / "improving/cvae", tmp_path / "run"))
     ended = resume(run, "--data", place / "contrary/data")
     assert ended.line == (

@@ -134,7 +134,7 @@ def test_old_run_stays_if_there_is_no_room_for_the_new_one(
 
 @pytest.mark.parametrize("letter", ["x", "é"])
 def test_long_names(data: Path, tmp_path: Path, letter: str) -> None:
-    """Of 255 bytes, which file systems take; of 256 they do not."""
+    """File systems take 255 bytes, and not 256."""
     name = letter * (255 // len(letter.encode())) + "x" * (255 % len(letter.encode()))
     words = ["--data", data, *TINY, "--runs", tmp_path]
     assert call_train(*words, "--name", name).code == 0

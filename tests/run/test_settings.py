@@ -50,7 +50,7 @@ OTHER: dict[str, tuple[list[str], Any]] = {
     "precision": (["fp16"], "fp16"),
     "compile": ([], True),
 }
-"""Of each setting, words on the command line that are not its default, and what they mean."""
+"""For each setting, words on the command line that are not its default, and what they mean."""
 
 BAD: dict[str, list[Any]] = {
     "quadrants": [0, 4, True, 1.0, "1", None],

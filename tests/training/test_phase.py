@@ -75,7 +75,7 @@ def test_noise_is_the_same_in_every_epoch(make_toy):
 @cases()
 @pytest.mark.parametrize("count", [2, 3, 5])
 def test_shares_of_several_processes_add_up(make_toy, case, count):
-    """Of three portions: one process may have none, and has zeros of the same names."""
+    """With three portions: one process may have none, and has zeros of the same names."""
     phase = toy_phase(make_toy, case)
     whole = phase.validate(phase.model, 0, "fp32", processes())
     parts = [phase.validate(phase.model, 0, "fp32", processes(rank, count)) for rank in range(count)]
@@ -146,7 +146,7 @@ SMALL = Settings(batch_size=6, average=3, warmup_epochs=0.0, learning_rate=1e-2,
 
 
 def test_each_image_is_seen_at_most_once(make_toy):
-    """Of 20 images, three full batches of 6; in another order in each epoch, of each phase, with each seed."""
+    """20 images make three full batches of 6; in another order in each epoch, of each phase, with each seed."""
     orders = {}
     for seed in (0, 1):
         for objective in ("baseline", "elbo"):
