@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cvae.errors import CvaeError, PeerLost, UsageError, first_line
+from cvae.errors import CvaeError, PeerLost, UsageError, first_line, telling_of_memory
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=5)
@@ -52,7 +52,8 @@ class Processes:
     def one_voice(self) -> Iterator[None]:
         """An error within it is told once on each machine, but each process tells that it has lost another one."""
         try:
-            yield
+            with telling_of_memory():
+                yield
         except CvaeError as error:
             error.is_told_elsewhere = self.local_rank > 0 and not isinstance(error, PeerLost)
             raise

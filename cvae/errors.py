@@ -1,5 +1,8 @@
 """What can go wrong, one class per exit code, each raised with one line that says what is wrong and what to do."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class CvaeError(Exception):
     """An expected failure: the scripts print its message as one line and exit with `exit_code`."""
@@ -54,10 +57,36 @@ def first_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
+@contextmanager
+def telling_of_memory() -> Iterator[None]:
+    """Raises UsageError, in one line, where memory does not suffice, the machine's or the GPU's."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        problem = first_line(error).removesuffix(".")[:200]
+        raise UsageError(
+            f"the memory does not suffice ({problem}). Smaller batches and networks, and fewer samples, need less"
+        ) from None
+
+
+@contextmanager
+def taken_for_damage(problem: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Raises DataError, the problem and the kind of error, for errors of these kinds: what a reader or a model says of
+    a file's content that it cannot take. Too little memory is no damage, and is raised as it is."""
+    try:
+        yield
+    except kinds as error:
+        if is_out_of_memory(error):
+            raise
+        raise DataError(f"{problem} ({type(error).__name__})") from None
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether it says that memory does not suffice, the machine's or the GPU's: as Python and PyTorch say so."""
+    """Whether it says that memory does not suffice, as Python and PyTorch say so."""
     signs = ("can't allocate memory", "bad_alloc", "STATUS_ALLOC_FAILED")
-    return (
+    return not isinstance(error, CvaeError) and (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"  # PyTorch's, which is not imported here
         or any(sign in str(error) for sign in signs)

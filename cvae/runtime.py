@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cvae.errors import UsageError, first_line, is_out_of_memory
+from cvae.errors import UsageError, first_line
 from cvae.memory import available_memory, keep_freed_memory
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -65,7 +65,7 @@ def prepare(device: torch.device) -> ExitStack:
     """Process-wide settings, before the first tensor of any size.
 
     What it returns is a context manager, at whose end all is as it was before, for the sake of notebooks: these
-    settings, and the default random generators. Where memory does not suffice within it, it raises UsageError.
+    settings, and the default random generators.
 
     A float32 product is one: TF32, with ten bits of mantissa, is off, for convolutions too.
     """
@@ -97,16 +97,7 @@ def prepare(device: torch.device) -> ExitStack:
         keep_freed_memory(True)
         before.callback(_flush_denormals, sys.float_info.min / 2 == 0)
         _flush_denormals(True)
-        before.push(_tell_out_of_memory)
         return before.pop_all()
-
-
-def _tell_out_of_memory(kind: object, error: BaseException | None, trace: object) -> None:
-    if error is not None and is_out_of_memory(error):
-        problem = first_line(error).removesuffix(".")[:200]
-        raise UsageError(
-            f"the memory does not suffice ({problem}). Smaller batches and networks, and fewer samples, need less"
-        ) from None
 
 
 def _flush_denormals(flush: bool) -> None:

@@ -13,7 +13,7 @@ from typing import ParamSpec, TextIO
 
 from tqdm import tqdm
 
-from cvae.errors import CvaeError, DiskError
+from cvae.errors import CvaeError, DiskError, telling_of_memory
 
 Arguments = ParamSpec("Arguments")
 BAR_AFTER_S, LINE_EVERY_S = 2, 60
@@ -52,7 +52,8 @@ def command(script: str) -> Callable[[Callable[Arguments, int]], Callable[Argume
         def safe_main(*args: Arguments.args, **kwargs: Arguments.kwargs) -> int:
             with safe_output():
                 try:
-                    return main(*args, **kwargs)
+                    with telling_of_memory():
+                        return main(*args, **kwargs)
                 except CvaeError as error:
                     if not error.is_told_elsewhere:
                         complain(f"{program(script)}: {error}")

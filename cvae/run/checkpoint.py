@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from cvae.errors import DataError, DiskError, is_out_of_memory
+from cvae.errors import DataError, DiskError, taken_for_damage
 
 FORMAT = 3
 TAG = b"SHA-256\0"
@@ -91,13 +91,9 @@ def load(path: Path) -> dict[str, Any]:
 
 def unpickled(path: Path, body: bytes | memoryview, problem: str) -> Any:
     """What `torch.save` wrote, if that is tensors and plain values alone; else a DataError that names the problem."""
-    try:
+    with taken_for_damage(f"{path}: {problem}", Exception):  # a forged file may fail anywhere in the reader
         _refuse_harm(body)
         return torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
-    except Exception as error:  # a forged file may fail anywhere in the reader
-        if is_out_of_memory(error):
-            raise
-        raise DataError(f"{path}: {problem} ({type(error).__name__})") from None
 
 
 def kinds(state: object) -> dict[str, tuple[torch.Size, torch.dtype]] | None:

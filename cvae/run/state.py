@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cvae.data.masks import is_picture
-from cvae.errors import DataError, is_out_of_memory
+from cvae.errors import DataError, taken_for_damage
 from cvae.run import checkpoint
 from cvae.run.checkpoint import kinds
 from cvae.run.folder import (
@@ -69,13 +69,9 @@ def advice(folder: Path) -> Iterator[None]:
 @contextmanager
 def fitting(folder: Path, name: str) -> Iterator[None]:
     """Raises DataError, naming the file, for what a model or an optimizer says of a state that is not its own."""
-    try:
+    problem = f"{folder / name}: does not fit the run's settings"
+    with advice(folder), taken_for_damage(problem, KeyError, TypeError, ValueError, AttributeError, RuntimeError):
         yield
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            raise
-        with advice(folder):
-            raise DataError(f"{folder / name}: does not fit the run's settings ({type(error).__name__})") from None
 
 
 def _what_can_be_done(folder: Path) -> str:

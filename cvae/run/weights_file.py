@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cvae import __version__
 from cvae.data.masks import Split, is_picture, mask_name
-from cvae.errors import DataError, is_out_of_memory
+from cvae.errors import DataError, is_out_of_memory, taken_for_damage
 from cvae.model.cvae import CVAE
 from cvae.model.densities import widen
 from cvae.model.networks import build
@@ -107,16 +107,12 @@ def read_weights(path: Path) -> tuple[dict[str, str], Weights]:
         content = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
-    try:
+    with taken_for_damage(f"{path}: is damaged, or no weights of this program", Exception):  # anywhere in the reader
         tensors = safetensors.torch.load(content)
         header = content[8 : 8 + int.from_bytes(content[:8], "little")]
         metadata = json.loads(header)["__metadata__"]
         if metadata.pop("sha256") != _digest(metadata, tensors):
             raise ValueError("the digest does not match")
-    except Exception as error:  # a forged file may fail anywhere in the reader
-        if is_out_of_memory(error):
-            raise
-        raise DataError(f"{path}: is damaged, or no weights of this program ({type(error).__name__})") from None
     return metadata, {name: widen(tensor) for name, tensor in tensors.items()}
 
 

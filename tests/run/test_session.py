@@ -12,7 +12,6 @@ from support.inprocess import TINY, call_train, interrupted_after, make_tiny_dat
 from support.steps import CPU
 
 import cvae.run.log
-from cvae import runtime
 from cvae.data.images import ImageSet
 from cvae.data.sources import load_train
 from cvae.distributed import Processes
@@ -103,11 +102,11 @@ def test_run_from_before_some_settings_opens_and_goes_on(place: Path, tmp_path: 
 def test_too_little_memory_is_no_damage(tmp_path: Path, error: Exception) -> None:
     with pytest.raises(type(error)), fitting(tmp_path, "last.pt"):
         raise error
-    with pytest.raises(UsageError, match=r"^the memory does not suffice"), runtime.prepare(CPU):
+    with pytest.raises(UsageError, match=r"^the memory does not suffice"), Processes().one_voice():
         raise error
     with pytest.raises(DataError, match="does not fit"), fitting(tmp_path, "last.pt"):
         raise RuntimeError("size mismatch")
-    with pytest.raises(RuntimeError, match="size mismatch"), runtime.prepare(CPU):
+    with pytest.raises(RuntimeError, match="size mismatch"), Processes().one_voice():
         raise RuntimeError("size mismatch")
 
 
