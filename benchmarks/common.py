@@ -108,6 +108,16 @@ def arguments(manual: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def add_steps(parser: argparse.ArgumentParser, rounds: int, steps: int) -> None:
+    """The flags of a benchmark that has its sides take training steps in turn, with these defaults."""
+    default = "(default: %(default)s)"
+    precisions = ("auto", "fp32", "bf16")
+    parser.add_argument("--precision", choices=precisions, default="auto", help=f"the type of our products {default}")
+    parser.add_argument("--batch-size", type=count, default=128, metavar="N", help=default)
+    parser.add_argument("--rounds", type=count, default=rounds, metavar="N", help=default)
+    parser.add_argument("--steps", type=count, default=steps, metavar="N", help=f"how many, per round {default}")
+
+
 def count(word: str) -> int:
     """A positive whole number."""
     if (value := int(word)) < 1:

@@ -38,6 +38,7 @@ from common import (
     DEVICE,
     WAITING,
     Worker,
+    add_steps,
     arguments,
     checkout,
     count,
@@ -133,17 +134,7 @@ class Side:
 def main() -> int:
     """Run the command line; returns 2 if the environment says how threads wait already."""
     parser = arguments(__doc__)
-    parser.add_argument(
-        "--precision",
-        choices=("auto", "fp32", "bf16"),
-        default="auto",
-        help="the type of the products (default: %(default)s)",
-    )
-    parser.add_argument("--batch-size", type=count, default=128, metavar="N", help="(default: %(default)s)")
-    parser.add_argument(
-        "--steps", type=count, default=60, metavar="N", help="how many, per round (default: %(default)s)"
-    )
-    parser.add_argument("--rounds", type=count, default=7, metavar="N", help="(default: %(default)s)")
+    add_steps(parser, rounds=7, steps=60)
     parser.add_argument("--training", action="store_true", help="measure beside a second training too")
     parser.add_argument("--spins", type=count, nargs="+", default=[], metavar="N", help="more sides: GOMP_SPINCOUNT")
     parser.add_argument("--against", type=checkout, metavar="DIR", help="another checkout, to compare with")

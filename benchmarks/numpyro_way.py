@@ -4,7 +4,7 @@
     python benchmarks/numpyro_way.py                              # some three minutes on two cores
     python benchmarks/numpyro_way.py --format json
     python benchmarks/numpyro_way.py --rounds 2 --steps 10        # a trial of the script itself
-    python benchmarks/numpyro_way.py --python jax/bin/python    # NumPyro is installed there: it needs no PyTorch
+    python benchmarks/numpyro_way.py --python jax/bin/python      # NumPyro is installed there: it needs no PyTorch
 
 Counted are images/s of training steps on MNIST with one quadrant observed, from the images in memory to the updated
 weights, for the baseline and for the CVAE. Ours are measured as `speed.py` does it. NumPyro's way is what its own

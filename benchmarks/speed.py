@@ -74,6 +74,7 @@ from common import (
     PHASES,
     OtherProcess,
     Training,
+    add_steps,
     arguments,
     checkout,
     compared,
@@ -259,12 +260,7 @@ def measure_trainings(starts: int, more: Sequence[str]) -> dict[str, Any]:
 def main() -> int:
     """Run the command line."""
     parser = arguments(__doc__)
-    parser.add_argument(
-        "--precision",
-        choices=("auto", "fp32", "bf16"),
-        default="auto",
-        help="the type of our products (default: %(default)s)",
-    )
+    add_steps(parser, rounds=5, steps=100)
     parser.add_argument("--network", choices=NETWORKS, default=Settings.network, help="ours (default: %(default)s)")
     parser.add_argument(
         "--objective", choices=OBJECTIVES, default=Settings.objective, help="ours (default: %(default)s)"
@@ -275,11 +271,6 @@ def main() -> int:
         "--python", default=sys.executable, metavar="PATH", help="that has NumPyro (default: the one that runs this)"
     )
     parser.add_argument("--no-tutorial", action="store_true", help="leave the tutorial's way out")
-    parser.add_argument("--batch-size", type=count, default=128, metavar="N", help="(default: %(default)s)")
-    parser.add_argument(
-        "--steps", type=count, default=100, metavar="N", help="how many, per round (default: %(default)s)"
-    )
-    parser.add_argument("--rounds", type=count, default=5, metavar="N", help="(default: %(default)s)")
     parser.add_argument(
         "--matrix-size", type=count, default=2048, metavar="N", help="rows of the large product (default: %(default)s)"
     )
