@@ -60,11 +60,16 @@ def test_evaluation_and_completions_stay_on_the_device(monkeypatch, network):
         with OnDevice():
             portions = list(evaluate(model, training.phase.train, [60, 110], 0))
             x = training.phase.train.batch(slice(10)).x
+            y_hat = model.baseline_net(x).sigmoid()
             # In evaluation mode it looks at the values of x too, of which there are none here.
             samples = model.train().completions(x, torch.randn(5, 1, 4, device=CUDA))
         assert [len(each) for each in portions] == [len(Likelihoods._fields)] * 4
         assert all(values.device == CUDA for each in portions for values in each)
         assert samples.shape == (5, 10, model.split.num_hidden)
+        # The picture after an epoch begins and ends on the CPU.
+        rows = completion_rows(torch.zeros(10, SIDE, SIDE, dtype=torch.uint8), model.split, y_hat, samples)
+        assert [pictures.shape for _, pictures in rows] == [(10, 3, SIDE, SIDE)] * 8
+        assert {pictures.device for _, pictures in rows} == {CPU}
 
 
 @pytest.mark.parametrize("network", NAMES)
@@ -79,21 +84,13 @@ def test_active_units_stay_on_the_device(monkeypatch, network, precision):
         assert "var" in watch.seen
 
 
-def test_epoch_and_picture_on_the_device(monkeypatch):
-    """An epoch's images drawn anew, its steps, and the picture after it, which begins and ends on the CPU."""
+def test_images_drawn_anew_stay_on_the_device(monkeypatch):
+    """And the guesses for them."""
     with fake_cuda(monkeypatch):
-        training = fake_training("tutorial", "elbo", "fp32")
-        split, images = training.model.split, training.phase.train
-        digits = torch.zeros(10, SIDE, SIDE, dtype=torch.uint8)
-        x = split.split(digits.to(CUDA) / 255)[0]
+        images = fake_training("tutorial", "elbo", "fp32").phase.train
         with OnDevice():
             images.redraw(0, "cvae", 1, binary=True)
-            y_hat = training.model.baseline_net(x).sigmoid()
-            samples = training.model.train().completions(x, torch.randn(5, 1, 4, device=CUDA))
         assert images.vectors.device == images.guesses.device == CUDA
-        rows = completion_rows(digits, split, y_hat, samples)
-        assert [pictures.shape for _, pictures in rows] == [(10, 3, SIDE, SIDE)] * 8
-        assert {pictures.device for _, pictures in rows} == {CPU}
 
 
 def test_only_gradients_go_by_nccl(monkeypatch):

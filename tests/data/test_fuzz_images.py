@@ -349,7 +349,7 @@ def test_picture_that_says_or_makes_itself_huge(tmp_path: Path, name: str, side:
 
 
 def header(shape: str, start: bytes = b"\x93NUMPY\1\0", length: int | None = None) -> bytes:
-    """From an array of bytes."""
+    """That of a file with an array of bytes."""
     words = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
     packing = "<H" if start[6] == 1 else "<I"
     return start + struct.pack(packing, len(words) if length is None else length) + words

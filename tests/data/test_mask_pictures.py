@@ -54,7 +54,7 @@ def test_what_a_run_keeps_is_the_mask(folder: Path, data: st.DataObject) -> None
 
 
 def palette(image: Image.Image) -> Image.Image:
-    """With two colours, whose numbers are not their brightness."""
+    """The picture in two colours, whose numbers are not their brightness."""
     result = Image.fromarray(1 - np.asarray(image) // 255, "P")
     result.putpalette([255, 255, 255, 0, 0, 0])
     return result

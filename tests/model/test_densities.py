@@ -175,7 +175,7 @@ def test_bernoulli_gradients():
 
 
 def test_gradient_of_the_bernoulli_is_autograds():
-    """Those of the plain formula, whatever the sums are multiplied with."""
+    """That of the plain formula, whatever the sums are multiplied with."""
     y, logits = random_pixels()
     ours, expected = bernoulli_log_prob(y, logits), plain_bernoulli(y, logits)
     torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
@@ -186,7 +186,7 @@ def test_gradient_of_the_bernoulli_is_autograds():
 
 @pytest.mark.parametrize("frozen", [(), (0,), (1,), (2, 3), (0, 1)], ids=str)
 def test_gradient_of_the_kl_is_autograds(frozen):
-    """Those of the plain formula, whatever the sums are multiplied with, and if some of its arguments are constants."""
+    """That of the plain formula, whatever the sums are multiplied with, and if some of its arguments are constants."""
     parameters = random_pair()
     for i in frozen:
         parameters[i].requires_grad_(False)
