@@ -17,7 +17,7 @@ ended, 2 usage, 3 a run was left out or cannot be compared, or there is none, 5 
 """
 
 if __name__ == "__main__":
-    from cvae.startup import before_torch
+    from cvae.console import before_torch
 
     before_torch()
 
@@ -30,11 +30,12 @@ from typing import Any
 
 import torch
 
-from cvae import runtime
+from cvae import context
+from cvae.console import command, complain, interruptible, program, say
+from cvae.context import Processes
 from cvae.data.images import ImageSet
 from cvae.data.parts import Reading
 from cvae.data.sources import load_test, named
-from cvae.distributed import Processes
 from cvae.errors import DataError, UsageError
 from cvae.model.likelihood import noise
 from cvae.report import figures, realism, realism_figure, realism_table, tables
@@ -43,8 +44,6 @@ from cvae.report.results import Column, by_setting
 from cvae.report.selection import Subject, compared, find_runs, open_run, short_names, with_reference
 from cvae.run.plan import absolute, user_path
 from cvae.settings import Settings
-from cvae.startup import interruptible
-from cvae.terminal import command, complain, program, say
 
 RUNS = Path("runs")
 NUM_DIGITS, NUM_SAMPLES = 10, 10  # of the figure
@@ -159,7 +158,7 @@ def draw(subject: Subject, figure: Path | None, samples: list[Path], options: ar
     digits = chosen(subject, options)
     images = subject.test.images[digits]
     x = ImageSet(images, split, device).batch(slice(None)).x
-    random = [runtime.generator(device, options.seed, "figure", digit) for digit in digits]
+    random = [context.generator(device, options.seed, "figure", digit) for digit in digits]
     eps = torch.cat([noise(NUM_SAMPLES, 1, model, each) for each in random], dim=1)
     guess = model.baseline_net(x).sigmoid()
     rows = figures.completion_rows(images, split, guess, model.completions(x, eps))
@@ -205,8 +204,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     processes = Processes()
     with processes.one_voice(), interruptible():
-        device = runtime.resolve_device(options.device, processes.local_rank, processes.local_count)
-        with runtime.prepare(device), processes.connected(device):
+        device = context.resolve_device(options.device, processes.local_rank, processes.local_count)
+        with context.prepare(device), processes.connected(device):
             subjects, problems = open_runs(options, device, processes)
             against = compared(subjects, options.against, RUNS, problems)
             cases, more = realism.open_cases(subjects if options.realism else {}, options.realism_images, processes)

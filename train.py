@@ -16,7 +16,7 @@ on minus the objective per image, early stopping on the validation images, the b
 """
 
 if __name__ == "__main__":
-    from cvae.startup import before_torch
+    from cvae.console import before_torch
 
     before_torch()
 
@@ -29,10 +29,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cvae import runtime
+from cvae import context
+from cvae.console import called, command
+from cvae.context import Processes
 from cvae.data.images import ImageSet
 from cvae.data.sources import TrainImages
-from cvae.distributed import Processes
 from cvae.model.likelihood import noise
 from cvae.model.networks import build
 from cvae.model.objectives import Totals, log_likelihood, maximised, objective, without_free
@@ -43,7 +44,6 @@ from cvae.run.images import once_for_all
 from cvae.run.plan import parse, plan
 from cvae.run.session import Run
 from cvae.run.state import Progress
-from cvae.terminal import called, command
 from cvae.training.optimizer import GuardedAdam
 from cvae.training.phase import Phase
 from cvae.training.weights import WeightAverage, Weights
@@ -61,7 +61,7 @@ class Step:
 
     def __init__(self, phase: Phase, run: Run):
         s = run.settings
-        half = None if s.compile else runtime.HALF.get(run.precision)
+        half = None if s.compile else context.HALF.get(run.precision)
         self.images, self.run = phase.train, run
         self.weights = weights = Weights(phase.model, half, slots=not s.compile)
         self.average = WeightAverage(phase.model, weights, s.average)
@@ -77,7 +77,7 @@ class Step:
     def __call__(self, rows: Tensor, *eps: Tensor) -> None:
         """rows: of the images, this process's share of the batch, int64 `[B]`; eps: the noise for them."""
         batch = self.images.batch(rows)
-        with runtime.autocast(self.precision, self.run.device):
+        with context.autocast(self.precision, self.run.device):
             terms = self.objective(self.weights.model, batch, *eps)  # draws z; nats per image, by name
         loss = without_free(terms, self.free_nats).sum() / -self.batch_size
         with self.weights.collecting_gradients():
@@ -101,7 +101,7 @@ def fit(phase: Phase, run: Run, last: dict[str, Any]) -> Progress:
         progress = run.restore(last, parts)
         step.weights.refresh()
     graphed = run.device.type == "cuda" and run.processes.count == 1 and not s.compile
-    take_step = runtime.GraphedStep(step, run.warn) if graphed else step
+    take_step = context.GraphedStep(step, run.warn) if graphed else step
 
     while not progress.is_over(phase.epochs, s.patience):
         started = time.perf_counter()
@@ -149,9 +149,9 @@ def train_epoch(phase: Phase, step: Step, take_step: Callable[..., None], epoch:
     run, s, optimizer, size = step.run, step.run.settings, step.optimizer, step.batch_size
     steps, share = step.count, run.processes.share_of_batch(size)
     where = phase.where(epoch)
-    random = runtime.generator(run.device, s.seed, phase.name, epoch)
-    permutation = runtime.permutation(len(step.images), s.seed, phase.name, epoch).to(run.device)
-    runtime.seed_dropout(s.seed, phase.name, epoch, run.processes.rank)
+    random = context.generator(run.device, s.seed, phase.name, epoch)
+    permutation = context.permutation(len(step.images), s.seed, phase.name, epoch).to(run.device)
+    context.seed_dropout(s.seed, phase.name, epoch, run.processes.rank)
     step.weights.model.train()
     binary, bend = s.targets == "binary", phase.bend(s, epoch)
     if binary or phase.bend(s, 0):  # asked of the start: the last epochs put the stored images back
@@ -209,9 +209,9 @@ def train_run(run: Run, load_images: Callable[[], TrainImages], resume: bool, ov
         run.load_last(last, cvae)  # the baseline among it
     baseline.eval()
     for image_set in (train, validation):  # its guesses are computed once: it is frozen now
-        image_set.set_guesses(baseline, runtime.HALF.get(run.precision))
+        image_set.set_guesses(baseline, context.HALF.get(run.precision))
 
-    eps = noise(NUM_SAMPLES, len(digits), cvae, runtime.generator(device, s.seed, "picture"))
+    eps = noise(NUM_SAMPLES, len(digits), cvae, context.generator(device, s.seed, "picture"))
     phase = Phase(
         "cvae", cvae, objective(s), s.epochs, train, validation,
         noise=lambda count, random: (noise(s.particles, count, cvae, random),),
@@ -227,16 +227,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options, given = parse(argv, __doc__)
     processes = Processes()
-    with runtime.Interruption() as interruption, processes.one_voice():
+    with context.Interruption() as interruption, processes.one_voice():
         runs = plan(options, given)
-        device = runtime.resolve_device(runs[0][1].device, processes.local_rank, processes.local_count)
-        with runtime.prepare(device), processes.connected(device):
+        device = context.resolve_device(runs[0][1].device, processes.local_rank, processes.local_count)
+        with context.prepare(device), processes.connected(device):
             for folder, _ in runs if options.resume is None else []:  # before the first one is begun
                 processes.on_main(partial(refuse_existing, folder, options.overwrite))
             load_images = once_for_all([s for _, s in runs], device, processes, interruption, options.quiet)
             for folder, settings in runs:
                 wanted = settings.precision if options.resume is None else read_precision(folder)
-                precision = processes.on_main(partial(runtime.resolve_precision, wanted, device))
+                precision = processes.on_main(partial(context.resolve_precision, wanted, device))
                 init = None if options.init is None else find_run(options.init, options.runs)
                 with Run(folder, settings, device, precision, processes, interruption, options.quiet, init) as run:
                     run.words = options.words

@@ -24,7 +24,7 @@ import torch
 from common import DEVICE, Training, arguments, count, machine, show, turns
 from torch import Tensor
 
-from cvae import runtime
+from cvae import context
 from cvae.run import checkpoint
 from cvae.run.folder import BEST, LAST
 from cvae.settings import Settings
@@ -60,7 +60,7 @@ def main() -> int:
     parser.add_argument("--steps", type=count, default=100, help="per round (default: %(default)s)")
     options = parser.parse_args()
     on = machine()
-    runtime.prepare(DEVICE)
+    context.prepare(DEVICE)
     guarded = Training("cvae", Settings())
     unguarded = Training("cvae", Settings(), optimizer=UnguardedAdam)
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:

@@ -23,11 +23,11 @@ from start import GIVEN, READY, ROOT
 from torch import Tensor, nn
 
 import train
-from cvae import runtime
+from cvae import context
+from cvae.context import Processes
 from cvae.data.images import ImageSet
 from cvae.data.masks import Split, quadrants
 from cvae.data.sources import load_train
-from cvae.distributed import Processes
 from cvae.model.cvae import CVAE
 from cvae.model.likelihood import noise
 from cvae.model.networks import build
@@ -39,7 +39,7 @@ from cvae.training.optimizer import GuardedAdam
 from cvae.training.phase import Phase
 
 DEVICE = torch.device("cpu")
-PRECISION = runtime.resolve_precision("auto", DEVICE)
+PRECISION = context.resolve_precision("auto", DEVICE)
 PHASES = ("baseline", "cvae")
 LATE, EPOCHS = 100, 1000
 """The epochs of a `Training` begin as if so many had been before: in most of a training its average is taken in every
@@ -62,7 +62,7 @@ class Training:
         images = mnist()[0] if images is None else images
         split = Split(quadrants(s.quadrants, *images.shape[1:]))
         image_set = ImageSet(images, split, DEVICE)
-        half = runtime.HALF.get(precision)
+        half = context.HALF.get(precision)
         cvae = build(split, s).to(DEVICE)
         parts: dict[str, Any] = {
             "epochs": EPOCHS,
@@ -77,7 +77,7 @@ class Training:
             image_set.set_guesses(cvae.baseline_net, half)
             self.phase = Phase(phase, cvae, objective(s), noise=partial(one_noise, s.particles, cvae), **parts)
         self.model: nn.Module = self.phase.model
-        run = Run(Path(), s, DEVICE, precision, Processes(), runtime.Interruption(), quiet=True)  # writes nothing
+        run = Run(Path(), s, DEVICE, precision, Processes(), context.Interruption(), quiet=True)  # writes nothing
         self.step = train.Step(self.phase, run)
         if optimizer is not GuardedAdam:
             self.step.optimizer = optimizer(self.step.weights, s.learning_rate, s.weight_decay)

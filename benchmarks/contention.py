@@ -10,7 +10,7 @@ Counted are images/s of training steps of the CVAE on MNIST with one quadrant ob
 `speed.py`: beside nothing, beside one busy process and beside two, each a single thread that never rests. With
 `--training` also beside one busy process and a second training, whose threads wait as those of the first do.
 
-train.py      What `train.py` chooses by itself (`cvae/startup.py`). It does so as it starts, by a look at what else
+train.py      What `train.py` chooses by itself (`cvae/console.py`). It does so as it starts, by a look at what else
               runs, so there is one process for each surrounding, started in it; what it chose is printed.
 libgomp       libgomp's own choice: its threads look for work 300,000 times, which takes milliseconds, then sleep.
 passive       OMP_WAIT_POLICY=PASSIVE: they sleep at once.
@@ -51,7 +51,7 @@ from common import (
 )
 from start import GIVEN
 
-from cvae import runtime
+from cvae import context
 
 BUSY = [sys.executable, "-S", "-E", "-c", "while True: pass"]
 SETTLE_S = 0.5  # after other processes have started
@@ -143,7 +143,7 @@ def main() -> int:
         print(f"contention.py: unset {' and '.join(given)} first: that is what is compared here", file=sys.stderr)
         return 2
     on = machine()
-    precision = runtime.resolve_precision(options.precision, DEVICE)
+    precision = context.resolve_precision(options.precision, DEVICE)
     surroundings = BUSY_PROCESSES | ({SECOND_TRAINING: 1} if options.training else {})
 
     variants = SIDES | {f"GOMP_SPINCOUNT={spins}": {"GOMP_SPINCOUNT": str(spins)} for spins in options.spins}

@@ -38,7 +38,7 @@ from pyro.infer import RenyiELBO
 from start import ROOT
 from torch import Tensor
 
-from cvae import runtime
+from cvae import context
 from cvae.data.images import ImageSet
 from cvae.data.sources import load_train
 from cvae.errors import CvaeError
@@ -66,7 +66,7 @@ def ours(cvae: CVAE, images: ImageSet, samples: int, seed: int) -> Tensor:
     for start in range(0, len(images), likelihood.IMAGES_AT_ONCE):
         batch = images.batch(slice(start, start + likelihood.IMAGES_AT_ONCE))
         batch = batch._replace(guess=cvae.baseline_net(batch.x))
-        random = runtime.generator(DEVICE, seed, "evaluation", start)
+        random = context.generator(DEVICE, seed, "evaluation", start)
         draws = (cvae.from_posterior(*batch, eps) for eps in likelihood.portions(samples, batch, cvae, random))
         values.append(-log_mean_exp(torch.cat([draw.log_weights(batch.y) for draw in draws]).double()))
     return torch.cat(values)
@@ -160,7 +160,7 @@ def main() -> int:
     parser.add_argument("--pyro-batch", type=count, default=25, metavar="N", help="images (default: %(default)s)")
     options = parser.parse_args()
     on = machine()
-    runtime.prepare(DEVICE)
+    context.prepare(DEVICE)
     try:
         cvae, _, images = load_run(options.run, options.images)
     except CvaeError as error:

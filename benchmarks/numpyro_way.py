@@ -194,9 +194,9 @@ def compare(options: argparse.Namespace) -> int:
 
     from common import DEVICE, PHASES, PRECISION, compared, machine, ours, ready, show, spread, turns
 
-    from cvae import runtime
+    from cvae import context
 
-    precision = PRECISION if options.precision == "auto" else runtime.resolve_precision(options.precision, DEVICE)
+    precision = PRECISION if options.precision == "auto" else context.resolve_precision(options.precision, DEVICE)
     on = machine()
     precisions = list(dict.fromkeys((precision, "fp32")))
     theirs = {name: worker(options.python, name, options.elbo, options.batch_size) for name in VARIANTS}

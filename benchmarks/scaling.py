@@ -27,7 +27,7 @@ from common import DEVICE, Training, arguments, count, machine, run, show
 from start import ROOT
 from torch import Tensor
 
-from cvae import runtime
+from cvae import context
 from cvae.data.images import ImageSet
 from cvae.data.masks import Split, quadrants
 from cvae.model.likelihood import evaluate
@@ -91,7 +91,7 @@ def main() -> int:
     parser.add_argument("--steps", type=count, default=20, help="per round (default: %(default)s)")
     options = parser.parse_args()
     on = machine()
-    runtime.prepare(DEVICE)
+    context.prepare(DEVICE)
 
     def ours(side: int = 28, hidden: int = 500, batch: int = 128) -> Training:
         settings = Settings(hidden=(hidden, hidden), batch_size=batch, learning_rate=1e-5)  # no warm-up comes before

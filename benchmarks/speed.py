@@ -90,7 +90,7 @@ from common import (
 )
 from torch.utils.flop_counter import FlopCounterMode
 
-from cvae import runtime
+from cvae import context
 from cvae.model.cvae import CVAE
 from cvae.model.layers import Linear
 from cvae.model.networks import NETWORKS
@@ -115,7 +115,7 @@ FIRST_STEP = """
 import os, runpy, sys, time
 sys.path.insert(0, os.path.dirname(sys.argv[1]))
 sys.argv = sys.argv[1:]
-from cvae.startup import before_torch
+from cvae.console import before_torch
 before_torch()
 from cvae.training.optimizer import GuardedAdam
 step = GuardedAdam.step
@@ -146,7 +146,7 @@ def performed_flops(ours: Training) -> int:
 
 def matrix_rate(size: int, precision: str, repeats: int = 5) -> float:
     """The best rate of a product of that size and precision just now, FLOP/s."""
-    a, b, c = (torch.randn(size, size).to(runtime.HALF.get(precision, torch.float32)) for _ in range(3))
+    a, b, c = (torch.randn(size, size).to(context.HALF.get(precision, torch.float32)) for _ in range(3))
     seconds = math.inf
     for _ in range(repeats + 1):  # the first one warms up
         started = time.perf_counter()
@@ -178,7 +178,7 @@ def other_sides(options: argparse.Namespace, precision: str) -> dict[str, Callab
 
 def measure_steps(options: argparse.Namespace, precision: str) -> dict[str, Any]:
     """Images/s of both phases, ours in `precision` and in fp32 and the other sides', and shares of the matrix rates."""
-    runtime.prepare(DEVICE)
+    context.prepare(DEVICE)
     batch_size, steps = options.batch_size, options.steps
     settings = Settings(
         quadrants=NUM_QUADRANTS, batch_size=batch_size, network=options.network, objective=options.objective
@@ -283,7 +283,7 @@ def main() -> int:
     parser.add_argument("train_flags", nargs="*", metavar="FLAG", help="for train.py, after --")
     options = parser.parse_args()
     on = machine()
-    precision = runtime.resolve_precision(options.precision, DEVICE)
+    precision = context.resolve_precision(options.precision, DEVICE)
     result = {"precision": precision, "network": options.network, "objective": options.objective}
     result |= measure_steps(options, precision)
     if not options.no_trainings:

@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT))  # the code of this checkout, installed or not
 
 GIVEN = dict(os.environ)  # the environment as the user has it; before_torch adds to it
 
-from cvae.startup import before_torch  # noqa: E402
+from cvae.console import before_torch  # noqa: E402
 
 __all__ = ["GIVEN", "ROOT", "before_torch", "serve"]
 

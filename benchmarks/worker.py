@@ -17,7 +17,7 @@ from functools import lru_cache
 from common import DEVICE, Training, count, waiting
 from start import serve
 
-from cvae import runtime
+from cvae import context
 from cvae.settings import Settings
 
 
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--network", default=Settings.network, help="(default: %(default)s)")
     parser.add_argument("--objective", default=Settings.objective, help="(default: %(default)s)")
     settings = Settings(**vars(parser.parse_args()))
-    runtime.prepare(DEVICE)
+    context.prepare(DEVICE)
     training = lru_cache(lambda phase, precision: Training(phase, settings, precision))
     serve(lambda phase, precision, steps: training(phase, precision).run(steps), waiting())
 

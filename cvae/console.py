@@ -1,33 +1,235 @@
-"""The installed commands: `cvae-train` and `cvae-eval`, which are the scripts as `pip install` has them in the package
-`cvae_commands`, and those of modules.
+"""Everything between a script and its user: output on any terminal, failures in one line, Ctrl-C, installed commands.
+
+It is imported before PyTorch, by scripts that prepare the process first (`before_torch`), so it does not import it.
 """
 
+import codecs
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
+from functools import wraps
 from importlib import import_module
+from io import StringIO, TextIOWrapper
+from pathlib import Path
+from types import FrameType
+from typing import ParamSpec, TextIO
 
-from cvae.startup import before_torch
+from tqdm import tqdm
+
+from cvae.errors import CvaeError, DiskError, Interrupted, telling_of_memory
+
+Arguments = ParamSpec("Arguments")
+BAR_AFTER_S, LINE_EVERY_S = 2, 60
+LOOKS, PAUSE_S = 5, 0.01  # how often `others_want_the_processors` looks, and the time between two looks
+ASCII = dict(zip("±−–─×→≤≥…ŷ▀▄█", ["+-", "-", "-", "-", "x", "->", "<=", ">=", "...", "y", '"', "_", "#"], strict=True))
+"""Replacements for characters that a terminal cannot show; any other one is written by its number, as \\u00e9."""
+
+
+# Before PyTorch is loaded
+
+
+def before_torch() -> None:
+    """Prepare the process of a script for PyTorch: what Ctrl-C does while it is imported, and how its threads wait.
+
+    Ctrl-C simply ends the process until a handler is installed. The threads of libgomp spin for some milliseconds
+    before they sleep, which is fastest on a processor of their own; beside other programs they take the time that the
+    threads they wait for need, so they are told to sleep at once (measured in docs/speed.md). Variables that the user
+    has set stay. A process that goes on after the script, as a notebook's, is left alone.
+    """
+    goes_on = hasattr(sys, "ps1") or sys.flags.interactive or threading.current_thread() is not threading.main_thread()
+    if goes_on or "torch" in sys.modules:
+        return
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys() and others_want_the_processors():
+        os.environ["GOMP_SPINCOUNT"] = "0"
+
+
+def others_want_the_processors() -> bool:
+    """Return True if other programs leave fewer processors idle than this one may use (Linux only, else False)."""
+    try:
+        usable, running = len(os.sched_getaffinity(0)), []
+        for _ in range(LOOKS):
+            running.append(int(Path("/proc/loadavg").read_text().split()[3].split("/")[0]) - 1)  # without this one
+            time.sleep(PAUSE_S)
+    except (OSError, AttributeError, ValueError, IndexError):
+        return False
+    return (os.cpu_count() or usable) - sorted(running)[LOOKS // 2] < usable
 
 
 def train() -> int:
-    """`train.py`; returns the exit code."""
-    return _main("cvae_commands.train")
+    """Run `cvae-train`, which is `train.py`; returns the exit code."""
+    return _run("cvae_commands.train")
 
 
 def evaluate() -> int:
-    """`eval.py`; returns the exit code."""
-    return _main("cvae_commands.eval")
+    """Run `cvae-eval`, which is `eval.py`; returns the exit code."""
+    return _run("cvae_commands.eval")
 
 
 def complete() -> int:
-    """`python -m cvae.report.complete`; returns the exit code."""
-    return _main("cvae.report.complete")
+    """Run `cvae-complete`, which is `python -m cvae.report.complete`; returns the exit code."""
+    return _run("cvae.report.complete")
 
 
 def page() -> int:
-    """`python -m cvae.report.page`; returns the exit code."""
-    return _main("cvae.report.page")
+    """Run `cvae-page`, which is `python -m cvae.report.page`; returns the exit code."""
+    return _run("cvae.report.page")
 
 
-def _main(module: str) -> int:
+def _run(module: str) -> int:
     before_torch()
     code: int = import_module(module).main()
     return code
+
+
+# A script from its start to its exit code
+
+
+def called(script: str) -> str:
+    """Return how the user calls a script: `python train.py`, or `cvae-train` if it was called in that way."""
+    return f"cvae-{Path(script).stem}" if Path(sys.argv[0]).stem.startswith("cvae-") else f"python {script}"
+
+
+def program(script: str) -> str:
+    """Return the name by which a script speaks of itself: `train.py` or `cvae-train`."""
+    return called(script).removeprefix("python ")
+
+
+def command(script: str) -> Callable[[Callable[Arguments, int]], Callable[Arguments, int]]:
+    """Decorate the `main` of a script: its output can be shown anywhere, expected failures end in one line.
+
+    Args:
+        script: the name of the script, as `train.py`.
+
+    Returns:
+        A decorator; the decorated function returns the exit code of a `CvaeError` instead of raising it.
+    """
+
+    def decorate(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
+        @wraps(main)
+        def safe_main(*args: Arguments.args, **kwargs: Arguments.kwargs) -> int:
+            with safe_output():
+                try:
+                    with telling_of_memory():
+                        return main(*args, **kwargs)
+                except CvaeError as error:
+                    if not error.is_told_elsewhere:
+                        complain(f"{program(script)}: {error}")
+                    return error.exit_code
+
+        return safe_main
+
+    return decorate
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Raise Interrupted at Ctrl-C within the block, if `before_torch` lets it end the process without a word."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) != signal.SIG_DFL:
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise Interrupted("interrupted", number)
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+# Output
+
+
+def _written_in_ascii(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    characters = error.object[error.start : error.end]
+    return "".join(ASCII.get(c) or c.encode("ascii", "backslashreplace").decode() for c in characters), error.end
+
+
+codecs.register_error("cvae.ascii", _written_in_ascii)
+
+
+@contextmanager
+def safe_output() -> Iterator[None]:
+    """Make everything printed within the block encodable, and give closed streams (None) a place to go."""
+    with ExitStack() as stack:
+        nowhere = stack.enter_context(open(os.devnull, "w"))
+        stack.enter_context(redirect_stdout(sys.stdout or nowhere))
+        stack.enter_context(redirect_stderr(sys.stderr or nowhere))
+        streams = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, TextIOWrapper)]
+        for stream in streams:
+            stream.reconfigure(errors="cvae.ascii")
+        try:
+            yield
+        finally:
+            for stream in streams:
+                try:
+                    stream.flush()
+                except OSError:
+                    _lead_nowhere(stream)
+
+
+def say(text: str, end: str = "\n") -> None:
+    """Print on standard output at once, or nothing if its reader has gone. Raises DiskError if it cannot be written."""
+    try:
+        print(text, end=end, flush=True)
+    except OSError as error:
+        _lead_nowhere(sys.stdout)
+        if not isinstance(error, BrokenPipeError):
+            raise DiskError(f"standard output: cannot be written ({error.strerror or error})") from None
+
+
+def complain(line: str) -> None:
+    """Print a line on standard error at once, if it can be written."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:
+        _lead_nowhere(sys.stderr)
+
+
+def _lead_nowhere(stream: TextIO) -> None:
+    """Drop what is still to be written to a stream, or it fails once more when Python ends."""
+    with suppress(OSError, ValueError):  # a notebook's stream has no descriptor
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+class Bar(tqdm):  # type: ignore[misc]
+    """A progress bar with rate and time left on a terminal, a line a minute elsewhere; `update` counts.
+
+    It appears after two seconds, and is wiped away at the end of its `with` block.
+
+    Args:
+        what: its title.
+        total: how many of the unit there are.
+        unit: as `img`.
+        show: False shows nothing.
+    """
+
+    monitor_interval = 0  # no thread of its own
+
+    def __init__(self, what: str, total: int, unit: str, show: bool = True):
+        on_terminal = sys.stderr.isatty()
+        line = "{desc}: {n_fmt} of {total_fmt} {unit}, {rate_fmt}, {remaining} left{postfix}"
+        super().__init__(
+            desc=what, total=total, unit=unit, unit_scale=True, miniters=1, leave=False, disable=not show,
+            delay=BAR_AFTER_S if on_terminal else LINE_EVERY_S, mininterval=0.1 if on_terminal else LINE_EVERY_S,
+            bar_format=None if on_terminal else line, file=sys.stderr if on_terminal else StringIO(),
+        )  # fmt: skip
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        """Show the state, called by tqdm when it is time; returns True if there is something to be wiped away."""
+        if self.bar_format is None:
+            return bool(super().display(msg, pos))
+        if msg is None:
+            complain(str(self))
+        return False

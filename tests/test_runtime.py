@@ -17,9 +17,9 @@ import pytest
 import torch
 from support.inprocess import TINY, Ended, call_eval, call_train, make_tiny_data
 
-from cvae import memory, runtime, startup
+from cvae import console, context
+from cvae.console import complain, say
 from cvae.errors import DiskError
-from cvae.terminal import complain, say
 
 CPU = torch.device("cpu")
 TINIEST = math.ulp(0.0)  # the smallest number above 0
@@ -93,7 +93,7 @@ def test_all_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_while_prepared_and_after() -> None:
     """Also by threads that PyTorch makes meanwhile."""
     assert not denormals_flushed()
-    with runtime.prepare(CPU):
+    with context.prepare(CPU):
         bits = torch.ones(1 << 20, dtype=torch.int32)
         assert not (bits.view(torch.float32) * 1).view(torch.int32).any()
         assert torch.backends.cudnn.conv.fp32_precision == "ieee"
@@ -105,7 +105,7 @@ def test_while_prepared_and_after() -> None:
 def test_denormals_stay_as_the_user_has_them(flushed: bool) -> None:
     try:
         torch.set_flush_denormal(flushed)
-        runtime.prepare(CPU).close()
+        context.prepare(CPU).close()
         assert (TINIEST * 1.0 == 0) is flushed
     finally:
         torch.set_flush_denormal(False)
@@ -132,24 +132,12 @@ def test_in_another_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_second_interrupt_does_what_it_did_before() -> None:
     """The first one is remembered."""
-    with runtime.Interruption() as interruption:
+    with context.Interruption() as interruption:
         signal.raise_signal(signal.SIGINT)
         assert interruption.signal_number == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_handler_that_could_not_be_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As that of a program in C in which Python is embedded, of which Python knows nothing: it stays."""
-    monkeypatch.setattr(signal, "getsignal", {signal.SIGINT: odd_handler, signal.SIGTERM: None}.get)
-    before = [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)]
-    try:
-        with runtime.Interruption():
-            assert signal.signal(signal.SIGTERM, signal.SIG_DFL) is signal.SIG_DFL
-    finally:
-        for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
-            signal.signal(number, handler)
 
 
 @pytest.mark.usefixtures("odd_surroundings")
@@ -160,9 +148,9 @@ def test_all_is_put_back_where_the_preparation_fails(monkeypatch: pytest.MonkeyP
         if keep:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(runtime, "keep_freed_memory", fail)
+    monkeypatch.setattr(context, "keep_freed_memory", fail)
     with pytest.raises(KeyboardInterrupt):
-        runtime.prepare(CPU)
+        context.prepare(CPU)
     assert surroundings() == before
 
 
@@ -190,70 +178,6 @@ def test_without_what_only_linux_has(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr(ctypes, "CDLL", refuse)
     monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setattr(Path, "read_text", lambda *_, **__: (tmp_path / "none").open())
-    assert not startup.others_want_the_processors()
-    assert memory.available_memory() is None
-    assert runtime.free_memory(CPU) is None
-    with runtime.prepare(CPU):
+    assert not console.others_want_the_processors()
+    with context.prepare(CPU):
         pass
-
-
-MEMINFO = "MemTotal: 9000 kB\nMemFree: 10 kB\nMemAvailable:    8000 kB\n"
-
-
-def machine(root: Path, files: dict[str, str]) -> Path:
-    """The files by which Linux tells of memory, below another root."""
-    for name, text in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text)
-    return root
-
-
-def group(folder: str, limit: str, used: int, cached: int) -> dict[str, str]:
-    """The files of a control group of version 2."""
-    stat = f"anon 5\nfile {cached + 1}\ninactive_file {cached}\n"
-    return {f"{folder}/memory.max": limit, f"{folder}/memory.current": f"{used}\n", f"{folder}/memory.stat": stat}
-
-
-@pytest.mark.parametrize(
-    ("files", "expected"),
-    [
-        ({}, None),
-        ({"proc/meminfo": "nonsense"}, None),
-        ({"proc/meminfo": MEMINFO}, 8000 << 10),
-        # a container: its own group is all that it sees
-        ({"proc/self/cgroup": "0::/\n", **group("sys/fs/cgroup", "5000\n", 3000, 100)}, 2100),
-        ({"proc/self/cgroup": "0::/outside/name\n", **group("sys/fs/cgroup", "5000\n", 3000, 100)}, 2100),
-        # a job below a job, of which the outer one has less left
-        (
-            {
-                "proc/self/cgroup": "0::/jobs/one\n",
-                **group("sys/fs/cgroup/jobs/one", "4000\n", 100, 0),
-                **group("sys/fs/cgroup/jobs", "5000\n", 4900, 50),
-            },
-            150,
-        ),
-        ({"proc/self/cgroup": "0::/a\n", **group("sys/fs/cgroup/a", "max\n", 100, 0)}, None),
-        ({"proc/self/cgroup": "0::/a\n", **group("sys/fs/cgroup/a", "100\n", 300, 0)}, 0),
-        (
-            {
-                "proc/self/cgroup": "5:cpu,cpuacct:/\n4:memory:/box\n0::/\n",
-                "sys/fs/cgroup/memory/box/memory.limit_in_bytes": "7000\n",
-                "sys/fs/cgroup/memory/box/memory.usage_in_bytes": "6000\n",
-                "sys/fs/cgroup/memory/box/memory.stat": "inactive_file 1\ntotal_inactive_file 20\n",
-                "proc/meminfo": MEMINFO,
-            },
-            1020,
-        ),
-    ],
-)
-def test_available_memory(tmp_path: Path, files: dict[str, str], expected: int | None) -> None:
-    assert memory.available_memory(machine(tmp_path, files)) == expected
-
-
-def test_free_memory_is_shared() -> None:
-    """By the processes of one machine, and there is no more of it than the machine has."""
-    one, two = runtime.free_memory(CPU), runtime.free_memory(CPU, 2)
-    if one is None or two is None:
-        pytest.skip("nothing tells how much there is")
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    assert 0 < two < one <= total

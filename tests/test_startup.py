@@ -9,12 +9,12 @@ from contextlib import contextmanager
 import pytest
 from support.scripts import ROOT
 
-from cvae import startup
+from cvae import console
 
 SHOW = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
-from cvae.startup import before_torch
+from cvae.console import before_torch
 before_torch()
 print(os.environ.get("GOMP_SPINCOUNT"), "torch" in sys.modules)
 """
@@ -57,13 +57,13 @@ def test_what_is_left_idle_counts(
     monkeypatch: pytest.MonkeyPatch, running: int, cores: int, usable: int, others: bool
 ) -> None:
     """running: all programs, this one among them; usable: the processors that this one may use."""
-    monkeypatch.setattr(startup.Path, "read_text", lambda self: f"0.10 0.20 0.30 {running}/99 1234")
+    monkeypatch.setattr(console.Path, "read_text", lambda self: f"0.10 0.20 0.30 {running}/99 1234")
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(usable)), raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
-    assert startup.others_want_the_processors() is others
+    assert console.others_want_the_processors() is others
 
 
 @pytest.mark.parametrize("text", ["", "nonsense", "0.1 0.2 0.3 x/y 4"])
 def test_where_nothing_tells_it_is_alone(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    monkeypatch.setattr(startup.Path, "read_text", lambda self: text)
-    assert not startup.others_want_the_processors()
+    monkeypatch.setattr(console.Path, "read_text", lambda self: text)
+    assert not console.others_want_the_processors()

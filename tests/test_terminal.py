@@ -10,9 +10,9 @@ from support.scripts import PATIENCE, ROOT
 
 WORK = """
 import time
-from cvae import terminal
-terminal.BAR_AFTER_S, terminal.LINE_EVERY_S = SECONDS
-with terminal.Bar("pictures", 4000, "img", SHOWN) as bar:
+from cvae import console
+console.BAR_AFTER_S, console.LINE_EVERY_S = SECONDS
+with console.Bar("pictures", 4000, "img", SHOWN) as bar:
     for i in range(40):
         time.sleep(0.02)
         bar.update(100)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample, interpolate
 
-from cvae import runtime
+from cvae import context
 
 DEGREES, STRETCH, SHEAR = 8.0, 0.07, 0.11  # at most, in either direction
 PUSH, KNOTS = 0.4 / 28, 5  # the standard deviation of what is pushed where, of the image's side; the points a side
@@ -17,11 +17,11 @@ def bent(images: Tensor, share: float, *key: object) -> Tensor:
     """Some of the images turned, stretched in height and in width, sheared and bent, at random; the others as they are.
 
     images: uint8 `[N, height, width]`, 0 to 255. share: the probability of each to be bent. key: of the random seed, as
-    in `runtime.derive_seed`. Angle, stretches and shear are uniform between plus and minus the largest one. Bending
+    in `context.derive_seed`. Angle, stretches and shear are uniform between plus and minus the largest one. Bending
     pushes KNOTS×KNOTS points of an image by normal random amounts across and down, and what is between them smoothly.
     What comes from outside of an image is black. Source of the bending: Simard et al. 2003.
     """
-    random = runtime.generator(images.device, *key, "bent")
+    random = context.generator(images.device, *key, "bent")
 
     def uniform(most: float) -> Tensor:
         return (2 * torch.rand(len(images), generator=random, device=images.device) - 1) * most

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from cvae import runtime
+from cvae import context
 from cvae.data.parts import Part, Source
 from cvae.errors import DataError
 from cvae.settings import Settings
@@ -17,7 +17,7 @@ def divided(source: Source) -> tuple[Rows, list[str]]:
     notes = list(source.notes)
     if "all" in rows:
         part, _ = rows.pop("all")
-        train, test = _held_out(source, runtime.permutation(part.count, "test images"))
+        train, test = _held_out(source, context.permutation(part.count, "test images"))
         rows |= {"train": (part, train), "test": (part, test)}
         notes.append("a sixth drawn for the test, the same for every seed")
     return rows, notes
@@ -27,7 +27,7 @@ def hold_out_validation(source: Source, rows: Rows, notes: list[str], s: Setting
     """Permute the training images, and take those for validation from them if the source has none of its own."""
     part, train = rows["train"]
     if source.place:  # MNIST has no place, and stays in order
-        train = train[runtime.permutation(len(train), s.seed, "validation images")]
+        train = train[context.permutation(len(train), s.seed, "validation images")]
     if "validation" not in rows:
         train, held_out = _held_out(source, train)
         rows["validation"] = part, held_out

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cvae import runtime
+from cvae import context
 from cvae.data.bending import bent
 from cvae.data.masks import Split, described
 from cvae.settings import Settings
@@ -103,13 +103,13 @@ def _rows(table: Tensor, rows: Tensor | slice) -> Tensor:
 def binarized(images: Tensor, *key: object) -> Tensor:
     """Images of black or white pixels, 0 or 255, each white with the probability grey / 255: black and white ones stay.
 
-    images: uint8, of any shape. key: of the random seed, as in `runtime.derive_seed`. A draw on the CPU is the same on
+    images: uint8, of any shape. key: of the random seed, as in `context.derive_seed`. A draw on the CPU is the same on
     every machine. Raises ValueError for another type.
     Source: Salakhutdinov and Murray 2008, who draw the pixels of MNIST so.
     """
     if images.dtype != torch.uint8:
         raise ValueError(f"grey levels are uint8, 0 to 255, not {described(images)}")
-    random = runtime.generator(images.device, *key)
+    random = context.generator(images.device, *key)
     thresholds = torch.randint(255, images.shape, generator=random, dtype=torch.uint8, device=images.device)
     return (thresholds < images).view(torch.uint8).mul_(255)
 

@@ -14,9 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cvae import runtime
+from cvae.console import Bar
 from cvae.errors import CvaeError, DataError, first_line
-from cvae.terminal import Bar
 
 Array = npt.NDArray[Any]
 
@@ -61,8 +60,7 @@ class Reading(NamedTuple):
     @classmethod
     def on(cls, device: torch.device, sharing: int = 1, **more: Any) -> "Reading":
         """For a device, and one of so many processes that share this machine."""
-        memory = runtime.free_memory(torch.device("cpu"), sharing)
-        return cls(memory, runtime.free_memory(device, sharing) if device.type == "cuda" else None, **more)
+        return cls(**more)
 
 
 @dataclass(frozen=True, eq=False)

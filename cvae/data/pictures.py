@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from cvae.console import Bar
 from cvae.data.parts import (
     GREY,
     SIXTEEN_BIT,
@@ -30,7 +31,6 @@ from cvae.data.parts import (
 )
 from cvae.errors import DataError
 from cvae.settings import Settings
-from cvae.terminal import Bar
 
 FORMATS = ("PNG", "JPEG", "BMP", "DIB", "GIF", "TIFF", "WEBP", "PPM")
 LEFT_OUT = ("__MACOSX",)  # folders that are never looked into, beside those whose names begin with a dot

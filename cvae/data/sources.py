@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cvae.console import say
 from cvae.data.arrays import find_arrays
 from cvae.data.division import Rows, divided, hold_out_validation
 from cvae.data.identity import difference, record
@@ -24,7 +25,6 @@ from cvae.data.pictures import find_pictures
 from cvae.data.room import needed, shortage
 from cvae.errors import DataError, printable
 from cvae.settings import LARGEST_SIDE, Settings
-from cvae.terminal import say
 
 __all__ = [
     "READERS",

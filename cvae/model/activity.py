@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from cvae import runtime
+from cvae import context
 from cvae.data.images import ImageSet
 from cvae.model.cvae import CVAE
 from cvae.model.densities import widen
@@ -27,8 +27,8 @@ def active_units(model: CVAE, images: ImageSet, seed: int, precision: str = "fp3
     portions = []
     for start in range(0, count, IMAGES_AT_ONCE):
         batch = images.batch(slice(start, min(start + IMAGES_AT_ONCE, count)))
-        eps = noise(SAMPLES, len(batch.x), model, runtime.generator(device, seed, "activity", start))
-        with runtime.autocast(precision, device):
+        eps = noise(SAMPLES, len(batch.x), model, context.generator(device, seed, "activity", start))
+        with context.autocast(precision, device):
             locs = [q.loc for _, _, q, _ in model.from_posterior(*batch, eps[:1]).latents]
             if any(loc.dim() > 2 for loc in locs):  # there are levels that depend on what was drawn above
                 locs = [q.loc for _, _, q, _ in model.from_posterior(*batch, eps).latents]

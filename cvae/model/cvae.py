@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cvae import runtime
+from cvae import context
 from cvae.data.given import Picture, as_images, as_pixels
 from cvae.data.masks import Split, described
 from cvae.model.densities import Gaussian, bernoulli_log_prob, gaussian_kl, gaussian_log_prob
@@ -184,7 +184,7 @@ class CVAE(nn.Module):
                 raise ValueError(f"the generator has to be on {device}, as the model is, not on {seed.device}")
             return seed
         number = int(torch.randint(1 << 62, ())) if seed is None else operator.index(seed)
-        return runtime.generator(device, number, "pictures")
+        return context.generator(device, number, "pictures")
 
 
 def _positive(samples: int) -> int:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cvae import runtime
+from cvae import context
 from cvae.data.images import Batch, ImageSet
 from cvae.model.cvae import CVAE
 from cvae.model.densities import bernoulli_entropy, bernoulli_log_prob
@@ -91,7 +91,7 @@ def _evaluated(
     own = starts[share(len(starts))]
     for start in own or starts[:1]:
         batch = images.batch(slice(start, start + IMAGES_AT_ONCE))
-        random = runtime.generator(images.vectors.device, seed, "evaluation", start)
+        random = context.generator(images.vectors.device, seed, "evaluation", start)
         found = _evaluate(model, batch, samples, random)
         yield found if own else Likelihoods(*(values[..., :0] for values in found))
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cvae import runtime
+from cvae import context
 from cvae.data.masks import Split
 from cvae.model.cvae import CVAE, Draw, Latent
 from cvae.model.deep import Deep
@@ -109,5 +109,5 @@ def build(split: Split, s: Settings) -> CVAE:
     """
     builder = s.chosen("network", NETWORKS)
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(runtime.derive_seed(s.seed, "weights"))
+        torch.default_generator.manual_seed(context.derive_seed(s.seed, "weights"))
         return builder(split, s)

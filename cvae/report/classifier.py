@@ -10,7 +10,7 @@ images with labels: MNIST, or IDX files. Exit codes: 0 done, 2 usage, 3 a run or
 """
 
 if __name__ == "__main__":
-    from cvae.startup import before_torch
+    from cvae.console import before_torch
 
     before_torch()
 
@@ -27,7 +27,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import OneCycleLR
 
-from cvae import runtime
+from cvae import context
+from cvae.console import Bar, command, say
 from cvae.data.bending import bent
 from cvae.data.images import binarized
 from cvae.data.masks import quadrants
@@ -40,7 +41,6 @@ from cvae.report.judges import masks, packaged, training, write
 from cvae.run.folder import find_run, read_record, read_settings, read_split
 from cvae.run.plan import absolute, user_path
 from cvae.settings import Settings
-from cvae.terminal import Bar, command, say
 
 EPOCHS, BATCH, RATE, DECAY, BEND = 16, 200, 6e-3, 0.05, 0.8  # chosen on the validation images of MNIST
 
@@ -66,7 +66,7 @@ def fit(data: Labelled, observed: Tensor, device: torch.device) -> Classifier:
     observed: bool `[height, width]`, True = seen. All randomness is of one seed, whatever that of the run.
     """
     pixels, classes = data.images.train.to(device), data.train.to(device)
-    runtime.seed_dropout("classifier")  # and the first weights
+    context.seed_dropout("classifier")  # and the first weights
     classifier = Classifier(observed, int(max(data.train.max(), data.validation.max())) + 1).to(device)
     optimizer = torch.optim.AdamW(classifier.parameters(), RATE, weight_decay=DECAY)
     size = min(BATCH, len(pixels))
@@ -74,7 +74,7 @@ def fit(data: Labelled, observed: Tensor, device: torch.device) -> Classifier:
     schedule = OneCycleLR(optimizer, RATE, total_steps=steps * EPOCHS)
     with Bar("classifier", steps * EPOCHS * size, "img") as bar:
         for epoch in range(EPOCHS):
-            order = runtime.permutation(len(pixels), "classifier", epoch).to(device)
+            order = context.permutation(len(pixels), "classifier", epoch).to(device)
             for step, rows in enumerate(order[: steps * size].split(size)):
                 key = ("classifier", epoch, step)
                 images = bent(pixels[rows], BEND, *key)
@@ -151,8 +151,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         Settings(**moved)
     except ValueError as error:
         parser.error(str(error))
-    device = runtime.resolve_device(options.device)
-    with runtime.prepare(device):
+    device = context.resolve_device(options.device)
+    with context.prepare(device):
         for run in options.runs:
             make_for(find_run(run, Path("runs")), moved, device)
         if options.to is not None:

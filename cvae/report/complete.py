@@ -16,7 +16,7 @@ such run, or a picture left out, 5 disk.
 """
 
 if __name__ == "__main__":
-    from cvae.startup import before_torch
+    from cvae.console import before_torch
 
     before_torch()
 
@@ -33,7 +33,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cvae import runtime
+from cvae import context
+from cvae.console import command, complain, program, say
 from cvae.data.digits import as_digit
 from cvae.data.masks import Split
 from cvae.data.pictures import pictures_below, read_picture
@@ -41,7 +42,6 @@ from cvae.errors import DataError, UsageError
 from cvae.report import figures
 from cvae.run.load import load
 from cvae.run.plan import user_path
-from cvae.terminal import command, complain, program, say
 
 MOST_SAMPLES = 1000
 IN_A_ROW = 10  # samples of a grid
@@ -178,9 +178,9 @@ def in_blocks(images: Tensor, columns: int) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = parse(argv)
-    device = runtime.resolve_device(options.device)
+    device = context.resolve_device(options.device)
     problems = 0
-    with runtime.prepare(device):
+    with context.prepare(device):
         model = load(options.run, device)
         for job in plan(options):
             try:

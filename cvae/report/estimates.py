@@ -4,14 +4,14 @@ from typing import NamedTuple
 
 import torch
 
-from cvae import runtime
+from cvae import context
+from cvae.console import Bar
+from cvae.context import Processes
 from cvae.data.images import ImageSet
-from cvae.distributed import Processes
 from cvae.model.activity import active_units
 from cvae.model.likelihood import Likelihoods, evaluate, joined
 from cvae.report.results import Result
 from cvae.report.selection import Subject
-from cvae.terminal import Bar
 
 
 class Sampling(NamedTuple):
@@ -29,7 +29,7 @@ def resolve_precision(name: str, device: torch.device) -> str:
     """
     if name != "auto":
         return name
-    return runtime.resolve_precision("auto", device) if device.type == "cpu" else "fp32"
+    return context.resolve_precision("auto", device) if device.type == "cpu" else "fp32"
 
 
 def result_of(name: str, subject: Subject, how: Sampling, processes: Processes) -> Result:
@@ -38,7 +38,7 @@ def result_of(name: str, subject: Subject, how: Sampling, processes: Processes) 
     images = ImageSet(subject.test.images, model.split, device)
     portions = []
     with (
-        runtime.autocast(how.precision, device),
+        context.autocast(how.precision, device),
         Bar(name, len(images) // processes.count, "img", processes.is_main) as bar,
     ):
         for portion in evaluate(model, images, how.samples, how.seed, processes.share):

@@ -11,7 +11,7 @@ be read, or a file would not do what the model does; 5 disk.
 """
 
 if __name__ == "__main__":
-    from cvae.startup import before_torch
+    from cvae.console import before_torch
 
     before_torch()
 
@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 
 from cvae import __version__
+from cvae.console import command, say
 from cvae.data.mask_pictures import mask_png
 from cvae.data.masks import is_picture, mask_name
 from cvae.errors import DiskError, UsageError
@@ -33,7 +34,6 @@ from cvae.run.folder import CONFIG, OBSERVED, WEIGHTS, quoted, write_json
 from cvae.run.load import load_trained
 from cvae.run.plan import user_path
 from cvae.run.weights_file import Trained, passed_on
-from cvae.terminal import command, say
 
 HUB_FOLDER = "hub-folder"
 HALVES = ".safetensors"  # the format that has weights in half precision

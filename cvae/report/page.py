@@ -10,7 +10,7 @@ it shows. Exit codes: 2 usage, a port that is taken, or gradio is missing; 3 no 
 """
 
 if __name__ == "__main__":
-    from cvae.startup import before_torch
+    from cvae.console import before_torch
 
     before_torch()
 
@@ -32,7 +32,8 @@ from typing import Any
 
 import torch
 
-from cvae import runtime
+from cvae import context
+from cvae.console import Bar, called, command, complain, interruptible, program, say
 from cvae.data.masks import mask_name
 from cvae.data.sources import TestImages, difference, load_test
 from cvae.errors import DataError, Interrupted, UsageError, first_line
@@ -42,8 +43,6 @@ from cvae.run.folder import COME_WITH, REFERENCE
 from cvae.run.load import is_passed_on, load_trained
 from cvae.run.plan import user_path
 from cvae.settings import Settings
-from cvae.startup import interruptible
-from cvae.terminal import Bar, called, command, complain, program, say
 
 HOST, PORT, PORTS = "127.0.0.1", 7860, 100  # the first port, and how many are tried
 PLACES = {1: "bottom left", 2: "left half", 3: "all but bottom right"}
@@ -177,9 +176,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     if find_spec("gradio") is None:
         raise UsageError(NEEDED)
-    device = runtime.resolve_device(options.device)
+    device = context.resolve_device(options.device)
     try:
-        with interruptible(), runtime.prepare(device), listen(options.port) as connection:
+        with interruptible(), context.prepare(device), listen(options.port) as connection:
             with leaving_nothing():
                 models = read(options.named, options.runs, device)
                 say(f"starting the page of {', '.join(models)}, which takes some seconds")

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from cvae import runtime
+from cvae import context
+from cvae.console import Bar
+from cvae.context import Processes
 from cvae.data.images import Batch, ImageSet
 from cvae.data.sources import load_labels
-from cvae.distributed import Processes
 from cvae.errors import DataError
 from cvae.model import realism
 from cvae.model.classifier import FEATURES
@@ -23,7 +24,6 @@ from cvae.model.cvae import CVAE
 from cvae.model.likelihood import IMAGES_AT_ONCE, Estimate, estimate, noise
 from cvae.report.judges import Judges, open_judges
 from cvae.report.selection import Subject
-from cvae.terminal import Bar
 
 COMPLETIONS = 50  # of each image, S
 
@@ -117,7 +117,7 @@ def _portions(case: Case, images: ImageSet, seed: int, share: Callable[[int], sl
     for start in starts[share(len(starts))]:
         rows = slice(start, start + IMAGES_AT_ONCE)
         batch, classes = images.batch(rows), case.classes[rows].to(device)
-        random = runtime.generator(device, seed, "realism", start)
+        random = context.generator(device, seed, "realism", start)
         eps = noise(COMPLETIONS, len(batch.x), case.model, random)
         values, features = [], []
         for completed in completions(case.model, batch, eps, random).values():

@@ -7,7 +7,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from cvae import runtime
+from cvae import context
 from cvae.data.images import ImageSet
 from cvae.model import realism
 from cvae.model.likelihood import noise
@@ -46,7 +46,7 @@ def draw(case: Case, judged: Judged, seed: int) -> Image.Image:
     numbers, device = chosen(ambiguity), next(case.model.parameters()).device
     images, split = case.images[numbers], case.model.split
     x, y, _ = ImageSet(images, split, device).batch(slice(None))
-    random = [runtime.generator(device, seed, "realism figure", number) for number in numbers]
+    random = [context.generator(device, seed, "realism figure", number) for number in numbers]
     means = case.model.completions(x, torch.cat([noise(COMPLETIONS, 1, case.model, each) for each in random], dim=1))
     columns = completion_rows(images, split, case.model.baseline_net(x).sigmoid(), means[:SHOWN])
     charts = {

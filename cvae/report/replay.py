@@ -11,7 +11,7 @@ codes: 0 done, 2 usage, 3 a run or a part of its log is missing or damaged, 5 di
 """
 
 if __name__ == "__main__":
-    from cvae.startup import before_torch
+    from cvae.console import before_torch
 
     before_torch()
 
@@ -25,6 +25,7 @@ from warnings import catch_warnings, simplefilter
 
 from PIL import Image
 
+from cvae.console import command, complain, program, say
 from cvae.errors import DataError
 from cvae.report.curves import Canvas, Phases, Record, best_epoch, draw_curves, terms
 from cvae.report.figures import FONT_SIZE, NOT_GIVEN, PAPER, write_picture
@@ -33,7 +34,6 @@ from cvae.run.checkpoint import write_atomically
 from cvae.run.folder import COMPLETIONS, CURVES, LEARNING, METRICS, read_metrics
 from cvae.run.log import read_pictures
 from cvae.run.plan import user_path
-from cvae.terminal import command, complain, program, say
 
 RUNS = Path("runs")
 WIDTH = 560  # at least, screen pixels: the longest line fits

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from cvae.console import called
 from cvae.data.sources import TestImages, difference
 from cvae.errors import DataError, UsageError
 from cvae.model.cvae import CVAE
@@ -26,7 +27,6 @@ from cvae.run.folder import (
 )
 from cvae.run.load import load
 from cvae.settings import Settings
-from cvae.terminal import called
 
 OF_THE_IMAGES = ("data", "data_root", "size", "transpose", "targets")  # settings that say which the test images are
 

@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 
+from cvae.context import Interruption, Processes
 from cvae.data.names import MNIST
 from cvae.data.parts import Reading
 from cvae.data.sources import TrainImages, difference, load_train
-from cvae.distributed import Processes
 from cvae.errors import DataError, Interrupted
 from cvae.run.folder import CONFIG, read_record, read_settings
 from cvae.run.state import advice
-from cvae.runtime import Interruption
 from cvae.settings import Settings
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from cvae.console import called
 from cvae.data.masks import Split
 from cvae.errors import DataError, first_line
 from cvae.model.cvae import CVAE
@@ -15,7 +16,6 @@ from cvae.run import checkpoint
 from cvae.run.checkpoint import kinds
 from cvae.run.folder import BEST, LAST, WEIGHTS, find_run, quoted, read_record, read_settings, read_split
 from cvae.run.weights_file import Trained, assembled, read_trained, read_weights
-from cvae.terminal import called
 
 SUFFIX = Path(WEIGHTS).suffix
 

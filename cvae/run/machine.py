@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from cvae import runtime
+from cvae import context
 
 
 def describe_machine(device: torch.device, precision: str, processes: int, words: Sequence[str]) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def _is_native(precision: str, device_type: str) -> bool:
     """Whether this machine computes products in a precision, and does not emulate it."""
     if precision == "fp32" or (precision, device_type) == ("fp16", "cuda"):
         return True
-    return runtime.resolve_precision("auto", torch.device(device_type)) == precision
+    return context.resolve_precision("auto", torch.device(device_type)) == precision
 
 
 def processor() -> str:

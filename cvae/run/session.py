@@ -11,10 +11,11 @@ import torch
 from filelock import BaseFileLock
 from torch import Tensor, nn
 
+from cvae.console import Bar, called, complain, program, say
+from cvae.context import Interruption, Processes
 from cvae.data.mask_pictures import mask_png
 from cvae.data.masks import Split, is_picture, make_split
 from cvae.data.sources import difference
-from cvae.distributed import Processes
 from cvae.errors import DataError, Interrupted, NonFiniteError, UsageError, first_line
 from cvae.model.cvae import CVAE
 from cvae.run import checkpoint
@@ -40,9 +41,7 @@ from cvae.run.lock import hold
 from cvae.run.log import RunLog
 from cvae.run.machine import describe_machine, differences
 from cvae.run.state import Progress, State, advice, fitting, look_at
-from cvae.runtime import Interruption
 from cvae.settings import Settings
-from cvae.terminal import Bar, called, complain, program, say
 
 
 @dataclass

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cvae.console import called
 from cvae.data.masks import is_picture
 from cvae.errors import DataError, taken_for_damage
 from cvae.run import checkpoint
@@ -29,7 +30,6 @@ from cvae.run.folder import (
 )
 from cvae.run.load import load
 from cvae.settings import flag
-from cvae.terminal import called
 
 
 @dataclass

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cvae import runtime
+from cvae import context
+from cvae.context import Processes
 from cvae.data.images import ImageSet
-from cvae.distributed import Processes
 from cvae.model.activity import active_units
 from cvae.model.objectives import Objective, Totals, by_level
 from cvae.settings import Settings
@@ -53,8 +53,8 @@ class Phase(NamedTuple):
         starts = range(0, len(images), VALIDATION_BATCH)
         for start in starts[processes.share(len(starts))] or [len(images)]:  # where there is none: an empty one
             batch = images.batch(slice(start, start + VALIDATION_BATCH))
-            eps = self.noise(len(batch.x), runtime.generator(device, seed, "validation", start))
-            with runtime.autocast(precision, device):
+            eps = self.noise(len(batch.x), context.generator(device, seed, "validation", start))
+            with context.autocast(precision, device):
                 totals.add(self.objective(model, batch, *eps))
             done(len(batch.x))
         processes.sum_on_host_(totals.sums)

@@ -10,7 +10,7 @@ from small import SIDE, SMALL, Convolutional, source
 
 import eval as evaluation
 import train
-from cvae import runtime
+from cvae import context
 from cvae.data.sources import TestImages, record
 from cvae.model.networks import NETWORKS
 
@@ -34,7 +34,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
     if request.param == "emulated":
         request.getfixturevalue("emulation")
     else:
-        runtime.prepare(CUDA)
+        context.prepare(CUDA)
         monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)  # sums in one order
     return CUDA
 

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from cvae import runtime
+from cvae import context
 from cvae.data.masks import Split
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -52,7 +52,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(FakeTensorMode, "__deepcopy__", lambda mode, memo: mode, raising=False)
     monkeypatch.setattr(Split, "__deepcopy__", lambda split, memo: split, raising=False)  # its tensors are real ones
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
-    monkeypatch.setattr(runtime, "generator", lambda device, *key: FakeGenerator(device))
+    monkeypatch.setattr(context, "generator", lambda device, *key: FakeGenerator(device))
     monkeypatch.setattr(Tensor, "backward", backward)
     monkeypatch.setattr(torch.autograd, "grad", grad)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
@@ -303,9 +303,9 @@ def emulated_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulation]:
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
-    generator, autocast = runtime.generator, runtime.autocast
-    monkeypatch.setattr(runtime, "generator", lambda device, *key: generator(CPU, *key))
-    monkeypatch.setattr(runtime, "autocast", lambda precision, device: autocast(precision, CPU))
+    generator, autocast = context.generator, context.autocast
+    monkeypatch.setattr(context, "generator", lambda device, *key: generator(CPU, *key))
+    monkeypatch.setattr(context, "autocast", lambda precision, device: autocast(precision, CPU))
     with _OnCPU():
         yield emulation
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from cvae import runtime
+from cvae import context
+from cvae.context import Processes
 from cvae.data.images import ImageSet
 from cvae.data.masks import Split, quadrants
 from cvae.data.sources import TrainImages, record
-from cvae.distributed import Processes
 from cvae.model.cvae import CVAE, Draw, Latent
 from cvae.model.densities import Gaussian, widen
 from cvae.model.likelihood import noise
@@ -143,7 +143,7 @@ def make_training(
             setattr(module, name, buffer.to(device))  # what is computed from the split's tensors, which are real ones
     pixels = (torch.arange(count * size * size).view(count, size, size).mul(7919) % 256).to(torch.uint8)
     images = ImageSet(pixels, split, device)
-    half = runtime.HALF.get(precision)
+    half = context.HALF.get(precision)
     if is_baseline:
         trained: nn.Module = model.baseline_net.requires_grad_(True)
     else:
@@ -155,7 +155,7 @@ def make_training(
         noise=lambda count, random: () if is_baseline else (noise(s.particles, count, model, random),),
         picture=lambda _: torch.empty(0),
     )  # fmt: skip
-    run = Run(Path("no folder"), s, device, precision, Processes(), runtime.Interruption())
+    run = Run(Path("no folder"), s, device, precision, Processes(), context.Interruption())
     step = Step(phase, run)
     step.weights.model.train()
     return Training(model, step, phase, step.optimizer)

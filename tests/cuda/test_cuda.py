@@ -32,14 +32,14 @@ from torch.utils._pytree import tree_leaves
 
 import eval as evaluation
 import train
-from cvae import runtime
+from cvae import context
+from cvae.context import GraphedStep
 from cvae.data.images import Batch, ImageSet
 from cvae.model import likelihood
 from cvae.model.likelihood import evaluate
 from cvae.model.objectives import maximised
 from cvae.run import checkpoint
 from cvae.run.load import load
-from cvae.runtime import GraphedStep
 from cvae.settings import Settings
 
 ALL = pytest.mark.parametrize(("network", "objective"), KINDS, ids=map("-".join, KINDS))
@@ -98,7 +98,7 @@ def test_graph_after_a_restart_goes_on_as_before(device, network, precision):
 @on_gpu
 def test_step_never_waits_for_the_device(network, objective, precision):
     """PyTorch raises at any copy to the host and any other wait."""
-    runtime.prepare(CUDA)
+    context.prepare(CUDA)
     training = make_training(CUDA, network, objective, precision)
     inputs = [training.inputs(number) for number in range(3)]
     training.step(*inputs[0])  # what is made once, is made here
@@ -143,7 +143,7 @@ def test_gradient_is_that_of_the_cpu_in_float64(device, network, objective):
 @pytest.mark.parametrize("operation", ["product", "convolution"])
 def test_fp32_is_without_tf32(operation):
     """Against float64: off by float32's rounding, 2⁻²⁴, times what sums add, and not by TF32's 2⁻¹¹."""
-    runtime.prepare(CUDA)
+    context.prepare(CUDA)
     torch.manual_seed(0)
     if operation == "product":
         left, right, compute = torch.randn(512, 512), torch.randn(512, 512), torch.matmul
@@ -160,7 +160,7 @@ def test_fp32_is_without_tf32(operation):
             torch.set_float32_matmul_precision("high")
             assert error() > 1e-4
         finally:
-            runtime.prepare(CUDA)
+            context.prepare(CUDA)
 
 
 @IN_PRECISION
@@ -255,7 +255,7 @@ def test_evaluation_is_that_of_the_cpu(device, run_training, monkeypatch):
     """With the same noise, per image to 1e-4 of it: the table does not depend on the device."""
     run = run_training("run", "--device", "cuda")
     draw = likelihood.noise
-    monkeypatch.setattr(runtime, "generator", runtime_generator_on_cpu)
+    monkeypatch.setattr(context, "generator", runtime_generator_on_cpu)
     found = []
     for where in (CPU, CUDA):
         monkeypatch.setattr(likelihood, "noise", lambda *arguments, where=where: draw(*arguments).to(where))
@@ -267,7 +267,7 @@ def test_evaluation_is_that_of_the_cpu(device, run_training, monkeypatch):
 
 
 def runtime_generator_on_cpu(device: torch.device, *key: object) -> torch.Generator:
-    return torch.Generator("cpu").manual_seed(runtime.derive_seed(*key))
+    return torch.Generator("cpu").manual_seed(context.derive_seed(*key))
 
 
 def test_table_and_figure(device, run_training, tmp_path, capsys):
@@ -310,7 +310,7 @@ def test_memory_is_flat_over_epochs(monkeypatch, tmp_path):
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_images_per_second(capsys, precision):
     """Printed, for `docs/cuda.md`, of the default sizes; nothing is asserted of it but that it is a number."""
-    runtime.prepare(CUDA)
+    context.prepare(CUDA)
     default = {each.name: each.default for each in fields(Settings)}
     sizes = {name: default[name] for name in ("hidden", "latent_dim", "particles", "batch_size")}
     for objective in ("log_likelihood", "elbo"):

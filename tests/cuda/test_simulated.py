@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 import train
-from cvae import runtime
-from cvae.distributed import Processes
+from cvae import context
+from cvae.context import GraphedStep, Processes
 from cvae.model.likelihood import Likelihoods, evaluate
 from cvae.report.figures import completion_rows
-from cvae.runtime import GraphedStep
 from cvae.training.weights import WeightAverage
 
 ALL = pytest.mark.parametrize(("network", "objective"), KINDS, ids=map("-".join, KINDS))
@@ -163,7 +162,7 @@ def test_tf32_is_off_whatever_it_was():
     try:
         torch.set_float32_matmul_precision("high")
         backends.cudnn.allow_tf32 = True
-        runtime.prepare(CPU)
+        context.prepare(CPU)
         assert torch.get_float32_matmul_precision() == "highest"
         assert not backends.cuda.matmul.allow_tf32
         assert not backends.cudnn.allow_tf32
@@ -352,7 +351,7 @@ def test_no_capture_by_hand(emulation: Emulation, run_training, monkeypatch, kin
         def __init__(self, *arguments: object):
             raise AssertionError("captured by hand")
 
-    monkeypatch.setattr(runtime, "GraphedStep", Refused)
+    monkeypatch.setattr(context, "GraphedStep", Refused)
     monkeypatch.setattr(torch, "compile", lambda function: function)
     if kind == "two processes":
         monkeypatch.setattr(train, "Processes", Two)

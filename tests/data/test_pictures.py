@@ -407,7 +407,7 @@ def test_pictures_are_read_once_for_all_runs(tmp_path: Path, read: list[str]) ->
 @pytest.mark.parametrize("quiet", [False, True])
 def test_bar_over_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quiet: bool) -> None:
     """Where it takes its time, as if a minute passed with each image; with --quiet nothing is said."""
-    monkeypatch.setattr("cvae.terminal.LINE_EVERY_S", 0)
+    monkeypatch.setattr("cvae.console.LINE_EVERY_S", 0)
     data = write_pictures(tmp_path / "images", random_images(60, 6, 5))
     words = [*TINY, "--epochs", "1"] + ["--quiet"] * quiet
     ended = call_train("--data", data, *words, "--runs", tmp_path / "runs")

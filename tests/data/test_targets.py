@@ -9,10 +9,10 @@ import torch
 from support.inprocess import make_tiny_data
 from torch import Tensor
 
+from cvae.context import derive_seed
 from cvae.data.images import ImageSet, as_targets, binarized
 from cvae.data.masks import Split, quadrants
 from cvae.data.sources import load_test, load_train
-from cvae.runtime import derive_seed
 from cvae.settings import Settings
 
 LEVELS = torch.arange(256, dtype=torch.uint8).view(4, 8, 8)

@@ -21,7 +21,7 @@ from support.scripts import NAMES, PATIENCE, ROOT, run_script, small_mnist, writ
 from support.trainings import fork_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cvae import runtime
+from cvae import context
 from cvae.data.names import mnist
 from cvae.data.sources import load_train
 from cvae.model.objectives import OF_PRIOR
@@ -126,7 +126,7 @@ def test_config(place: Path, trained: subprocess.CompletedProcess[str]) -> None:
     assert [config["images"][part]["count"] for part in ("train", "validation", "test")] == [300, 60, 60]
     assert config["versions"]["torch"] == torch.__version__
     assert config["device"]["type"] == "cpu"
-    assert config["precision"] == runtime.resolve_precision("auto", torch.device("cpu"))
+    assert config["precision"] == context.resolve_precision("auto", torch.device("cpu"))
     revision = subprocess.run(
         ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     )

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_flatten
 
 import eval as evaluation
 import train
+from cvae.console import safe_output
 from cvae.data.sources import load_test, load_train
 from cvae.errors import UsageError
 from cvae.model.likelihood import Likelihoods
@@ -37,7 +38,6 @@ from cvae.run import checkpoint
 from cvae.run.folder import read_metrics
 from cvae.run.load import load
 from cvae.settings import Settings
-from cvae.terminal import safe_output
 
 LIKELIHOODS = ["nn_nll", "cvae_neg_elbo", "cvae_mc_nll", "cvae_is_nll"]
 SAMPLES = ["--samples", "3", "--device", "cpu"]  # as call_eval takes them

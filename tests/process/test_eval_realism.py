@@ -16,10 +16,10 @@ from support.inprocess import TINY, Ended, call, call_eval, call_train
 from support.scripts import NAMES, idx_bytes, small_mnist
 from support.trainings import fork_two
 
+from cvae.context import Processes
 from cvae.data.images import ImageSet
 from cvae.data.masks import quadrants
 from cvae.data.sources import load_labels, load_test, load_train
-from cvae.distributed import Processes
 from cvae.model.classifier import Classifier
 from cvae.model.likelihood import IMAGES_AT_ONCE, noise
 from cvae.report import classifier, judges, realism, realism_figure

@@ -91,7 +91,7 @@ def test_killed(work: Path, forked: Forked) -> None:
 SLOW = """
 import sys, time
 sys.path.insert(0, sys.argv.pop(1))
-from cvae.startup import before_torch
+from cvae.console import before_torch
 before_torch()
 import train
 from cvae.run.session import Run
@@ -161,7 +161,7 @@ def test_ctrl_c_while_it_starts(work: Path, script: str, module: str) -> None:
 INTERRUPTED_EVALUATION = """
 import os, signal, sys
 sys.path.insert(0, sys.argv.pop(1))
-from cvae.startup import before_torch
+from cvae.console import before_torch
 before_torch()
 import eval as evaluation
 

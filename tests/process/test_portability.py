@@ -79,7 +79,7 @@ for name in ("SIGALRM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "pthread_sigm
     delattr(signal, name)
 
 sys.path.insert(0, sys.argv[1])
-from cvae.startup import before_torch
+from cvae.console import before_torch
 before_torch()
 import eval as evaluation
 import train

@@ -9,7 +9,7 @@ from support.trainings import ENVIRONMENT, finish, start, two_ranks
 CODE = """
 import json, sys
 import torch
-from cvae.distributed import Processes
+from cvae.context import Processes
 from cvae.errors import DataError
 
 def read():

@@ -22,7 +22,7 @@ from support.trainings import (
     train_command,
 )
 
-from cvae import runtime
+from cvae import context
 from cvae.run import checkpoint
 from cvae.run.folder import read_json, read_precision, read_settings
 from cvae.run.plan import MOVABLE
@@ -301,7 +301,7 @@ def test_checkpoint_of_other_settings(work: Path, forked: Forked, moments: list[
 
 def test_goes_on_in_the_precision_it_was_begun_in(work: Path, forked: Forked, moments: list[str]) -> None:
     """Whatever `auto` stands for where it goes on: from its first step, it is a run of the other precision."""
-    auto = runtime.resolve_precision("auto", torch.device("cpu"))
+    auto = context.resolve_precision("auto", torch.device("cpu"))
     other = "fp32" if auto == "bf16" else "bf16"
     argv = ["--data", "data", *SMALL]
     assert forked(*argv, "--name", "elsewhere", kill_at=nth(moments, "epoch write", 1))["code"] == -9

@@ -24,10 +24,10 @@ assert torch.allclose(samples[..., split.observed], expected.expand(7, -1, -1), 
 assert samples[..., ~split.observed].std(0).mean() > 1e-3 and completions.shape == (9, 1, 28, 28)
 assert (digit.float() - pictures[0]).abs().mean() < 8
 
-from cvae import runtime
+from cvae import context
 
 few = validation.batch(slice(likelihood.IMAGES_AT_ONCE))
-random = runtime.generator(few.x.device, 0, "evaluation", 0)  # as in `evaluate`
+random = context.generator(few.x.device, 0, "evaluation", 0)  # as in `evaluate`
 noise(likelihood.ELBO_SAMPLES, len(few.x), model, random)
 eps = noise(SAMPLES, len(few.x), model, random)
 with torch.no_grad():

@@ -10,7 +10,7 @@ import torch
 from support.scripts import ROOT
 
 import cvae
-from cvae import runtime
+from cvae import context
 from cvae.data.images import ImageSet
 from cvae.data.sources import load_train
 from cvae.model.objectives import elbo
@@ -74,7 +74,7 @@ def test_weights(run: str) -> None:
     assert (folder / WEIGHTS).stat().st_size <= LARGEST
     model = cvae.load(f"reference/{run}")
     images = ImageSet(load_train().validation, model.split)
-    random = runtime.generator("cpu", 0, "reference")
+    random = context.generator("cpu", 0, "reference")
     total = 0.0
     with torch.inference_mode():
         for batch in images.batches(500):

@@ -19,6 +19,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from cvae.context import generator
 from cvae.data.masks import Split, quadrants
 from cvae.data.names import mnist
 from cvae.data.sources import load_train
@@ -28,7 +29,6 @@ from cvae.report.curves import VALIDATION, best_epoch, draw_curves, panels, term
 from cvae.report.figures import completions
 from cvae.run.folder import read_json, read_settings
 from cvae.run.load import load
-from cvae.runtime import generator
 from train import NUM_DIGITS, NUM_SAMPLES
 
 FIGURES = {"learning.gif", "curves.png", "completions.png"}

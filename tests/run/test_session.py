@@ -12,9 +12,9 @@ from support.inprocess import TINY, call_train, interrupted_after, make_tiny_dat
 from support.steps import CPU
 
 import cvae.run.log
+from cvae.context import Processes
 from cvae.data.images import ImageSet
 from cvae.data.sources import load_train
-from cvae.distributed import Processes
 from cvae.errors import DataError, DiskError, UsageError
 from cvae.model.likelihood import noise
 from cvae.model.objectives import objective

@@ -9,9 +9,9 @@ import torch
 from reference.networks import TEST_NETWORKS
 from torch import Tensor, nn
 
-from cvae import runtime
+from cvae import context
+from cvae.context import Processes
 from cvae.data.images import ImageSet
-from cvae.distributed import Processes
 from cvae.model.likelihood import noise
 from cvae.model.networks import NETWORKS
 from cvae.model.objectives import OBJECTIVES, log_likelihood, objective
@@ -57,7 +57,7 @@ def make_run(settings: Settings, precision: str = "fp32", rank: int = 0, count: 
     """A run that has no folder: what a step and an epoch need of it."""
     processes = Processes()
     processes.rank, processes.count = rank, count
-    return Run(Path("nowhere"), settings, CPU, precision, processes, runtime.Interruption(), quiet=True)
+    return Run(Path("nowhere"), settings, CPU, precision, processes, context.Interruption(), quiet=True)
 
 
 def make_phase(case: Case, toy: Any, particles: int = 2, cached: bool = True, precision: str = "fp32") -> Phase:
@@ -66,7 +66,7 @@ def make_phase(case: Case, toy: Any, particles: int = 2, cached: bool = True, pr
     images = ImageSet(toy.images.mul(255).round().to(torch.uint8), toy.split)
     if cached and case.which == "cvae":
         toy.cvae.baseline_net.eval()
-        images.set_guesses(toy.cvae.baseline_net, runtime.HALF.get(precision))
+        images.set_guesses(toy.cvae.baseline_net, context.HALF.get(precision))
 
     def draw_noise(count: int, random: torch.Generator) -> tuple[Tensor, ...]:
         return (noise(particles, count, toy.cvae, random),) if case.which == "cvae" else ()

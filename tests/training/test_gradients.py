@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.steps import ALL_NETWORKS, CPU, Case, cases
 
-from cvae import runtime
+from cvae import context
 from cvae.model.networks import NETWORKS
 from cvae.model.objectives import OBJECTIVES, OF_PRIOR, maximised
 from cvae.training.optimizer import GuardedAdam
@@ -19,7 +19,7 @@ HALVES = pytest.mark.parametrize("precision", ["bf16", "fp16"])
 
 def terms_and_gradient(case, model, batch, eps, precision="fp32", slots=True, factor=1.0):
     """As a step does it: by name, and a fresh optimizer's."""
-    weights = Weights(model, runtime.HALF.get(precision), slots)
+    weights = Weights(model, context.HALF.get(precision), slots)
     optimizer = GuardedAdam(weights, 1e-3)
     terms = collect(case, weights, batch, eps, precision, factor)
     return terms, gradients(weights), optimizer
@@ -27,8 +27,8 @@ def terms_and_gradient(case, model, batch, eps, precision="fp32", slots=True, fa
 
 def collect(case, weights, batch, eps, precision="fp32", factor=1.0):
     weights.model.train()
-    runtime.seed_dropout(0)
-    with runtime.autocast("fp32" if weights.half else precision, CPU):
+    context.seed_dropout(0)
+    with context.autocast("fp32" if weights.half else precision, CPU):
         terms = case.function()(weights.model, batch, *eps)
     with weights.collecting_gradients():
         (-factor * maximised(terms).sum()).backward()
@@ -42,7 +42,7 @@ def gradients(weights):
 def plain(case, model, batch, eps, factor=1.0):
     """The same of a copy of the model that is made of parameters only; zeros where there is no gradient."""
     model = copy.deepcopy(model).train()
-    runtime.seed_dropout(0)
+    context.seed_dropout(0)
     terms = case.function()(model, batch, *eps)
     (-factor * maximised(terms).sum()).backward()
     found = {
@@ -105,7 +105,7 @@ def test_half_precision_is_that_of_autocast(make_toy, case, precision):
     toy = case.make(
         make_toy, height=28, width=28, hidden=(100, 80), latent_dim=20, count=64, gain=1.0, dtype=torch.float32
     )
-    half = runtime.HALF[precision]
+    half = context.HALF[precision]
     batch = toy.batch._replace(guess=toy.cvae.baseline_net(toy.x).detach().to(half))
     model, eps = toy.model(case.which), case.noise(toy)
     results = []
@@ -165,14 +165,14 @@ def test_working_copy_follows_the_weights(make_toy, case, precision):
     """After a step, and after it was refreshed: as if the training had begun with these weights."""
     toy = case.make(make_toy, dtype=torch.float32, particles=2)
     model, batch, eps = toy.model(case.which), toy.batch, case.noise(toy)
-    weights = Weights(model, runtime.HALF[precision], slots=True)
+    weights = Weights(model, context.HALF[precision], slots=True)
     optimizer = GuardedAdam(weights, 1e-2)
     weights.vector.mul_(1.5)
     weights.refresh()
     for _ in range(3):
         terms = collect(case, weights, batch, eps, precision)
         fresh_terms, fresh, other = terms_and_gradient(case, copy.deepcopy(model), batch, eps, precision)
-        assert other.weights.half == runtime.HALF[precision]
+        assert other.weights.half == context.HALF[precision]
         assert all(torch.equal(terms[name], fresh_terms[name]) for name in terms)
         assert all(torch.equal(gradient, fresh[name]) for name, gradient in gradients(weights).items())
         assert not optimizer.step(-maximised(terms).sum())  # not skipped

@@ -9,7 +9,7 @@ from support.steps import CPU, Case, cases, make_phase, make_run
 from torch import nn
 
 import train
-from cvae import runtime
+from cvae import context
 from cvae.settings import Settings
 from cvae.training import phase as phase_module
 
@@ -114,7 +114,7 @@ def test_model_is_in_evaluation_mode(make_toy):
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     model.train()
-    terms = inner(model, phase.validation.batch(slice(8)), *phase.noise(8, runtime.generator(CPU, 0)))
+    terms = inner(model, phase.validation.batch(slice(8)), *phase.noise(8, context.generator(CPU, 0)))
     assert terms["elbo"].sum() != found[0].sums[0]  # the control: in the other mode it is another number
 
 
@@ -123,7 +123,7 @@ def test_precision_is_the_run_s(make_toy, precision):
     phase = toy_phase(make_toy, Case("paper", "elbo"))
     wide, half = (phase.validate(phase.model, 0, name, processes()).means() for name in ("fp32", precision))
     assert wide["elbo"] != half["elbo"]
-    assert half["elbo"] == pytest.approx(wide["elbo"], rel=torch.finfo(runtime.HALF[precision]).eps)
+    assert half["elbo"] == pytest.approx(wide["elbo"], rel=torch.finfo(context.HALF[precision]).eps)
 
 
 # An epoch

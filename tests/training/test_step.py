@@ -13,7 +13,7 @@ from support.steps import CPU, Case, cases, make_phase, make_run
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cvae import runtime
+from cvae import context
 from cvae.model.convolutions import Convolution
 from cvae.model.layers import Linear
 from cvae.model.networks import NETWORKS
@@ -68,7 +68,7 @@ def test_step_never_waits_for_the_device(make_toy, case, precision, cached):
     ours = all(isinstance(layer, Linear | Convolution) for layer in trained)
     assert (weights.half is not None) == (ours and precision != "fp32")
     permutation = torch.randperm(20)
-    random = runtime.generator(CPU, 0)
+    random = context.generator(CPU, 0)
     before = {name: parameter.clone() for name, parameter in phase.model.named_parameters()}
     has_gradient = {name: torch.zeros(()) for name in weights}
     step.weights.model.train()
@@ -98,14 +98,14 @@ def test_terms_are_added_to_the_totals(make_toy, case):
     toy = case.make(make_toy, count=20, gain=1.0, dtype=torch.float32)
     phase = make_phase(case, toy)
     step = Step(phase, make_run(PLAIN))
-    model, random = step.weights.model.train(), runtime.generator(CPU, 0)
+    model, random = step.weights.model.train(), context.generator(CPU, 0)
     rows, expected = torch.randperm(20), {}
     for i in range(4):
         taken, eps = i != 2, phase.noise(8, random)
         chosen = rows[4 * i : 4 * i + 8]
-        runtime.seed_dropout(i)
+        context.seed_dropout(i)
         terms = phase.objective(copy.deepcopy(model), phase.train.batch(chosen), *eps)
-        runtime.seed_dropout(i)
+        context.seed_dropout(i)
         if not taken:  # a step whose loss is NaN
             step.images.vectors, whole = step.images.vectors.float().fill_(math.nan), step.images.vectors
         step(chosen, *eps)
@@ -136,7 +136,7 @@ def test_loss_is_minus_the_objective_per_image(make_toy, case, shares, free):
     step = Step(phase, make_run(replace(PLAIN, free_epochs=4.0 if free else 0.0)))
     assert (step.free_nats is not None) == (free and case.which == "cvae")
     step.optimizer.learning_rate.zero_()  # the weights stay
-    rows, eps = torch.randperm(20)[:8], phase.noise(8, runtime.generator(CPU, 0))
+    rows, eps = torch.randperm(20)[:8], phase.noise(8, context.generator(CPU, 0))
     terms = phase.objective(plain, phase.train.batch(rows), *eps)
     gain = maximised(terms)
     if free and case.objective == "elbo":
@@ -170,7 +170,7 @@ def test_mixed_precision_agrees_with_float32(make_toy, case, precision):
     The step that follows lowers the loss as much as float32's does, to a hundredth. The toys have few units so close to
     the edge of their ReLU that rounding brings them to its other side, which costs a gradient some epsilons each.
     """
-    epsilon = torch.finfo(runtime.HALF[precision]).eps
+    epsilon = torch.finfo(context.HALF[precision]).eps
     results = {}
     for name in ("fp32", precision):
         toy = case.make(
@@ -180,7 +180,7 @@ def test_mixed_precision_agrees_with_float32(make_toy, case, precision):
         step = Step(make_phase(case, toy), make_run(Settings(), name))
         weights, optimizer, eps, skipped = step.weights, step.optimizer, case.noise(toy), True
         while skipped:  # a scale that overflows is halved, and the weights stay as they were
-            with runtime.autocast(step.precision, CPU):
+            with context.autocast(step.precision, CPU):
                 terms = case.function()(weights.model, toy.batch, *eps)
             loss = -maximised(terms).mean()
             scale = 1.0 if optimizer.scale is None else float(optimizer.scale)
@@ -189,7 +189,7 @@ def test_mixed_precision_agrees_with_float32(make_toy, case, precision):
             found = [weights.view(weight, weights.gradient).float() / scale for weight in weights]
             skipped = bool(optimizer.step(loss.detach()))
             optimizer.check("here")
-        with runtime.autocast(step.precision, CPU):
+        with context.autocast(step.precision, CPU):
             after = -maximised(case.function()(weights.model, toy.batch, *eps)).mean()
         assert all(value.dtype == torch.float32 for value in terms.values())
         results[name] = ({name: value.detach() for name, value in terms.items()}, found, loss.item(), after.item())
@@ -208,10 +208,10 @@ def test_mixed_precision_agrees_with_float32(make_toy, case, precision):
 def test_auto_is_bfloat16_where_the_processor_has_it(monkeypatch, capable):
     """And what is asked for by name stays, whatever the processor has."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, capable: True}, raising=False)
-    assert runtime.resolve_precision("auto", CPU) == ("bf16" if capable else "fp32")
-    assert [runtime.resolve_precision(name, CPU) for name in ("fp32", "bf16", "fp16")] == ["fp32", "bf16", "fp16"]
+    assert context.resolve_precision("auto", CPU) == ("bf16" if capable else "fp32")
+    assert [context.resolve_precision(name, CPU) for name in ("fp32", "bf16", "fp16")] == ["fp32", "bf16", "fp16"]
     monkeypatch.delattr(torch.cpu, "get_capabilities")  # as in versions of PyTorch that have it not
-    assert runtime.resolve_precision("auto", CPU) == "fp32"
+    assert context.resolve_precision("auto", CPU) == "fp32"
 
 
 def test_average_spans_epochs(make_toy):
