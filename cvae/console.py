@@ -164,15 +164,15 @@ def safe_output() -> Iterator[None]:
         nowhere = stack.enter_context(open(os.devnull, "w"))
         stack.enter_context(redirect_stdout(sys.stdout or nowhere))
         stack.enter_context(redirect_stderr(sys.stderr or nowhere))
-        streams = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, TextIOWrapper)]
+        streams = {each: each.errors for each in (sys.stdout, sys.stderr) if isinstance(each, TextIOWrapper)}
         for stream in streams:
             stream.reconfigure(errors="cvae.ascii")
         try:
             yield
         finally:
-            for stream in streams:
+            for stream, errors in streams.items():
                 try:
-                    stream.flush()
+                    stream.reconfigure(errors=errors)  # flushes it
                 except OSError:
                     _lead_nowhere(stream)
 
