@@ -34,9 +34,9 @@ from cvae.console import called, command
 from cvae.context import Processes
 from cvae.data.images import ImageSet
 from cvae.data.sources import TrainImages
-from cvae.model.likelihood import noise
+from cvae.model.cvae import noise
 from cvae.model.networks import build
-from cvae.model.objectives import Totals, log_likelihood, maximised, objective, without_free
+from cvae.model.objectives import Totals, log_likelihood, maximised, objective, with_free_nats
 from cvae.report.figures import completions
 from cvae.report.replay import draw_all
 from cvae.run.folder import find_run, quoted, read_precision, refuse_existing
@@ -56,35 +56,31 @@ class Step:
     """One step of AdamW on the loss, minus the objective per image; `totals` are the sums of its terms in an epoch.
 
     Nothing in it waits for the device, and all its results are updated in place: it can be captured in a CUDA graph.
-    `average`: of the weights over the steps, which is what is validated and kept.
     """
 
     def __init__(self, phase: Phase, run: Run):
         s = run.settings
-        half = None if s.compile else context.HALF.get(run.precision)
-        self.images, self.run = phase.train, run
-        self.weights = weights = Weights(phase.model, half, slots=not s.compile)
-        self.average = WeightAverage(phase.model, weights, s.average)
+        self.images, self.run, self.objective = phase.train, run, phase.objective
+        self.weights = Weights(phase.model, context.HALF.get(run.precision))
+        self.average = WeightAverage(phase.model, self.weights, s.average)
         fp16 = run.precision == "fp16"
-        self.optimizer = GuardedAdam(weights, s.learning_rate, s.weight_decay, loss_scaling=fp16, clip=s.clip)
-        self.objective = torch.compile(phase.objective) if s.compile else phase.objective
+        self.optimizer = GuardedAdam(self.weights, s.learning_rate, s.weight_decay, loss_scaling=fp16, clip=s.clip)
         self.batch_size = min(s.batch_size, len(phase.train))
         self.count = len(phase.train) // self.batch_size  # of an epoch
         self.totals = Totals(run.device)
         self.free_nats = torch.zeros((), device=run.device) if phase.free_nats(s, 0.0) else None
-        self.precision = run.precision if weights.half is None else "fp32"  # weights in half precision need no autocast
 
     def __call__(self, rows: Tensor, *eps: Tensor) -> None:
-        """rows: of the images, this process's share of the batch, int64 `[B]`; eps: the noise for them."""
+        """Take the step; rows: this process's images of the batch, int64 `[B]`; eps: the noise for them."""
         batch = self.images.batch(rows)
-        with context.autocast(self.precision, self.run.device):
+        self.weights.model.zero_grad()  # a capture that failed may have left some
+        with context.autocast(self.run.precision, self.run.device):
             terms = self.objective(self.weights.model, batch, *eps)  # draws z; nats per image, by name
-        loss = without_free(terms, self.free_nats).sum() / -self.batch_size
-        with self.weights.collecting_gradients():
-            self.optimizer.scaled(loss).backward()
-        loss = loss.detach()
-        self.run.processes.sum_(self.weights.gradient, loss)
-        skipped = self.optimizer.step(loss)
+        loss = with_free_nats(terms, self.free_nats).sum() / -self.batch_size
+        self.optimizer.scaled(loss).backward()
+        loss, gradient = loss.detach(), self.weights.take_gradient()
+        self.run.processes.sum_(gradient, loss)
+        skipped = self.optimizer.step(loss, gradient)
         self.totals.add(terms, skipped)
 
 
@@ -100,7 +96,7 @@ def fit(phase: Phase, run: Run, last: dict[str, Any]) -> Progress:
     if last.get("phase") == phase.name:
         progress = run.restore(last, parts)
         step.weights.refresh()
-    graphed = run.device.type == "cuda" and run.processes.count == 1 and not s.compile
+    graphed = run.device.type == "cuda" and run.processes.count == 1
     take_step = context.GraphedStep(step, run.warn) if graphed else step
 
     while not progress.is_over(phase.epochs, s.patience):
@@ -136,7 +132,6 @@ def fit(phase: Phase, run: Run, last: dict[str, Any]) -> Progress:
         )
 
     run.load_best(phase.name, progress, phase.model)
-    step.weights.release()
     return progress
 
 
@@ -154,7 +149,7 @@ def train_epoch(phase: Phase, step: Step, take_step: Callable[..., None], epoch:
     context.seed_dropout(s.seed, phase.name, epoch, run.processes.rank)
     step.weights.model.train()
     binary, bend = s.targets == "binary", phase.bend(s, epoch)
-    if binary or phase.bend(s, 0):  # asked of the start: the last epochs put the stored images back
+    if binary or phase.bend(s, 0) or step.images.task.is_random:  # also in last epochs, without bent images
         with run.progress_bar(f"{where}, its images", len(step.images)) as bar:
             step.images.redraw(s.seed, phase.name, epoch, binary=binary, bend=bend, done=bar.update)
     optimizer.start_epoch()
@@ -162,7 +157,10 @@ def train_epoch(phase: Phase, step: Step, take_step: Callable[..., None], epoch:
     with run.progress_bar(where, steps * size) as bar:
         for i, rows in enumerate(permutation[: steps * size].view(steps, size)[:, share]):
             eps = phase.noise(size, random)
-            phase.schedule(s, epoch - 1 + i / steps, optimizer.learning_rate, step.free_nats)
+            now = epoch - 1 + i / steps
+            optimizer.learning_rate.fill_(phase.learning_rate(s, now))
+            if step.free_nats is not None:
+                step.free_nats.fill_(phase.free_nats(s, now))
             take_step(rows, *(each[:, share] for each in eps))
             step.average.update((epoch - 1) * steps + i, last=i == steps - 1)
             bar.update(size)
@@ -180,28 +178,28 @@ def train_run(run: Run, load_images: Callable[[], TrainImages], resume: bool, ov
     images, held_out, about, record = load_images()
     images = images[: s.train_limit]
     run.processes.share_of_batch(min(s.batch_size, len(images)))  # refused before a folder is made
-    split = run.split(resume, *images.shape[1:])
-    run.say("\n".join(filter(None, (about, split.about))))
-    cvae = build(split, s)
+    task = run.split(resume, *images.shape[1:])
+    run.say("\n".join(filter(None, (about, task.about))))
+    cvae = build(task, s)
     if run.init is not None:
         run.begin_with(run.init, cvae)
-    state = run.claim(split, record, resume, overwrite)
+    state = run.claim(task, record, resume, overwrite)
     if run.is_finished(state):
         run.say(f"{run.folder} is finished: nothing is left to do")
         return
     last = state.last
-    train, validation = (ImageSet(part, split, device) for part in (images, held_out))
+    train, validation = (ImageSet(part, task, device) for part in (images, held_out))
     digits = held_out[:NUM_DIGITS].clone()
     del images, held_out  # the image sets hold all that is needed
-    x = split.split(digits.to(device) / 255)[0]
+    x = task.split(digits.to(device) / 255)[0]
     baseline = cvae.to(device).baseline_net
     if last.get("phase") != "cvae":
         if resume:
             run.load_start(cvae)
         phase = Phase(
-            "baseline", baseline.requires_grad_(True), log_likelihood, s.baseline_epochs, train, validation,
+            "baseline", baseline.requires_grad_(True), log_likelihood, s.baseline_epochs, train, validation, samples=0,
             noise=lambda *_: (),
-            picture=lambda model: completions(digits, split, model(x).sigmoid()),
+            picture=lambda model: completions(digits, task, model(x).sigmoid()),
         )  # fmt: skip
         fit(phase, run, last)
         baseline.requires_grad_(False)
@@ -213,9 +211,9 @@ def train_run(run: Run, load_images: Callable[[], TrainImages], resume: bool, ov
 
     eps = noise(NUM_SAMPLES, len(digits), cvae, context.generator(device, s.seed, "picture"))
     phase = Phase(
-        "cvae", cvae, objective(s), s.epochs, train, validation,
+        "cvae", cvae, objective(s), s.epochs, train, validation, samples=s.particles,
         noise=lambda count, random: (noise(s.particles, count, cvae, random),),
-        picture=lambda model: completions(digits, split, baseline(x).sigmoid(), model.completions(x, eps)),
+        picture=lambda model: completions(digits, task, baseline(x).sigmoid(), model.completions(x, eps)),
     )  # fmt: skip
     progress = fit(phase, run, last)
     run.processes.on_main(partial(run.finish, progress, draw_all))

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from cvae.data.division import Rows
-from cvae.data.images import DRAWN_ONCE, is_redrawn
+from cvae.data.images import DRAWN_ONCE
 from cvae.data.masks import is_picture, make_split
 from cvae.data.parts import Reading
 from cvae.settings import Settings
@@ -39,7 +39,7 @@ def needed(rows: Rows, sizes: Mapping[str, tuple[int, int]], s: Settings, readin
         used = [number * pixels for number in images]
         hidden = pixels if is_picture(s) else make_split(s, height, width).num_hidden
         guesses = {"the baseline's guesses": 4 * hidden * sum(images)}
-        last = {"pixels in order": sum(used) + used[0] * is_redrawn(s), **guesses}
+        last = {"pixels in order": sum(used) + used[0] * (s.targets == "binary" or s.bend > 0), **guesses}
         stages += [read | {"pixels in order": sum(used)}] + ([read | last] if reading.keep else [last])
     if reading.gpu is not None:
         return max(stages[0], read | {"pixels in order": max(used)}, key=_total), last

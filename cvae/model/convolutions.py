@@ -10,23 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, pad, silu
 
-from cvae.data.masks import Split
+from cvae.data.tasks import Task
 from cvae.model.densities import widen
-from cvae.model.layers import MLP
+from cvae.model.layers import dense
 
 PATCH = 4
 BLOCKS_IN, BLOCKS_OUT = 2, 3
 SMALL = 0.1
-"""What last layers are scaled by at first: residual blocks are nearly the identity then."""
-
-
-def dense(fan_in: int, fan_out: int, gain: float = 1.0) -> MLP:
-    """A linear layer for inputs of any leading dimensions, in float32 or wider; its outputs vary as its inputs do."""
-    layer = MLP((fan_in, fan_out))
-    weight, bias = layer.parameters()
-    nn.init.normal_(weight, std=gain * fan_in**-0.5)
-    nn.init.zeros_(bias)
-    return layer
+"""The scale of last layers at first: residual blocks are nearly the identity then."""
 
 
 class Convolution(nn.Module):
@@ -44,7 +35,7 @@ class Convolution(nn.Module):
 
 
 class Block(nn.Module):
-    """What is added to a state by two convolutions."""
+    """A state, and what two convolutions add to it."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -55,58 +46,44 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Pixels `[B, num_pixels]`, observed first → what so many places use of the image, `[B, width]` each."""
+    """A network from x `[B, x_dim]`, and y or a guess of it, `[B, y_dim]`, to `places` features, `[B, width]` each."""
 
-    converts_inputs = True  # to the type of its weights
-    raster: Tensor
-    observed: Tensor
-
-    def __init__(self, split: Split, channels: int, width: int, places: int):
+    def __init__(self, task: Task, channels: int, width: int, places: int):
         super().__init__()
-        self.split, self.places = split, places
-        self.register_buffer("raster", split.raster.clone(), persistent=False)  # no step may move it to the device
-        self.register_buffer("observed", split.observed.float(), persistent=False)
-        self.first = Convolution(2 * PATCH**2, channels)
+        self.task, self.places = task, places
+        self.first = Convolution(task.planes * PATCH**2, channels)
         self.blocks = nn.Sequential(*(Block(channels) for _ in range(BLOCKS_IN)))
-        self.second, self.last = dense(channels * math.prod(grid(split)), width), dense(width, places * width)
+        self.second, self.last = dense(channels * math.prod(grid(task)), width), dense(width, places * width)
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        image = pixels.index_select(-1, self.raster).unflatten(-1, self.observed.shape)
-        seen = torch.stack([image, self.observed.to(image.dtype).expand_as(image)], dim=1)
-        rows, columns = grid(self.split)
-        whole = pad(seen, (0, columns * PATCH - self.split.width, 0, rows * PATCH - self.split.height))
-        patches = (
-            whole.unflatten(-1, (columns, PATCH)).unflatten(-3, (rows, PATCH)).permute(0, 2, 4, 1, 3, 5).flatten(3)
-        )
-        state = self.blocks(self.first(patches.to(self.first.weight.dtype)))
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        picture = self.task.picture(x, y)
+        rows, columns = grid(self.task)
+        whole = pad(picture, (0, columns * PATCH - self.task.width, 0, rows * PATCH - self.task.height))
+        patches = whole.unflatten(-1, (columns, PATCH)).unflatten(-3, (rows, PATCH)).permute(0, 2, 4, 1, 3, 5)
+        state = self.blocks(self.first(patches.flatten(3)))
         features: Tensor = self.last(silu(self.second(silu(state).flatten(1))))
         return features.chunk(self.places, dim=-1)
 
 
 class Decoder(nn.Module):
-    """A state `[L, B, width]` → the logits of the hidden pixels, `[L, B, num_hidden]`."""
+    """A network from a state `[L, B, width]` to the logits of y, `[L, B, y_dim]`."""
 
-    converts_inputs = True
-    hidden: Tensor
-
-    def __init__(self, split: Split, channels: int, width: int):
+    def __init__(self, task: Task, channels: int, width: int):
         super().__init__()
-        self.split, self.channels = split, channels
-        self.register_buffer("hidden", split.order[split.num_observed :].clone(), persistent=False)
-        self.first = dense(width, channels * math.prod(grid(split)))
+        self.task, self.channels = task, channels
+        self.first = dense(width, channels * math.prod(grid(task)))
         self.blocks = nn.Sequential(*(Block(channels) for _ in range(BLOCKS_OUT)))
         self.last = Convolution(channels, PATCH**2)
 
     def forward(self, state: Tensor) -> Tensor:
-        split = self.split
-        places = self.first(silu(state)).flatten(0, -2).unflatten(-1, (*grid(split), self.channels))
-        logits = widen(self.last(silu(self.blocks(places.to(self.last.weight.dtype)))))
+        places = self.first(silu(state)).flatten(0, -2).unflatten(-1, (*grid(self.task), self.channels))
+        logits = widen(self.last(silu(self.blocks(places))))
         whole = logits.unflatten(3, (PATCH, PATCH)).permute(0, 1, 3, 2, 4).flatten(3, 4).flatten(1, 2)
-        whole = whole[:, : split.height, : split.width]
-        of_hidden: Tensor = whole.flatten(1).index_select(1, self.hidden).unflatten(0, state.shape[:-1])
-        return of_hidden
+        asked = self.task.asked(whole[:, : self.task.height, : self.task.width])
+        logits_of_y: Tensor = asked.unflatten(0, state.shape[:-1])
+        return logits_of_y
 
 
-def grid(split: Split) -> tuple[int, int]:
-    """The rows and columns of patches that an image takes, the last ones not filled where the size is no multiple."""
-    return math.ceil(split.height / PATCH), math.ceil(split.width / PATCH)
+def grid(task: Task) -> tuple[int, int]:
+    """Return the rows and columns of patches in an image, the last ones not filled where its size is no multiple."""
+    return math.ceil(task.height / PATCH), math.ceil(task.width / PATCH)

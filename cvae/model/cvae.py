@@ -1,30 +1,38 @@
-"""What a conditional VAE is here: a baseline, and draws of z with what follows from them.
-
-Images are vectors with their observed pixels first (`Split.vectors`): x `[B, num_observed]` and y `[B, num_hidden]`,
-both in [0, 1]. guess: the logits of the baseline's guess ŷ for y, `[B, num_hidden]`; computed where it is None.
-"""
+"""A conditional VAE: a baseline, and draws of z with what follows from them."""
 
 import math
 import operator
 from functools import reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from cvae import context
 from cvae.data.given import Picture, as_images, as_pixels
-from cvae.data.masks import Split, described
-from cvae.model.densities import Gaussian, bernoulli_log_prob, gaussian_kl, gaussian_log_prob
+from cvae.data.tasks import Batch, Task, described
+from cvae.model.densities import (
+    Gaussian,
+    bernoulli_log_prob,
+    gaussian_kl,
+    gaussian_log_prob,
+    log_mean_exp,
+)
 
 Seed = int | torch.Generator | None
 
+IMAGES_AT_ONCE, SAMPLES_AT_ONCE = 10, 100
+"""The images and samples of one portion of noise in an estimate; they bound the memory too."""
+
 
 class Latent(NamedTuple):
-    """One level of latent variables: z `[L, B, Z]`, the noise that it was made of, and its two distributions.
+    """One level of z.
 
-    q is what z was drawn from: the recognition network's, or the prior network's, p itself. q and p `[B, Z]`, or
-    `[L, B, Z]` where they depend on what was drawn above.
+    Attributes:
+        z: The samples, `[L, B, Z]`.
+        eps: The noise that they were made of, `[L, B, Z]`.
+        q: The distribution that they were drawn from: the recognition network's, or p itself.
+        p: The prior network's distribution. Both `[B, Z]`, or `[L, B, Z]` where they depend on a level above.
     """
 
     z: Tensor
@@ -36,20 +44,21 @@ class Latent(NamedTuple):
 class Draw(NamedTuple):
     """L samples of z for each of B images, and the generation network's prediction from each.
 
-    logits: of p(y|x,z), `[L, B, num_hidden]`. latents: the levels of z, from top to bottom.
+    Attributes:
+        logits: The logits of p(y|x,z), `[L, B, y_dim]`.
+        latents: The levels of z, from top to bottom.
     """
 
     logits: Tensor
     latents: tuple[Latent, ...]
 
-    def log_likelihood(self, y: Tensor) -> Tensor:
-        """log p(y|x,z), nats `[L, B]`, for y `[B, num_hidden]` in [0, 1]. Raises ValueError for another shape."""
-        check("y", y, self.logits.shape[1:], self.logits.device)
-        return bernoulli_log_prob(y, self.logits)
+    def log_likelihood(self, batch: Batch) -> Tensor:
+        """Return log p(y|x,z) of the batch's y, nats `[L, B]`."""
+        return bernoulli_log_prob(batch.y, self.logits, batch.weight)
 
-    def log_weights(self, y: Tensor) -> Tensor:
-        """log of the importance weights, p(y|x,z) p(z|x) / q(z|x,y), nats `[L, B]`, for y as in `log_likelihood`."""
-        return self.log_likelihood(y) + self.log_ratio
+    def log_weights(self, batch: Batch) -> Tensor:
+        """Return the log of the importance weights, p(y|x,z) p(z|x) / q(z|x,y), nats `[L, B]`."""
+        return self.log_likelihood(batch) + self.log_ratio
 
     @property
     def log_ratio(self) -> Tensor:
@@ -58,121 +67,163 @@ class Draw(NamedTuple):
 
     @property
     def kl_of_levels(self) -> list[Tensor]:
-        """KL(q(z|x,y) ‖ p(z|x)) of each level, in closed form given what was drawn above it: nats, `[B]` or `[L, B]`.
-
-        Zero where z comes from the prior network.
-        """
+        """KL(q ‖ p) of each level, in closed form given what was drawn above it: nats, `[B]` or `[L, B]`."""
         return [gaussian_kl(q, p) for _, _, q, p in self.latents]
-
-    @property
-    def kl(self) -> Tensor:
-        """KL(q(z|x,y) ‖ p(z|x)) of all levels together, nats, `[B]` or `[L, B]`."""
-        return reduce(torch.add, self.kl_of_levels)
 
 
 class CVAE(nn.Module):
     """A conditional VAE, p(y|x) = ∫ p(y|x,z) p(z|x) dz, on top of a baseline, which stays as it is.
 
-    A network (`networks.py`) defines `from_posterior` and `from_prior`; everything else, training and the estimates
-    included, is made of these two.
+    A network (`networks.py`) defines `encode` and `draw`; training and all estimates are made of these two.
 
-    split: of the images. baseline_net: x → logits of ŷ, `[B, num_hidden]`. latent_dim: the dimensions of z, of all
-    levels together.
+    Args:
+        task: What turns images into x and y.
+        baseline_net: x `[B, x_dim]` → logits of ŷ, `[B, y_dim]`.
+        latent_dim: The dimensions of z, of all levels together.
     """
 
-    def __init__(self, split: Split, baseline_net: nn.Module, latent_dim: int):
+    def __init__(self, task: Task, baseline_net: nn.Module, latent_dim: int):
         super().__init__()
-        self.split = split
+        self.task = task
         self.baseline_net = baseline_net.requires_grad_(False)
         self.latent_dim = latent_dim
 
-    def from_posterior(
-        self, x: Tensor, y: Tensor, guess: Tensor | None, eps: Tensor, detach_z: bool = False
-    ) -> Draw:  # fmt: skip
-        """A draw of z from the recognition network, q(z|x,y). eps: the noise, N(0, 1), `[L, B, latent_dim]`.
+    @property
+    def split(self) -> Any:  # old name of the task, for rooms that are not moved yet
+        return self.task
 
-        Raises ValueError for tensors of other shapes, and for values that `known_guess` finds outside [0, 1].
-        detach_z: what follows from each level's z takes it as a constant that a gradient can be taken for, as
-        `objectives.iwae` needs it.
+    def encode(self, batch: Batch, guess: Tensor, recognise: bool) -> Any:
+        """Return what all draws of z for a batch have in common, in the network's own form.
+
+        Args:
+            batch: The images.
+            guess: The logits of ŷ, `[B, y_dim]`.
+            recognise: Whether z will be drawn from the recognition network; else y is not looked at.
         """
         raise NotImplementedError
 
-    def from_prior(self, x: Tensor, guess: Tensor | None, eps: Tensor) -> Draw:
-        """A draw of z from the prior network, p(z|x), which does not see y. eps: as in `from_posterior`."""
+    def draw(self, encoded: Any, eps: Tensor, recognise: bool, detach_z: bool = False) -> Draw:
+        """Draw z, level by level, and predict y from it.
+
+        Args:
+            encoded: As `encode` returned it.
+            eps: Noise, N(0, 1), `[L, B, latent_dim]`.
+            recognise: Whether z comes from the recognition network, q(z|x,y), or from the prior network, p(z|x).
+            detach_z: Whether what follows from each level's z takes it as a constant that has a gradient of its own,
+                as `objectives.iwae` needs it.
+        """
         raise NotImplementedError
 
-    def known_guess(
-        self, x: Tensor, guess: Tensor | None, eps: Tensor | None = None, y: Tensor | None = None
-    ) -> Tensor:  # fmt: skip
-        """The guess as it is given, or the baseline's for x.
+    def from_posterior(self, batch: Batch, eps: Tensor, detach_z: bool = False) -> Draw:
+        """Draw z from the recognition network, q(z|x,y).
 
-        Raises ValueError where one of the four is not of this model's images. Shapes are always looked at; values, and
-        the weights' device, where the guess is computed in evaluation mode: a training must not wait for its device,
-        and an exported program has no exceptions.
+        Args:
+            batch: The images.
+            eps: Noise, N(0, 1), `[L, B, latent_dim]`.
+            detach_z: As in `draw`.
+
+        Raises:
+            ValueError: For tensors of other shapes.
         """
-        count = x.shape[0]  # unlike len(x), a size that an exported program leaves open
-        check("x", x, (count, self.split.num_observed), x.device)
-        if y is not None:
-            check("y", y, (count, self.split.num_hidden), x.device)
-        if eps is not None:  # of one image it serves for all
-            each = 1 if eps.dim() == 3 and count != eps.shape[1] == 1 else count
-            check("eps", eps, (eps.shape[0], each, self.latent_dim), x.device, "N(0, 1)")
-        if guess is not None:
-            check("guess", guess, (count, self.split.num_hidden), x.device, "logits")
-            return guess
-        if not (self.training or torch.compiler.is_exporting()):
-            check("x", x, x.shape, next(self.parameters()).device)
-            for name, tensor in (("x", x), ("y", y)):
-                if tensor is not None and not ((tensor >= 0) & (tensor <= 1)).all():
-                    raise ValueError(f"{name} has to be in [0, 1], not {described(tensor)}")
-        with torch.no_grad():
-            return self.baseline_net(x)  # type: ignore[no-any-return]
+        guess = self._checked_guess(batch, eps, batch.y)
+        return self.draw(self.encode(batch, guess, True), eps, True, detach_z)
+
+    def from_prior(self, batch: Batch, eps: Tensor) -> Draw:
+        """Draw z from the prior network, p(z|x), which does not see y; arguments and errors as in `from_posterior`."""
+        return self.draw(self.encode(batch, self._checked_guess(batch, eps), False), eps, False)
+
+    def _checked_guess(self, batch: Batch, eps: Tensor, y: Tensor | None = None) -> Tensor:
+        """Return the baseline's guess. Shapes that do not fit would broadcast, and be wrong without a word."""
+        count = batch.x.shape[0]
+        one_for_all = eps.dim() == 3 and count != eps.shape[1] == 1
+        _check("x", batch.x, (count, self.task.x_dim))
+        _check("eps", eps, (eps.shape[0], 1 if one_for_all else count, self.latent_dim))
+        for name, tensor in (("y", y), ("weight", batch.weight), ("guess", batch.guess)):
+            if tensor is not None:
+                _check(name, tensor, (count, self.task.y_dim))
+        return self.guess(batch)
+
+    @torch.no_grad()
+    def guess(self, batch: Batch) -> Tensor:
+        """Return the logits of the baseline's guess ŷ, `[B, y_dim]`: the batch's, or computed for its x."""
+        return self.baseline_net(batch.x) if batch.guess is None else batch.guess
 
     def train(self, mode: bool = True) -> "CVAE":
-        """As any module's, but the baseline stays as in evaluation: it is trained by itself, before."""
+        """Change the mode as any module does; the baseline, which is trained before, stays in evaluation mode."""
         super().train(mode)
         self.baseline_net.eval()
         return self
 
     def completions(self, x: Tensor, eps: Tensor) -> Tensor:
-        """Completions of x: the pixel means of p(y|x,z) at z ~ p(z|x), in [0, 1], `[S, B, num_hidden]`.
+        """Return the pixel means of p(y|x,z) at z ~ p(z|x).
 
-        eps: the noise, `[S, B, latent_dim]`, or `[S, 1, latent_dim]` to use the same for all images. Raises ValueError
-        for tensors of other shapes, and for values of x outside [0, 1].
+        Args:
+            x: What is given, `[B, x_dim]` in [0, 1].
+            eps: Noise, N(0, 1), `[S, B, latent_dim]`, or `[S, 1, latent_dim]` to use one noise for all images.
+
+        Returns:
+            `[S, B, y_dim]` in [0, 1].
+
+        Raises:
+            ValueError: For tensors of other shapes.
         """
-        return self.from_prior(x, None, eps).logits.sigmoid()
+        return self.from_prior(Batch(x, x.new_empty(len(x), self.task.y_dim)), eps).logits.sigmoid()
 
     @torch.no_grad()
-    def complete(
-        self, picture: Picture, samples: int = 10, seed: Seed = None, temperature: float = 1.0
-    ) -> Tensor:  # fmt: skip
-        """Pictures `[samples, B, height, width]` in [0, 1]: the observed pixels as given, the hidden ones completed.
+    def complete(self, picture: Picture, samples: int = 10, seed: Seed = None, temperature: float = 1.0) -> Tensor:
+        """Complete pictures: given pixels stay, the others are pixel means of p(y|x,z) at z ~ p(z|x).
 
-        picture: B pictures, as `as_images` takes them; their hidden pixels may hold anything. seed: a number, or a
-        generator on the model's device; None: other samples each time, drawn by the default generator. temperature: a
-        factor of z's noise, 1 for samples of p(z|x), 0 for its mean. Raises ValueError for what is of another size,
-        type or range, and DataError for a file that cannot be read.
+        Args:
+            picture: B pictures of the model's size, as `as_images` takes them; what is asked may hold anything.
+            samples: S, the number of completions of each.
+            seed: A number, or a generator on the model's device; None: other samples each time.
+            temperature: A factor of z's noise: 1 for samples of p(z|x), 0 for its mean.
+
+        Returns:
+            `[samples, B, height, width]` in [0, 1].
+
+        Raises:
+            ValueError: For what is of another size, type or range.
+            DataError: For a file that cannot be read.
         """
-        from cvae.model.likelihood import noise  # it imports this module
-
         if not 0 <= temperature < math.inf:
             raise ValueError(f"temperature has to be a number from 0 on, not {temperature}")
-        observed = self.split.split(as_images(picture, self.split))[0]
-        x = self._pixels("the observed part of a picture", observed)
+        batch = self.task.batch(self.task.rows(as_images(picture, self.split)))
+        x = self._pixels("the observed part of a picture", batch.x)
         eps = noise(_positive(samples), len(x), self, self._random(seed)).to(x.dtype)
-        return self.split.compose(x, self.completions(x, temperature * eps))
+        return self.task.compose(x, self.completions(x, temperature * eps))
 
     @torch.no_grad()
     def log_likelihood(self, picture: Picture, samples: int = 1000, seed: Seed = None) -> Tensor:
-        """log p(y|x) of whole pictures, nats per image `[B]`, float64, higher is better.
+        """Estimate log p(y|x) of whole pictures by importance sampling.
 
-        An estimate by importance sampling, with so many samples of z ~ q(z|x,y); in expectation it lies below the true
-        value. Arguments and errors as those of `complete`, but that no pixel may hold anything else than its level.
+        In expectation the estimate lies below the true value. Source: Burda et al. 2016.
+
+        Args:
+            picture: B pictures, as in `complete`; all their pixels count.
+            samples: The number of samples of z ~ q(z|x,y).
+            seed: As in `complete`.
+
+        Returns:
+            Nats per image, `[B]`, float64; higher is more likely.
+
+        Raises:
+            ValueError, DataError: As in `complete`.
         """
-        from cvae.model.likelihood import importance_sampling  # it imports this module
-
-        x, y = self.split.split(self._pixels("a picture", as_images(picture, self.split)))
-        return importance_sampling(self, x, y, _positive(samples), self._random(seed))
+        _positive(samples)
+        random = self._random(seed)
+        whole = self.task.batch(self.task.rows(as_images(picture, self.split)))
+        whole = whole._replace(x=self._pixels("a picture", whole.x), y=self._pixels("a picture", whole.y))
+        estimates = []
+        for first in range(0, len(whole.x), IMAGES_AT_ONCE):
+            batch = some(whole, slice(first, first + IMAGES_AT_ONCE))
+            encoded = self.encode(batch, self.guess(batch), True)
+            log_weights = [
+                self.draw(encoded, eps, True).log_weights(batch)
+                for eps in noise_portions(samples, len(batch.x), self, random)
+            ]
+            estimates.append(log_mean_exp(torch.cat(log_weights).double()))
+        return torch.cat(estimates)
 
     def _pixels(self, name: str, pixels: Tensor) -> Tensor:
         return as_pixels(name, pixels, like=next(self.parameters()))
@@ -187,14 +238,28 @@ class CVAE(nn.Module):
         return context.generator(device, number, "pictures")
 
 
+def noise(samples: int, count: int, model: CVAE, random: torch.Generator) -> Tensor:
+    """Draw eps ~ N(0, 1), `[samples, count, latent_dim]`, from and on the generator's device."""
+    return torch.randn(samples, count, model.latent_dim, generator=random, device=random.device)
+
+
+def noise_portions(samples: int, count: int, model: CVAE, random: torch.Generator) -> list[Tensor]:
+    """Draw the noise of so many samples, SAMPLES_AT_ONCE at a time: the first ones do not depend on their number."""
+    starts = range(0, samples, SAMPLES_AT_ONCE)
+    return [noise(SAMPLES_AT_ONCE, count, model, random)[: samples - first] for first in starts]
+
+
+def some(batch: Batch, rows: slice) -> Batch:
+    """Return some of the images of a batch."""
+    return Batch(*(None if tensor is None else tensor[rows] for tensor in batch))  # type: ignore[arg-type]
+
+
 def _positive(samples: int) -> int:
     if operator.index(samples) < 1:
         raise ValueError(f"samples has to be a number from 1 on, not {samples}")
     return samples
 
 
-def check(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device, values: str = "in [0, 1]") -> None:
-    """Raises ValueError unless a tensor has floats, this shape and this device. It does not wait for the device."""
-    if tensor.shape != shape or tensor.device != device or not tensor.is_floating_point():
-        wanted, found = f"{values}, {list(shape)} on {device}", f"{described(tensor)} on {tensor.device}"
-        raise ValueError(f"{name} has to be floats {wanted}, not {found}")
+def _check(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tensor.shape != shape or not tensor.is_floating_point():
+        raise ValueError(f"{name} has to be floats {list(shape)}, not {described(tensor)}")

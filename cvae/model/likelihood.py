@@ -1,4 +1,4 @@
-"""Estimates of the conditional log-likelihood log p(y|x) over a set of images, with their standard errors.
+"""Estimates of the conditional log-likelihood log p(y|x), and active units of z, over a set of images.
 
 Everything is computed per image, and averaged once, in float64. The noise comes from the seed and the place of a
 portion of images in the set, whatever the number of processes.
@@ -12,13 +12,16 @@ import torch
 from torch import Tensor
 
 from cvae import context
-from cvae.data.images import Batch, ImageSet
-from cvae.model.cvae import CVAE
-from cvae.model.densities import bernoulli_entropy, bernoulli_log_prob
-from cvae.model.objectives import elbo, kl_levels, log_mean_exp
+from cvae.data.images import ImageSet
+from cvae.model.cvae import CVAE, noise_portions
+from cvae.model.cvae import IMAGES_AT_ONCE as IMAGES_AT_ONCE
+from cvae.model.cvae import noise as noise
+from cvae.model.densities import bernoulli_entropy, bernoulli_log_prob, log_mean_exp, widen
+from cvae.model.objectives import elbo, kl_levels
 
 ELBO_SAMPLES = 10  # as many as the tutorial takes for its "Monte Carlo" row
-IMAGES_AT_ONCE, SAMPLES_AT_ONCE = 10, 100  # bound the memory, and keep a draw's logits in the processor's cache
+LEAST_VARIANCE = 0.01
+ACTIVITY_IMAGES, ACTIVITY_SAMPLES, ACTIVITY_AT_ONCE = 1000, 10, 50
 
 
 class Estimate(NamedTuple):
@@ -31,15 +34,15 @@ class Estimate(NamedTuple):
 class Likelihoods(NamedTuple):
     """Negative log-likelihoods and what goes with them per image, `[N]`, or `[K, N]` for K numbers of samples; float64.
 
-    In nats, lower is better:
-    nn_nll: of the baseline's guess. cvae_neg_elbo: an upper bound on −log p(y|x), with ELBO_SAMPLES of z ~ q(z|x,y).
-    cvae_mc_nll `[K, N]`: −log of the mean of p(y|x,z) over S samples z ~ p(z|x). cvae_is_nll `[K, N]`: −log of the mean
-    of the importance weights over S samples z ~ q(z|x,y). In expectation both lie above −log p(y|x); they approach it
-    as S grows.
-    floor: the entropy of y's grey levels, which no Bernoulli negative log-likelihood of y can fall below.
-
-    And: kl `[levels, N]`, KL(q ‖ p) of each level, from top to bottom, in the −ELBO: nats.
-    ess `[K, N]`: the effective sample size of the S importance weights, from 1 to S.
+    Attributes:
+        nn_nll: −log p(y|ŷ) of the baseline's guess, in nats; lower is better, here and below.
+        cvae_neg_elbo: An upper bound on −log p(y|x), by ELBO_SAMPLES samples of z ~ q(z|x,y).
+        cvae_mc_nll: `[K, N]`, −log of the mean of p(y|x,z) over S samples z ~ p(z|x).
+        cvae_is_nll: `[K, N]`, −log of the mean of the importance weights over S samples z ~ q(z|x,y). In expectation
+            both lie above −log p(y|x); they approach it as S grows.
+        floor: The entropy of y's grey levels, below which no Bernoulli negative log-likelihood of y can fall.
+        kl: `[levels, N]`, KL(q ‖ p) of each level, from top to bottom, in the −ELBO: nats.
+        ess: `[K, N]`, the effective sample size of the S importance weights, from 1 to S.
     """
 
     nn_nll: Tensor
@@ -52,94 +55,105 @@ class Likelihoods(NamedTuple):
 
 
 def estimate(values: Tensor) -> Estimate:
-    """The mean of values `[N]` and its standard error, s/√N with the unbiased s (NaN where N = 1)."""
+    """Return the mean of values `[N]` and its standard error, s/√N with the unbiased s (NaN where N = 1)."""
     stderr = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return Estimate(values.mean().item(), stderr)
 
 
-def evaluate(
-    model: CVAE, images: ImageSet, samples: Sequence[int], seed: int, share: Callable[[int], slice] = slice
-) -> Iterator[Likelihoods]:
-    """The likelihoods of the images, `IMAGES_AT_ONCE` at a time and in order; those of no image if it has none.
-
-    samples: the numbers of samples S. All estimates of an image come from the same draws, of which each takes the first
-    S: it is the same whatever other numbers there are. share: which of so many portions of images this process takes;
-    all of them where it is not given. Raises ValueError for images with another split or on another device than the
-    model's, and for fewer than one sample.
-    Source: Sohn et al. 2015, the two estimates of the conditional log-likelihood; Burda et al. 2016 for the second.
-    """
-    if min(samples, default=0) < 1:
-        raise ValueError(f"at least one sample is needed, not {list(samples)}")
-    if images.split is not model.split and not torch.equal(images.split.observed, model.split.observed):
-        own, other = (f"{split.num_observed} of {split.num_pixels} pixels" for split in (model.split, images.split))
-        raise ValueError(f"the images have another split than the model: {other} observed, and not its {own}")
-    if images.vectors.device != (device := next(model.parameters()).device):
-        raise ValueError(f"the images are on {images.vectors.device}, and the model on {device}")
-    return _evaluated(model, images, samples, seed, share)
-
-
 def joined(portions: Iterable[Likelihoods]) -> Likelihoods:
-    """The likelihoods of all the images of some portions, in order."""
+    """Return the likelihoods of all the images of some portions, in order."""
     return Likelihoods(*(torch.cat(values, dim=-1) for values in zip(*portions, strict=True)))
 
 
 @torch.inference_mode()
-def _evaluated(
-    model: CVAE, images: ImageSet, samples: Sequence[int], seed: int, share: Callable[[int], slice]
-) -> Iterator[Likelihoods]:  # fmt: skip
+def evaluate(
+    model: CVAE, images: ImageSet, samples: Sequence[int], seed: int, share: Callable[[int], slice] = slice
+) -> Iterator[Likelihoods]:
+    """Yield the likelihoods of the images, `IMAGES_AT_ONCE` at a time and in order; those of no image if there is none.
+
+    All estimates of an image come from the same draws, of which each takes the first S: it is the same whatever other
+    numbers there are. Source: Sohn et al. 2015, the two estimates of the conditional log-likelihood; Burda et al. 2016
+    for the second.
+
+    Args:
+        model: The CVAE.
+        images: The images, of the model's task and on its device.
+        samples: The numbers of samples S.
+        seed: The seed of the noise.
+        share: Returns which of so many portions of images this process takes; all of them by default.
+    """
+    if min(samples, default=0) < 1:
+        raise ValueError(f"at least one sample is needed, not {list(samples)}")
     starts = range(0, len(images), IMAGES_AT_ONCE)
-    own = starts[share(len(starts))]
-    for start in own or starts[:1]:
+    for start in starts[share(len(starts))] or [len(images)]:
+        random = context.generator(images.rows.device, seed, "evaluation", start)
         batch = images.batch(slice(start, start + IMAGES_AT_ONCE))
-        random = context.generator(images.vectors.device, seed, "evaluation", start)
-        found = _evaluate(model, batch, samples, random)
-        yield found if own else Likelihoods(*(values[..., :0] for values in found))
-
-
-def _evaluate(model: CVAE, batch: Batch, samples: Sequence[int], random: torch.Generator) -> Likelihoods:
-    guess = model.baseline_net(batch.x)
-    batch = batch._replace(guess=guess)
-    terms = elbo(model, batch, noise(ELBO_SAMPLES, len(batch.x), model, random))
-    of_prior, of_posterior = [], []
-    for eps in portions(max(samples), batch, model, random):
-        of_prior.append(model.from_prior(batch.x, batch.guess, eps).log_likelihood(batch.y))
-        of_posterior.append(model.from_posterior(*batch, eps).log_weights(batch.y))
-    log_p, log_weights = torch.cat(of_prior).double(), torch.cat(of_posterior).double()
-    return Likelihoods(
-        nn_nll=-bernoulli_log_prob(batch.y, guess).double(),
-        cvae_neg_elbo=-terms["elbo"].double(),
-        cvae_mc_nll=-torch.stack([log_mean_exp(log_p[:s]) for s in samples]),
-        cvae_is_nll=-torch.stack([log_mean_exp(log_weights[:s]) for s in samples]),
-        floor=bernoulli_entropy(batch.y).double(),
-        kl=torch.stack(kl_levels(terms)).double(),
-        ess=torch.stack([effective_sample_size(log_weights[:s]) for s in samples]),
-    )
-
-
-def importance_sampling(model: CVAE, x: Tensor, y: Tensor, samples: int, random: torch.Generator) -> Tensor:
-    """The estimate of log p(y|x) by so many samples of z ~ q(z|x,y), minus `cvae_is_nll`: nats `[B]`, float64."""
-    found = []
-    for batch in map(Batch, x.split(IMAGES_AT_ONCE), y.split(IMAGES_AT_ONCE)):
-        batch = batch._replace(guess=model.baseline_net(batch.x))
-        draws = (model.from_posterior(*batch, eps) for eps in portions(samples, batch, model, random))
-        found.append(log_mean_exp(torch.cat([draw.log_weights(batch.y) for draw in draws]).double()))
-    return torch.cat(found)
+        batch = batch._replace(guess=model.guess(batch))
+        terms = elbo(model, batch, noise(ELBO_SAMPLES, len(batch.x), model, random))
+        encoded = model.encode(batch, model.guess(batch), True)
+        from_prior, from_posterior = [], []
+        for eps in noise_portions(max(samples), len(batch.x), model, random):
+            from_prior.append(model.draw(encoded, eps, False).log_likelihood(batch))
+            from_posterior.append(model.draw(encoded, eps, True).log_weights(batch))
+        log_p, log_weights = torch.cat(from_prior).double(), torch.cat(from_posterior).double()
+        yield Likelihoods(
+            nn_nll=-bernoulli_log_prob(batch.y, model.guess(batch), batch.weight).double(),
+            cvae_neg_elbo=-terms["elbo"].double(),
+            cvae_mc_nll=-torch.stack([log_mean_exp(log_p[:s]) for s in samples]),
+            cvae_is_nll=-torch.stack([log_mean_exp(log_weights[:s]) for s in samples]),
+            floor=bernoulli_entropy(batch.y, batch.weight).double(),
+            kl=torch.stack(kl_levels(terms)).double(),
+            ess=torch.stack([effective_sample_size(log_weights[:s]) for s in samples]),
+        )
 
 
 def effective_sample_size(log_weights: Tensor) -> Tensor:
-    """(Σw)² / Σw² over the first dimension, from log w: `[S, B]` → `[B]`, from 1, one weight alone, to S, all alike.
+    """Return (Σw)² / Σw² over the first dimension, from log w `[S, B]`: `[B]`, from 1 (one weight alone) to S.
 
     Source: Kong 1992.
     """
     return (2 * log_weights.logsumexp(0) - (2 * log_weights).logsumexp(0)).exp()
 
 
-def portions(samples: int, batch: Batch, model: CVAE, random: torch.Generator) -> Iterator[Tensor]:
-    """The noise of so many samples, SAMPLES_AT_ONCE at a time; the first ones are the same however many there are."""
-    for first in range(0, samples, SAMPLES_AT_ONCE):
-        yield noise(SAMPLES_AT_ONCE, len(batch.x), model, random)[: samples - first]
+@torch.no_grad()
+def active_units(model: CVAE, images: ImageSet, seed: int, precision: str = "fp32") -> list[tuple[int, int]]:
+    """Count the active dimensions of z on the first `ACTIVITY_IMAGES` images.
+
+    A dimension is active where the mean of its q(z|x,y), given the image, has a variance over the images above
+    `LEAST_VARIANCE`. Source: Burda et al. 2016, section 5.1, with their threshold.
+
+    Args:
+        model: The CVAE, in evaluation mode.
+        images: The images, of the model's task and on its device.
+        seed: The seed of the noise, on which the levels below the first depend.
+        precision: The precision of the products.
+
+    Returns:
+        For each level, from top to bottom: how many dimensions are active, and how many there are.
+    """
+    count, device = min(len(images), ACTIVITY_IMAGES), images.rows.device
+    portions = []
+    for start in range(0, count, ACTIVITY_AT_ONCE):
+        batch = images.batch(slice(start, min(start + ACTIVITY_AT_ONCE, count)))
+        eps = noise(ACTIVITY_SAMPLES, len(batch.x), model, context.generator(device, seed, "activity", start))
+        with context.autocast(precision, device):
+            locs = [q.loc for _, _, q, _ in model.from_posterior(batch, eps[:1]).latents]
+            if any(loc.dim() > 2 for loc in locs):  # there are levels that depend on what was drawn above
+                locs = [q.loc for _, _, q, _ in model.from_posterior(batch, eps).latents]
+            portions.append(locs)
+    levels = (torch.cat(locs, dim=-2) for locs in zip(*portions, strict=True))
+    return [(int((variance_of_means(loc) > LEAST_VARIANCE).sum()), loc.shape[-1]) for loc in levels]
 
 
-def noise(samples: int, count: int, model: CVAE, random: torch.Generator) -> Tensor:
-    """eps ~ N(0, 1), `[samples, count, latent_dim]`, from and on the generator's device."""
-    return torch.randn(samples, count, model.latent_dim, generator=random, device=random.device)
+def variance_of_means(loc: Tensor) -> Tensor:
+    """Return the variance over images of E[loc | image], without bias: `[Z]` float64, zero for a single image.
+
+    Args:
+        loc: `[B, Z]`, or `[L, B, Z]` for L draws of what lies above, of which the expectation is taken. The mean of L
+            draws varies by itself too, by 1/L of the variance among them, which is taken off.
+    """
+    loc = widen(loc).double()
+    correction = min(1, loc.shape[-2] - 1)
+    if loc.dim() == 2:
+        return loc.var(0, correction=correction)
+    return loc.mean(0).var(0, correction=correction) - loc.var(0).mean(0) / len(loc)

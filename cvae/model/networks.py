@@ -1,60 +1,60 @@
-"""The networks, by name: each a builder, from the split of the images and the settings to a CVAE with its baseline.
+"""The networks, by name: each a builder, from a task and the settings to a CVAE with its baseline.
 
-A new network is a class with the two draws of `CVAE`, a builder, and a name in `NETWORKS`. It may be made of any
-modules; those of `layers.py` train fastest.
+A new network is a class with `encode` and `draw`, and a name in `NETWORKS`. It may be made of any modules.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cvae import context
-from cvae.data.masks import Split
+from cvae.data.tasks import Batch, Task
 from cvae.model.cvae import CVAE, Draw, Latent
 from cvae.model.deep import Deep
 from cvae.model.densities import Gaussian
-from cvae.model.layers import MLP
+from cvae.model.layers import mlp, mlps
 from cvae.settings import Settings
+
+
+class Encoded(NamedTuple):
+    """The distributions of z of a batch, `[B, Z]`, q None where z is not drawn from it; x and the guess."""
+
+    p: Gaussian
+    q: Gaussian | None
+    x: Tensor
+    guess: Tensor
 
 
 class OneLevel(CVAE):
     """A CVAE of one level of z, whose generation network is left to a subclass: Sohn et al. 2015, figure 1(d).
 
-    The prior network sees x completed by the baseline's guess ŷ, the recognition network x completed by the true y.
-    Both are of the same sizes, and are computed side by side: pixels → hidden layers → (loc, log-scale).
+    The prior network sees x completed by the baseline's guess ŷ, the recognition network x completed by the true y;
+    both are: pixels → hidden layers → (loc, log-scale).
     """
 
-    PRIOR, RECOGNITION = 0, 1  # the encoders' numbers
+    def __init__(self, task: Task, s: Settings):
+        super().__init__(task, mlp(task.x_dim, *s.hidden, task.y_dim), s.latent_dim)
+        self.prior_net, self.recognition_net = mlps(task.x_dim + task.y_dim, *s.hidden, 2 * s.latent_dim, count=2)
 
-    def __init__(self, split: Split, s: Settings):
-        super().__init__(split, MLP((split.num_observed, *s.hidden, split.num_hidden)), s.latent_dim)
-        self.encoders = MLP((split.num_pixels, *s.hidden, 2 * s.latent_dim), copies=2)
+    def encode(self, batch: Batch, guess: Tensor, recognise: bool) -> Encoded:
+        p = self.prior_net(torch.cat([batch.x, guess.sigmoid().to(batch.x.dtype)], dim=-1)).chunk(2, dim=-1)
+        if not recognise:
+            return Encoded(Gaussian(*p), None, batch.x, guess)
+        q = self.recognition_net(torch.cat([batch.x, batch.y], dim=-1)).chunk(2, dim=-1)
+        return Encoded(Gaussian(*p), Gaussian(*q), batch.x, guess)
 
-    def from_posterior(
-        self, x: Tensor, y: Tensor, guess: Tensor | None, eps: Tensor, detach_z: bool = False
-    ) -> Draw:  # fmt: skip
-        guess = self.known_guess(x, guess, eps, y)
-        completed = torch.empty(2, len(x), self.split.num_pixels, dtype=self.encoders.dtype, device=x.device)
-        completed[:, :, : self.split.num_observed] = x
-        completed[self.PRIOR, :, self.split.num_observed :] = guess.sigmoid()
-        completed[self.RECOGNITION, :, self.split.num_observed :] = y
-        encoded = self.encoders(completed)
-        p, q = (Gaussian(*parameters.chunk(2, dim=-1)) for parameters in encoded)
-        z = q.sample(eps)
+    def draw(self, encoded: Encoded, eps: Tensor, recognise: bool, detach_z: bool = False) -> Draw:
+        p, q, x, guess = encoded
+        source = q if recognise and q is not None else p
+        z = source.sample(eps)
         if detach_z:
             z = z.detach().requires_grad_()
-        return Draw(self.generation(z, x, guess), (Latent(z, eps, q, p),))
-
-    def from_prior(self, x: Tensor, guess: Tensor | None, eps: Tensor) -> Draw:
-        guess = self.known_guess(x, guess, eps)
-        encoded = self.encoders(torch.cat([x, guess.sigmoid().to(x.dtype)], dim=-1), copy=self.PRIOR)
-        p = Gaussian(*encoded.chunk(2, dim=-1))
-        z = p.sample(eps)
-        return Draw(self.generation(z, x, guess), (Latent(z, eps, p, p),))
+        return Draw(self.generation(z, x, guess), (Latent(z, eps, source, p),))
 
     def generation(self, z: Tensor, x: Tensor, guess: Tensor) -> Tensor:
-        """The logits of p(y|x,z), `[L, B, num_hidden]`, for z `[L, B, Z]`."""
+        """Return the logits of p(y|x,z), `[L, B, y_dim]`, for z `[L, B, Z]`."""
         raise NotImplementedError
 
 
@@ -66,9 +66,9 @@ class Tutorial(OneLevel):
     which nothing uses.
     """
 
-    def __init__(self, split: Split, s: Settings):
-        super().__init__(split, s)
-        self.generation_net = MLP((s.latent_dim, *s.hidden, split.num_hidden))
+    def __init__(self, task: Task, s: Settings):
+        super().__init__(task, s)
+        self.generation_net = mlp(s.latent_dim, *s.hidden, task.y_dim)
 
     def generation(self, z: Tensor, x: Tensor, guess: Tensor) -> Tensor:
         logits: Tensor = self.generation_net(z)
@@ -81,33 +81,46 @@ class Paper(OneLevel):
     Source: Sohn et al. 2015, and its authors' code for the sum.
     """
 
-    def __init__(self, split: Split, s: Settings):
-        super().__init__(split, s)
-        self.generation_of_x = MLP((split.num_pixels, s.hidden[0]))  # once an image, whatever the number of samples
-        self.generation_of_z = MLP((s.latent_dim, s.hidden[0]))
-        self.generation_net = MLP((*s.hidden, split.num_hidden))
-        *_, weight, bias = self.encoders.parameters()
+    def __init__(self, task: Task, s: Settings):
+        super().__init__(task, s)
+        self.generation_of_x = mlp(task.x_dim + task.y_dim, s.hidden[0])  # once an image, for all samples of it
+        self.generation_of_z = mlp(s.latent_dim, s.hidden[0])
+        self.generation_net = mlp(*s.hidden, task.y_dim)
+        *_, weight, bias = self.recognition_net.parameters()
         with torch.no_grad():  # z tells much of y from the first step: on top of the guess it is not missed otherwise
-            weight[self.RECOGNITION, : s.latent_dim] *= 3
-            bias[self.RECOGNITION, s.latent_dim :] -= 2
+            weight[: s.latent_dim] *= 3
+            bias[s.latent_dim :] -= 2
 
     def generation(self, z: Tensor, x: Tensor, guess: Tensor) -> Tensor:
         seen = self.generation_of_x(torch.cat([x, guess.sigmoid().to(x.dtype)], dim=-1))
-        features = (self.generation_of_z(z) + seen).relu()
-        logits: Tensor = self.generation_net(features)
+        logits: Tensor = self.generation_net((self.generation_of_z(z) + seen).relu())
         return logits + guess
 
 
-NETWORKS: dict[str, Callable[[Split, Settings], CVAE]] = {"tutorial": Tutorial, "paper": Paper, "deep": Deep}
+NETWORKS: dict[str, Callable[[Task, Settings], CVAE]] = {"tutorial": Tutorial, "paper": Paper, "deep": Deep}
 
 
-def build(split: Split, s: Settings) -> CVAE:
-    """The model of these settings for images with this split, its weights drawn from the seed.
+def build(task: Task, s: Settings) -> CVAE:
+    """Build the model of these settings, its weights drawn from the seed.
 
-    The same wherever one is needed: training, evaluation, tests, benchmarks. Raises ValueError for a network that
-    there is not.
+    Raises:
+        ValueError: For a network that there is not.
     """
     builder = s.chosen("network", NETWORKS)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(context.derive_seed(s.seed, "weights"))
-        return builder(split, s)
+        return builder(task, s)
+
+
+def upgraded(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights as version 0.3 named them, layers side by side in one tensor, under the names of today."""
+    renamed = {}
+    for name, tensor in state.items():
+        if ".layers." not in name or tensor.dim() == (2 if name.endswith("weight") else 1):
+            renamed[name] = tensor
+        elif name.startswith("encoders."):
+            renamed[name.replace("encoders", "prior_net")] = tensor[0].clone()
+            renamed[name.replace("encoders", "recognition_net")] = tensor[1].clone()
+        else:
+            renamed[name] = tensor[0].clone()
+    return renamed

@@ -15,71 +15,91 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from cvae.data.images import Batch
+from cvae.data.tasks import Batch
 from cvae.model.cvae import CVAE, Draw
-from cvae.model.densities import bernoulli_log_prob, gaussian_score
+from cvae.model.densities import bernoulli_log_prob, gaussian_score, log_mean_exp
 from cvae.settings import Settings
 
 Value = TypeVar("Value", Tensor, float)
 
 Terms = dict[str, Tensor]
-"""Per image, nats `[B]`, higher is better but for `kl` and `kl_1`, …; the first is what is maximised."""
+"""Nats per image, `[B]`, higher is better but for `kl` and `kl_1`, …; the first is what is maximised."""
 
 Objective = Callable[..., Terms]
 """A function of a model, a batch, and noise if it takes any."""
 
 
 def log_likelihood(baseline: nn.Module, batch: Batch) -> Terms:
-    """The baseline's objective: log p(y|ŷ), a Bernoulli's."""
-    return {"log_likelihood": bernoulli_log_prob(batch.y, baseline(batch.x))}
+    """Return the baseline's objective: log p(y|ŷ), a Bernoulli's."""
+    return {"log_likelihood": bernoulli_log_prob(batch.y, baseline(batch.x), batch.weight)}
 
 
 def elbo(model: CVAE, batch: Batch, eps: Tensor) -> Terms:
-    """E_q[log p(y|x,z)] − KL(q(z|x,y) ‖ p(z|x)), the expectation with L samples of z and the KL in closed form.
+    """Return E_q[log p(y|x,z)] − KL(q(z|x,y) ‖ p(z|x)), by L samples of z and with the KL in closed form.
 
-    eps: the noise, `[L, B, latent_dim]`. Source: Sohn et al. 2015, equation 4 (the empirical lower bound). The
-    tutorial samples its KL too, at the same z; the closed form has the same expectation and less variance.
+    The tutorial samples its KL too, at the same z; the closed form has the same expectation and less variance.
+    Source: Sohn et al. 2015, equation 4 (the empirical lower bound).
+
+    Args:
+        model: The CVAE.
+        batch: B images.
+        eps: Noise, N(0, 1), `[L, B, latent_dim]`.
     """
-    draw = model.from_posterior(*batch, eps)
-    log_likelihood, kl = sample_mean(draw.log_likelihood(batch.y)), kl_terms(draw)
+    draw = model.from_posterior(batch, eps)
+    log_likelihood, kl = sample_mean(draw.log_likelihood(batch)), kl_terms(draw)
     return {"elbo": log_likelihood - kl["kl"], "log_likelihood": log_likelihood, **kl}
 
 
 def gsnn(model: CVAE, batch: Batch, eps: Tensor) -> Terms:
-    """E_p[log p(y|x,z)] with L samples of z from the prior network: the Gaussian stochastic neural network.
+    """Return E_p[log p(y|x,z)] by L samples of z from the prior network: the Gaussian stochastic neural network.
 
-    The lower bound with the recognition network set equal to the prior network, so that there is no KL. The objective
-    does not train the recognition network. eps: as in `elbo`. Source: Sohn et al. 2015, section 4.2.
+    It is the lower bound with the recognition network set equal to the prior network, so that there is no KL, and does
+    not train the recognition network. Source: Sohn et al. 2015, section 4.2.
+
+    Args:
+        model, batch, eps: As in `elbo`.
     """
-    return {"gsnn": sample_mean(model.from_prior(batch.x, batch.guess, eps).log_likelihood(batch.y))}
+    return {"gsnn": sample_mean(model.from_prior(batch, eps).log_likelihood(batch))}
 
 
 def multisample(model: CVAE, batch: Batch, eps: Tensor) -> Terms:
-    """log of the mean of p(y|x,z) over K samples of z from the prior network: a lower bound, above that of `gsnn`.
+    """Return the log of the mean of p(y|x,z) over K samples of z from the prior network: a bound above that of `gsnn`.
 
-    It is the Monte Carlo estimate of log p(y|x) with S = K, so that a network trained on it does well by few samples of
-    its prior network. It does not train the recognition network. eps: the noise, `[K, B, latent_dim]`; with K = 1 it is
-    `gsnn`. Source: Raiko et al. 2015; Mnih and Rezende 2016, the multi-sample objective with the prior as its proposal.
+    It is the Monte Carlo estimate of log p(y|x) with S = K, and `gsnn` where K = 1; it does not train the recognition
+    network. Source: Raiko et al. 2015; Mnih and Rezende 2016, with the prior as the proposal.
+
+    Args:
+        model, batch: As in `elbo`.
+        eps: Noise, N(0, 1), `[K, B, latent_dim]`.
     """
-    log_likelihood = model.from_prior(batch.x, batch.guess, eps).log_likelihood(batch.y)
+    log_likelihood = model.from_prior(batch, eps).log_likelihood(batch)
     return {"multisample": log_mean_exp(log_likelihood), "gsnn": sample_mean(log_likelihood).detach()}
 
 
 def hybrid(model: CVAE, batch: Batch, eps: Tensor, *, alpha: float) -> Terms:
-    """α · elbo + (1 − α) · gsnn, both from the same noise: Sohn et al. 2015, equation 7."""
-    of_elbo, of_gsnn = elbo(model, batch, eps), gsnn(model, batch, eps)
-    return {"hybrid": alpha * of_elbo["elbo"] + (1 - alpha) * of_gsnn["gsnn"], **of_elbo, **of_gsnn}
+    """Return α · elbo + (1 − α) · gsnn, both from the same noise: Sohn et al. 2015, equation 7.
+
+    Args:
+        model, batch, eps: As in `elbo`.
+        alpha: α, from 0 to 1.
+    """
+    elbo_terms, gsnn_terms = elbo(model, batch, eps), gsnn(model, batch, eps)
+    mixed = alpha * elbo_terms["elbo"] + (1 - alpha) * gsnn_terms["gsnn"]
+    return {"hybrid": mixed, **elbo_terms, **gsnn_terms}
 
 
 def iwae(model: CVAE, batch: Batch, eps: Tensor) -> Terms:
-    """log of the mean of K importance weights, w = p(y|x,z) p(z|x) / q(z|x,y) with z ~ q: a bound above the elbo.
+    """Return the log of the mean of K importance weights, p(y|x,z) p(z|x) / q(z|x,y), z ~ q: a bound above the elbo.
 
-    eps: the noise, `[K, B, latent_dim]`; with K = 1 it is the elbo with a sampled KL. Its gradient is the doubly
-    reparameterized one, for the prior network too (`doubly_reparameterized`).
-    Source: Burda et al. 2016, with the conditional prior in the place of theirs.
+    With K = 1 it is the elbo with a sampled KL. Its gradient is the doubly reparameterized one, for the prior network
+    too. Source: Burda et al. 2016, with the conditional prior in the place of theirs.
+
+    Args:
+        model, batch: As in `elbo`.
+        eps: Noise, N(0, 1), `[K, B, latent_dim]`.
     """
-    draw = model.from_posterior(*batch, eps, detach_z=True)
-    log_likelihood = draw.log_likelihood(batch.y)
+    draw = model.from_posterior(batch, eps, detach_z=True)
+    log_likelihood = draw.log_likelihood(batch)
     log_weights = log_likelihood + draw.log_ratio
     bound = log_mean_exp(log_weights)
     if log_weights.requires_grad:
@@ -90,19 +110,21 @@ def iwae(model: CVAE, batch: Batch, eps: Tensor) -> Terms:
 
 
 def doubly_reparameterized(draw: Draw, log_likelihood: Tensor, log_weights: Tensor) -> Tensor:
-    """A quantity `[B]` whose gradient estimates that of the iwae bound without bias, with less variance than its own.
+    """Return a quantity `[B]` whose gradient estimates the iwae bound's without bias, with less variance than its own.
 
     The gradient of log w by the parameters of q and p, at fixed z, is replaced by one by z. With w̃ the normalised
-    weights and G = d log w / dz, what follows from z on the levels below included, q's parameters get
+    weights and G = d log w / dz, with all that follows from z on the levels below, q's parameters get
     w̃² G · dz/dq, z = loc + scale · eps, and p's get w̃ (∂ log q/∂z − ∂ log p/∂z + (1 − w̃) G) · dz/dp, in which
-    the same z is expressed by p's own noise. The generation network gets w̃ ∂ log p(y|x,z), as always.
+    this z is expressed by p's own noise. The generation network gets w̃ ∂ log p(y|x,z), as always.
     Source: Tucker et al. 2019 for q; Bauer and Mnih 2021 for p, here with levels one below another.
 
-    draw: with `detach_z`. log_likelihood, log_weights: nats `[K, B]`, of this draw.
+    Args:
+        draw: A draw with `detach_z`.
+        log_likelihood, log_weights: Of this draw, nats `[K, B]`.
     """
     normalised = log_weights.detach().softmax(0)
     weights = normalised.unsqueeze(-1)
-    found = (normalised * log_likelihood).sum(0)
+    surrogate = (normalised * log_likelihood).sum(0)
     total = log_weights.sum()
     for z, eps, q, p in reversed(draw.latents):
         (by_z,) = torch.autograd.grad(total, z, retain_graph=True)
@@ -112,52 +134,53 @@ def doubly_reparameterized(draw: Draw, log_likelihood: Tensor, log_weights: Tens
             for_q = weights.square() * by_z
             for_p = weights * (gaussian_score(z, fixed_q) - gaussian_score(z, fixed_p) + (1 - weights) * by_z)
             eps_of_p = (z - fixed_p.loc) * (-fixed_p.log_scale).exp()
-        found = found + (for_q * q.sample(eps) + for_p * p.sample(eps_of_p)).sum(-1).sum(0)
-    return found
-
-
-def log_mean_exp(log_weights: Tensor) -> Tensor:
-    """log of the mean over the first dimension of exp(log_weights): `[S, B]` → `[B]`."""
-    return log_weights.logsumexp(0) - math.log(len(log_weights))
+        surrogate = surrogate + (for_q * q.sample(eps) + for_p * p.sample(eps_of_p)).sum(-1).sum(0)
+    return surrogate
 
 
 def sample_mean(values: Tensor) -> Tensor:
-    """The mean over the samples, `[L, B]` → `[B]`."""
+    """Return the mean over the samples, `[L, B]` → `[B]`."""
     return values.mean(0) if len(values) > 1 else values.squeeze(0)
 
 
 def kl_terms(draw: Draw) -> Terms:
-    """KL(q ‖ p), nats `[B]`, a mean over the samples: `kl`, and `kl_1`, …, by level, where there are several."""
+    """Return KL(q ‖ p), nats `[B]`, a mean over the samples: `kl`, and `kl_1`, …, by level, where there are several."""
     return by_level("kl", [kl if kl.dim() == 1 else sample_mean(kl) for kl in draw.kl_of_levels])
 
 
 def kl_levels(terms: Terms) -> list[Tensor]:
-    """The KL of each level, from top to bottom, among terms that `kl_terms` gave."""
+    """Return the KL of each level, from top to bottom, among terms that `kl_terms` gave."""
     return [term for name, term in terms.items() if name.startswith("kl_")] or [terms["kl"]]
 
 
 def by_level(name: str, values: Sequence[Value]) -> dict[str, Value]:
-    """A quantity's sum over the levels of z by its name, and where there are several, that of each: `name_1` is the
-    top."""
+    """Return a quantity's sum over the levels by its name, and each level's if there are several (1: the top)."""
     total = {name: reduce(add, values)}
     return total if len(values) == 1 else total | {f"{name}_{i}": value for i, value in enumerate(values, start=1)}
 
 
 def maximised(terms: dict[str, Value]) -> Value:
-    """The first of the terms, or of their means."""
+    """Return the first of the terms, or of their means."""
     return next(iter(terms.values()))
 
 
-def without_free(terms: Terms, nats: Tensor | None) -> Tensor:
-    """What a training maximises, nats `[B]`: the first of the terms; if it is the elbo, less what KLs lack of `nats`.
+def with_free_nats(terms: Terms, free_nats: Tensor | None) -> Tensor:
+    """Return the first term, with the KL of each level floored at `free_nats` where that term is the elbo.
 
-    nats: of each level and image, a scalar. A smaller KL has no gradient, which helps levels to come to be used; all
-    terms stay what they are. None: none is free. Source: the free bits of Kingma et al. 2016, here for each image.
+    A smaller KL has no gradient, which helps levels to come to be used; all terms stay as they are.
+    Source: the free bits of Kingma et al. 2016, here for each image.
+
+    Args:
+        terms: As an objective returned them.
+        free_nats: The nats of each level and image, a scalar; None: none are free.
+
+    Returns:
+        Nats per image to be maximised, `[B]`.
     """
     name, gain = next(iter(terms.items()))
-    if nats is None or name != "elbo":
+    if free_nats is None or name != "elbo":
         return gain
-    return gain - reduce(add, ((nats - kl).relu() for kl in kl_levels(terms)))
+    return gain - reduce(add, ((free_nats - kl).relu() for kl in kl_levels(terms)))
 
 
 OBJECTIVES: dict[str, Objective] = {
@@ -169,10 +192,14 @@ OF_PRIOR = ("gsnn", "multisample")
 
 
 def objective(s: Settings) -> Objective:
-    """The objective of these settings, its own settings filled in. Raises ValueError for one that there is not."""
+    """Return the objective of these settings, with its own settings filled in.
+
+    Raises:
+        ValueError: For one that there is not.
+    """
     function = s.chosen("objective", OBJECTIVES)
-    own = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    return partial(function, **{name: getattr(s, name) for name in own})
+    names = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    return partial(function, **{name: getattr(s, name) for name in names})
 
 
 class Totals:
@@ -197,6 +224,6 @@ class Totals:
         self.sums.zero_()
 
     def means(self) -> dict[str, float]:
-        """The terms' means, nats per image, by name, the maximised one first; NaN where there were no images."""
+        """Return the terms' means, nats per image, by name, the maximised one first; NaN where there were no images."""
         *sums, count = self.sums.tolist() or [0.0]
         return {name: total / count if count else math.nan for name, total in zip(self.names, sums, strict=True)}

@@ -43,7 +43,9 @@ class Completion(nn.Module):
     def forward(self, x: Tensor, eps: Tensor) -> Tensor:
         split = self.model.split
         observed = split.split(x)[0]
-        return split.compose(observed, self.model.completions(observed, eps))
+        return split.compose(  # type: ignore[no-any-return]
+            observed, self.model.completions(observed, eps)
+        )
 
 
 def write(path: Path, trained: Trained, make: Callable[[Trained], bytes], read: Callable[[Path], Function]) -> float:

@@ -113,7 +113,7 @@ def judge(name: str, case: Case, seed: int, device: torch.device, processes: Pro
 @torch.inference_mode()
 def _portions(case: Case, images: ImageSet, seed: int, share: Callable[[int], slice]) -> Iterator[Tensor]:
     """Measures and features, `[rows, n]`, of some images each, in order; the noise is of the seed and their place."""
-    starts, device = range(0, len(images), IMAGES_AT_ONCE), images.vectors.device
+    starts, device = range(0, len(images), IMAGES_AT_ONCE), images.rows.device
     for start in starts[share(len(starts))]:
         rows = slice(start, start + IMAGES_AT_ONCE)
         batch, classes = images.batch(rows), case.classes[rows].to(device)

@@ -45,7 +45,7 @@ def draw(case: Case, judged: Judged, seed: int) -> Image.Image:
     ambiguity = judged.values["x_only", "entropy"]
     numbers, device = chosen(ambiguity), next(case.model.parameters()).device
     images, split = case.images[numbers], case.model.split
-    x, y, _ = ImageSet(images, split, device).batch(slice(None))
+    x, y, *_ = ImageSet(images, split, device).batch(slice(None))
     random = [context.generator(device, seed, "realism figure", number) for number in numbers]
     means = case.model.completions(x, torch.cat([noise(COMPLETIONS, 1, case.model, each) for each in random], dim=1))
     columns = completion_rows(images, split, case.model.baseline_net(x).sigmoid(), means[:SHOWN])

@@ -22,7 +22,7 @@ from cvae.data.masks import Split, is_picture, mask_name
 from cvae.errors import DataError, is_out_of_memory, taken_for_damage
 from cvae.model.cvae import CVAE
 from cvae.model.densities import widen
-from cvae.model.networks import build
+from cvae.model.networks import build, upgraded
 from cvae.run.checkpoint import kinds, write_atomically
 from cvae.run.folder import known_record, known_settings
 from cvae.settings import Settings
@@ -122,6 +122,8 @@ def assembled(path: Path, settings: Settings, split: Split, state: object) -> CV
     Raises DataError, naming the file at `path`, if they are not of these settings.
     """
     try:
+        if isinstance(state, dict):
+            state = upgraded(state)
         with torch.device("meta"):  # no memory is taken before the weights are known to fit
             wanted = build(split, settings).state_dict()
         if kinds(state) != kinds(wanted):
