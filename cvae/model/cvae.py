@@ -21,7 +21,7 @@ from cvae.model.densities import (
 
 Seed = int | torch.Generator | None
 
-IMAGES_AT_ONCE, SAMPLES_AT_ONCE = 10, 100
+NOISE_IMAGES, SAMPLES_AT_ONCE = 10, 100
 """The images and samples of one portion of noise in an estimate; they bound the memory too."""
 
 
@@ -215,8 +215,8 @@ class CVAE(nn.Module):
         whole = self.task.batch(self.task.rows(as_images(picture, self.split)))
         whole = whole._replace(x=self._pixels("a picture", whole.x), y=self._pixels("a picture", whole.y))
         estimates = []
-        for first in range(0, len(whole.x), IMAGES_AT_ONCE):
-            batch = some(whole, slice(first, first + IMAGES_AT_ONCE))
+        for first in range(0, len(whole.x), NOISE_IMAGES):
+            batch = some(whole, slice(first, first + NOISE_IMAGES))
             encoded = self.encode(batch, self.guess(batch), True)
             log_weights = [
                 self.draw(encoded, eps, True).log_weights(batch)

@@ -6,6 +6,7 @@ portion of images in the set, whatever the number of processes.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -13,8 +14,7 @@ from torch import Tensor
 
 from cvae import context
 from cvae.data.images import ImageSet
-from cvae.model.cvae import CVAE, noise_portions
-from cvae.model.cvae import IMAGES_AT_ONCE as IMAGES_AT_ONCE
+from cvae.model.cvae import CVAE, NOISE_IMAGES, SAMPLES_AT_ONCE
 from cvae.model.cvae import noise as noise
 from cvae.model.densities import bernoulli_entropy, bernoulli_log_prob, log_mean_exp, widen
 from cvae.model.objectives import elbo, kl_levels
@@ -69,7 +69,7 @@ def joined(portions: Iterable[Likelihoods]) -> Likelihoods:
 def evaluate(
     model: CVAE, images: ImageSet, samples: Sequence[int], seed: int, share: Callable[[int], slice] = slice
 ) -> Iterator[Likelihoods]:
-    """Yield the likelihoods of the images, `IMAGES_AT_ONCE` at a time and in order; those of no image if there is none.
+    """Yield the likelihoods of the images, some at a time and in order; those of no image if there is none.
 
     All estimates of an image come from the same draws, of which each takes the first S: it is the same whatever other
     numbers there are. Source: Sohn et al. 2015, the two estimates of the conditional log-likelihood; Burda et al. 2016
@@ -84,15 +84,18 @@ def evaluate(
     """
     if min(samples, default=0) < 1:
         raise ValueError(f"at least one sample is needed, not {list(samples)}")
-    starts = range(0, len(images), IMAGES_AT_ONCE)
+    size = NOISE_IMAGES * (2 if torch.is_autocast_enabled(images.rows.device.type) else 1)
+    starts = range(0, len(images), size)
     for start in starts[share(len(starts))] or [len(images)]:
-        random = context.generator(images.rows.device, seed, "evaluation", start)
-        batch = images.batch(slice(start, start + IMAGES_AT_ONCE))
+        batch = images.batch(slice(start, start + size))
         batch = batch._replace(guess=model.guess(batch))
-        terms = elbo(model, batch, noise(ELBO_SAMPLES, len(batch.x), model, random))
+        places = range(start, start + max(1, len(batch.x)), NOISE_IMAGES)
+        random = [context.generator(images.rows.device, seed, "evaluation", place) for place in places]
+        terms = elbo(model, batch, _noise(ELBO_SAMPLES, len(batch.x), model, random))
         encoded = model.encode(batch, model.guess(batch), True)
         from_prior, from_posterior = [], []
-        for eps in noise_portions(max(samples), len(batch.x), model, random):
+        for first in range(0, max(samples), SAMPLES_AT_ONCE):
+            eps = _noise(SAMPLES_AT_ONCE, len(batch.x), model, random)[: max(samples) - first]
             from_prior.append(model.draw(encoded, eps, False).log_likelihood(batch))
             from_posterior.append(model.draw(encoded, eps, True).log_weights(batch))
         log_p, log_weights = torch.cat(from_prior).double(), torch.cat(from_posterior).double()
@@ -105,6 +108,12 @@ def evaluate(
             kl=torch.stack(kl_levels(terms)).double(),
             ess=torch.stack([effective_sample_size(log_weights[:s]) for s in samples]),
         )
+
+
+def _noise(samples: int, count: int, model: CVAE, random: Sequence[torch.Generator]) -> Tensor:
+    """Draw the noise of `count` images, each `NOISE_IMAGES` of them by a generator of their own."""
+    counts = [min(NOISE_IMAGES, count - i * NOISE_IMAGES) for i in range(len(random))]
+    return torch.cat([noise(samples, *part) for part in zip(counts, repeat(model), random)], dim=1)
 
 
 def effective_sample_size(log_weights: Tensor) -> Tensor:

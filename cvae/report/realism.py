@@ -21,7 +21,8 @@ from cvae.errors import DataError
 from cvae.model import realism
 from cvae.model.classifier import FEATURES
 from cvae.model.cvae import CVAE
-from cvae.model.likelihood import IMAGES_AT_ONCE, Estimate, estimate, noise
+from cvae.model.cvae import NOISE_IMAGES as IMAGES_AT_ONCE
+from cvae.model.likelihood import Estimate, estimate, noise
 from cvae.report.judges import Judges, open_judges
 from cvae.report.selection import Subject
 
