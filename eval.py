@@ -37,9 +37,9 @@ from cvae.data.images import ImageSet
 from cvae.data.parts import Reading
 from cvae.data.sources import load_test, named
 from cvae.errors import DataError, UsageError
-from cvae.model.likelihood import noise
+from cvae.model.cvae import noise
 from cvae.report import figures, realism, realism_figure, realism_table, tables
-from cvae.report.estimates import Sampling, resolve_precision, result_of
+from cvae.report.estimates import Sampling, evaluation_precision, result_of
 from cvae.report.results import Column, by_setting
 from cvae.report.selection import Subject, compared, find_runs, open_run, short_names, with_reference
 from cvae.run.plan import absolute, user_path
@@ -217,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     for line in dict.fromkeys(subject.test.about for subject in subjects.values()):
                         say(line)
             drawn = processes.on_main(partial(draw_all, subjects, options))
-            how = Sampling(options.samples, options.seed, resolve_precision(options.precision, device))
+            how = Sampling(options.samples, options.seed, evaluation_precision(options.precision, device))
             found = {name: result_of(name, subject, how, processes) for name, subject in subjects.items()}
             judged = {name: realism.judge(name, case, options.seed, device, processes) for name, case in cases.items()}
             if processes.is_main and found:

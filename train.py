@@ -29,9 +29,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cvae import context
 from cvae.console import called, command
-from cvae.context import Processes
+from cvae.context import (
+    Context,
+    GraphedStep,
+    Interruption,
+    Processes,
+    permutation,
+    prepare,
+    resolve_device,
+    seed_dropout,
+)
 from cvae.data.images import ImageSet
 from cvae.data.sources import TrainImages
 from cvae.model.cvae import noise
@@ -44,6 +52,7 @@ from cvae.run.images import once_for_all
 from cvae.run.plan import parse, plan
 from cvae.run.session import Run
 from cvae.run.state import Progress
+from cvae.settings import Settings
 from cvae.training.optimizer import GuardedAdam
 from cvae.training.phase import Phase
 from cvae.training.weights import WeightAverage, Weights
@@ -58,28 +67,27 @@ class Step:
     Nothing in it waits for the device, and all its results are updated in place: it can be captured in a CUDA graph.
     """
 
-    def __init__(self, phase: Phase, run: Run):
-        s = run.settings
-        self.images, self.run, self.objective = phase.train, run, phase.objective
-        self.weights = Weights(phase.model, context.HALF.get(run.precision))
+    def __init__(self, phase: Phase, s: Settings, context: Context):
+        self.context, self.images, self.objective = context, phase.train, phase.objective
+        self.weights = Weights(phase.model, context.half)
         self.average = WeightAverage(phase.model, self.weights, s.average)
-        fp16 = run.precision == "fp16"
+        fp16 = context.half == torch.float16
         self.optimizer = GuardedAdam(self.weights, s.learning_rate, s.weight_decay, loss_scaling=fp16, clip=s.clip)
         self.batch_size = min(s.batch_size, len(phase.train))
         self.count = len(phase.train) // self.batch_size  # of an epoch
-        self.totals = Totals(run.device)
-        self.free_nats = torch.zeros((), device=run.device) if phase.free_nats(s, 0.0) else None
+        self.totals = Totals(context.device)
+        self.free_nats = torch.zeros((), device=context.device) if phase.free_nats(s, 0.0) else None
 
     def __call__(self, rows: Tensor, *eps: Tensor) -> None:
         """Take the step; rows: this process's images of the batch, int64 `[B]`; eps: the noise for them."""
         batch = self.images.batch(rows)
         self.weights.model.zero_grad()  # a capture that failed may have left some
-        with context.autocast(self.run.precision, self.run.device):
+        with self.context.autocast():
             terms = self.objective(self.weights.model, batch, *eps)  # draws z; nats per image, by name
         loss = with_free_nats(terms, self.free_nats).sum() / -self.batch_size
         self.optimizer.scaled(loss).backward()
         loss, gradient = loss.detach(), self.weights.take_gradient()
-        self.run.processes.sum_(gradient, loss)
+        self.context.processes.sum_(gradient, loss)
         skipped = self.optimizer.step(loss, gradient)
         self.totals.add(terms, skipped)
 
@@ -89,27 +97,27 @@ def fit(phase: Phase, run: Run, last: dict[str, Any]) -> Progress:
 
     last: a checkpoint to go on from, if it is of this phase.
     """
-    s = run.settings
-    step, progress = Step(phase, run), Progress()
+    s, context, processes = run.settings, run.context, run.context.processes
+    step, progress = Step(phase, s, context), Progress()
     average, optimizer = step.average, step.optimizer
     parts: dict[str, Any] = {"model": phase.model, "average": average.model, "optimizer": optimizer}
     if last.get("phase") == phase.name:
         progress = run.restore(last, parts)
         step.weights.refresh()
-    graphed = run.device.type == "cuda" and run.processes.count == 1
-    take_step = context.GraphedStep(step, run.warn) if graphed else step
+    graphed = context.device.type == "cuda" and processes.count == 1
+    take_step = GraphedStep(step, run.warn) if graphed else step
 
     while not progress.is_over(phase.epochs, s.patience):
         started = time.perf_counter()
         progress.epoch += 1
-        train_epoch(phase, step, take_step, progress.epoch)
-        run.processes.sum_on_host_(step.totals.sums)
-        run.processes.average_(*phase.model.buffers(), *average.model.buffers())
+        train_epoch(phase, run, step, take_step, progress.epoch)
+        processes.sum_on_host_(step.totals.sums)
+        processes.average_(*phase.model.buffers(), *average.model.buffers())
         seconds = time.perf_counter() - started
-        with run.progress_bar(f"{phase.name}, validation", len(phase.validation) // run.processes.count) as bar:
-            totals = phase.validate(average.model, s.seed, run.precision, run.processes, bar.update)
+        with run.progress_bar(f"{phase.name}, validation", len(phase.validation) // processes.count) as bar:
+            totals = phase.validate(average.model, s.seed, context, bar.update)
         train, validation = step.totals.means(), totals.means()
-        validation |= phase.active_units(average.model, s.seed, run.precision) if "kl" in validation else {}
+        validation |= phase.active_units(average.model, s.seed, context) if "kl" in validation else {}
         train_loss, validation_loss = -maximised(train), -maximised(validation)
         if validation_loss < progress.best_loss:
             progress.best_loss, progress.best_epoch = validation_loss, progress.epoch
@@ -124,7 +132,7 @@ def fit(phase: Phase, run: Run, last: dict[str, Any]) -> Progress:
             "seconds": time.perf_counter() - started,
             **optimizer.skipped(),
         }
-        run.processes.on_main(partial(run.save_epoch, phase.name, progress, parts, record, phase.picture))
+        processes.on_main(partial(run.save_epoch, phase.name, progress, parts, record, phase.picture))
         best = ", the best so far" if progress.epoch == progress.best_epoch else ""
         run.say(
             f"{phase.where(progress.epoch)}: loss {train_loss:.2f}, on validation images {validation_loss:.2f} "
@@ -135,18 +143,18 @@ def fit(phase: Phase, run: Run, last: dict[str, Any]) -> Progress:
     return progress
 
 
-def train_epoch(phase: Phase, step: Step, take_step: Callable[..., None], epoch: int) -> None:
+def train_epoch(phase: Phase, run: Run, step: Step, take_step: Callable[..., None], epoch: int) -> None:
     """One epoch: a fresh permutation of the images, cut into full batches; the few images left over are not used in it.
 
     All randomness comes from (seed, phase, epoch) and is the same for any number of processes: each draws the noise of
     the whole batch, and takes its share.
     """
-    run, s, optimizer, size = step.run, step.run.settings, step.optimizer, step.batch_size
-    steps, share = step.count, run.processes.share_of_batch(size)
+    s, context, optimizer, size = run.settings, run.context, step.optimizer, step.batch_size
+    steps, share = step.count, context.processes.share_of_batch(size)
     where = phase.where(epoch)
-    random = context.generator(run.device, s.seed, phase.name, epoch)
-    permutation = context.permutation(len(step.images), s.seed, phase.name, epoch).to(run.device)
-    context.seed_dropout(s.seed, phase.name, epoch, run.processes.rank)
+    random = context.generator(s.seed, phase.name, epoch)
+    order = permutation(len(step.images), s.seed, phase.name, epoch).to(context.device)
+    seed_dropout(s.seed, phase.name, epoch, context.processes.rank)
     step.weights.model.train()
     binary, bend = s.targets == "binary", phase.bend(s, epoch)
     if binary or phase.bend(s, 0) or step.images.task.is_random:  # also in last epochs, without bent images
@@ -155,7 +163,7 @@ def train_epoch(phase: Phase, step: Step, take_step: Callable[..., None], epoch:
     optimizer.start_epoch()
     step.totals.zero()
     with run.progress_bar(where, steps * size) as bar:
-        for i, rows in enumerate(permutation[: steps * size].view(steps, size)[:, share]):
+        for i, rows in enumerate(order[: steps * size].view(steps, size)[:, share]):
             eps = phase.noise(size, random)
             now = epoch - 1 + i / steps
             optimizer.learning_rate.fill_(phase.learning_rate(s, now))
@@ -167,17 +175,17 @@ def train_epoch(phase: Phase, step: Step, take_step: Callable[..., None], epoch:
             if i % REPORT_EVERY == 0:
                 bar.set_postfix_str(f"loss {-maximised(step.totals.means()):.2f}", refresh=False)
                 optimizer.check(where)
-            if i % REPORT_EVERY == 0 or run.processes.count == 1:
+            if i % REPORT_EVERY == 0 or context.processes.count == 1:
                 run.leave_if_interrupted()
     optimizer.check(where)
 
 
 def train_run(run: Run, load_images: Callable[[], TrainImages], resume: bool, overwrite: bool) -> None:
     """Train the baseline, then the CVAE on top of it, from wherever the run has come to."""
-    s, device = run.settings, run.device
+    s, context = run.settings, run.context
     images, held_out, about, record = load_images()
     images = images[: s.train_limit]
-    run.processes.share_of_batch(min(s.batch_size, len(images)))  # refused before a folder is made
+    context.processes.share_of_batch(min(s.batch_size, len(images)))  # refused before a folder is made
     task = run.split(resume, *images.shape[1:])
     run.say("\n".join(filter(None, (about, task.about))))
     cvae = build(task, s)
@@ -188,11 +196,11 @@ def train_run(run: Run, load_images: Callable[[], TrainImages], resume: bool, ov
         run.say(f"{run.folder} is finished: nothing is left to do")
         return
     last = state.last
-    train, validation = (ImageSet(part, task, device) for part in (images, held_out))
+    train, validation = (ImageSet(part, task, context.device) for part in (images, held_out))
     digits = held_out[:NUM_DIGITS].clone()
     del images, held_out  # the image sets hold all that is needed
-    x = task.split(digits.to(device) / 255)[0]
-    baseline = cvae.to(device).baseline_net
+    x = ImageSet(digits, task, context.device).batch(slice(None)).x
+    baseline = cvae.to(context.device).baseline_net
     if last.get("phase") != "cvae":
         if resume:
             run.load_start(cvae)
@@ -207,16 +215,16 @@ def train_run(run: Run, load_images: Callable[[], TrainImages], resume: bool, ov
         run.load_last(last, cvae)  # the baseline among it
     baseline.eval()
     for image_set in (train, validation):  # its guesses are computed once: it is frozen now
-        image_set.set_guesses(baseline, context.HALF.get(run.precision))
+        image_set.set_guesses(baseline, context.half)
 
-    eps = noise(NUM_SAMPLES, len(digits), cvae, context.generator(device, s.seed, "picture"))
+    eps = noise(NUM_SAMPLES, len(digits), cvae, context.generator(s.seed, "picture"))
     phase = Phase(
         "cvae", cvae, objective(s), s.epochs, train, validation, samples=s.particles,
         noise=lambda count, random: (noise(s.particles, count, cvae, random),),
         picture=lambda model: completions(digits, task, baseline(x).sigmoid(), model.completions(x, eps)),
     )  # fmt: skip
     progress = fit(phase, run, last)
-    run.processes.on_main(partial(run.finish, progress, draw_all))
+    context.processes.on_main(partial(run.finish, progress, draw_all))
     run.say(f"{run.folder}: trained. Next: {called('eval.py')}, or tensorboard --logdir {quoted(run.folder.parent)}")
 
 
@@ -225,18 +233,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options, given = parse(argv, __doc__)
     processes = Processes()
-    with context.Interruption() as interruption, processes.one_voice():
+    with Interruption() as interruption, processes.one_voice():
         runs = plan(options, given)
-        device = context.resolve_device(runs[0][1].device, processes.local_rank, processes.local_count)
-        with context.prepare(device), processes.connected(device):
+        device = resolve_device(runs[0][1].device, processes.local_rank, processes.local_count)
+        with prepare(device), processes.connected(device):
             for folder, _ in runs if options.resume is None else []:  # before the first one is begun
                 processes.on_main(partial(refuse_existing, folder, options.overwrite))
             load_images = once_for_all([s for _, s in runs], device, processes, interruption, options.quiet)
             for folder, settings in runs:
                 wanted = settings.precision if options.resume is None else read_precision(folder)
-                precision = processes.on_main(partial(context.resolve_precision, wanted, device))
+                context = Context(device, processes=processes).with_precision(wanted)
                 init = None if options.init is None else find_run(options.init, options.runs)
-                with Run(folder, settings, device, precision, processes, interruption, options.quiet, init) as run:
+                with Run(folder, settings, context, interruption, options.quiet, init) as run:
                     run.words = options.words
                     train_run(run, load_images, options.resume is not None, options.overwrite)
     return 0

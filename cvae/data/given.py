@@ -7,14 +7,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cvae.data.masks import Split, described
 from cvae.data.parts import Array
 from cvae.data.pictures import grey_levels, read_picture
+from cvae.data.tasks import Task, described
 
 Picture = Tensor | Array | Image.Image | str | os.PathLike[str]
 
 
-def as_images(picture: Picture, split: Split) -> Tensor:
+def as_images(picture: Picture, task: Task) -> Tensor:
     """Pictures of the split's size, `[B, height, width]`, uint8 or floats as they are given.
 
     picture: a tensor or an array, `[height, width]` (B = 1) or `[B, height, width]`, uint8, bool or floats; a Pillow
@@ -24,7 +24,7 @@ def as_images(picture: Picture, split: Split) -> Tensor:
     images = _tensor(picture)
     if images.dtype == torch.bool:
         images = images.float()
-    size = (split.height, split.width)
+    size = (task.height, task.width)
     known = images.dtype == torch.uint8 or images.is_floating_point()
     if not known or images.dim() not in (2, 3) or images.shape[-2:] != size:
         wanted = f"[{size[0]}, {size[1]}] or [B, {size[0]}, {size[1]}], uint8 or floats in [0, 1]"

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from cvae import context
 from cvae.data.bending import bent
-from cvae.data.tasks import Batch as Batch
-from cvae.data.tasks import Task, described
+from cvae.data.tasks import Batch, Task, described
 from cvae.settings import Settings
 
 DRAWN_ONCE = {"grey": (), "binary": ("validation", "test"), "binary-fixed": ("train", "validation", "test")}

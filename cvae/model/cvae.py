@@ -188,7 +188,7 @@ class CVAE(nn.Module):
         """
         if not 0 <= temperature < math.inf:
             raise ValueError(f"temperature has to be a number from 0 on, not {temperature}")
-        batch = self.task.batch(self.task.rows(as_images(picture, self.split)))
+        batch = self.task.batch(self.task.rows(as_images(picture, self.task)))
         x = self._pixels("the observed part of a picture", batch.x)
         eps = noise(_positive(samples), len(x), self, self._random(seed)).to(x.dtype)
         return self.task.compose(x, self.completions(x, temperature * eps))
@@ -212,7 +212,7 @@ class CVAE(nn.Module):
         """
         _positive(samples)
         random = self._random(seed)
-        whole = self.task.batch(self.task.rows(as_images(picture, self.split)))
+        whole = self.task.batch(self.task.rows(as_images(picture, self.task)))
         whole = whole._replace(x=self._pixels("a picture", whole.x), y=self._pixels("a picture", whole.y))
         estimates = []
         for first in range(0, len(whole.x), NOISE_IMAGES):

@@ -5,17 +5,16 @@ portion of images in the set, whatever the number of processes.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import repeat
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from cvae import context
+from cvae.context import Context
 from cvae.data.images import ImageSet
-from cvae.model.cvae import CVAE, NOISE_IMAGES, SAMPLES_AT_ONCE
-from cvae.model.cvae import noise as noise
+from cvae.model.cvae import CVAE, NOISE_IMAGES, SAMPLES_AT_ONCE, noise
 from cvae.model.densities import bernoulli_entropy, bernoulli_log_prob, log_mean_exp, widen
 from cvae.model.objectives import elbo, kl_levels
 
@@ -60,16 +59,11 @@ def estimate(values: Tensor) -> Estimate:
     return Estimate(values.mean().item(), stderr)
 
 
-def joined(portions: Iterable[Likelihoods]) -> Likelihoods:
-    """Return the likelihoods of all the images of some portions, in order."""
-    return Likelihoods(*(torch.cat(values, dim=-1) for values in zip(*portions, strict=True)))
-
-
 @torch.inference_mode()
 def evaluate(
-    model: CVAE, images: ImageSet, samples: Sequence[int], seed: int, share: Callable[[int], slice] = slice
+    model: CVAE, images: ImageSet, samples: Sequence[int], seed: int, context: Context
 ) -> Iterator[Likelihoods]:
-    """Yield the likelihoods of the images, some at a time and in order; those of no image if there is none.
+    """Yield the likelihoods of this process's share of the images, a portion at a time and in order.
 
     All estimates of an image come from the same draws, of which each takes the first S: it is the same whatever other
     numbers there are. Source: Sohn et al. 2015, the two estimates of the conditional log-likelihood; Burda et al. 2016
@@ -80,24 +74,28 @@ def evaluate(
         images: The images, of the model's task and on its device.
         samples: The numbers of samples S.
         seed: The seed of the noise.
-        share: Returns which of so many portions of images this process takes; all of them by default.
+        context: Says where the images are, the precision of the products, and which portions this process takes.
+
+    Yields:
+        Portions of images; one of no image if this process has none.
     """
     if min(samples, default=0) < 1:
         raise ValueError(f"at least one sample is needed, not {list(samples)}")
-    size = NOISE_IMAGES * (2 if torch.is_autocast_enabled(images.rows.device.type) else 1)
+    size = NOISE_IMAGES * (2 if context.half else 1)  # more rows fill half-precision products better
     starts = range(0, len(images), size)
-    for start in starts[share(len(starts))] or [len(images)]:
+    for start in starts[context.processes.share(len(starts))] or [len(images)]:
         batch = images.batch(slice(start, start + size))
-        batch = batch._replace(guess=model.guess(batch))
         places = range(start, start + max(1, len(batch.x)), NOISE_IMAGES)
-        random = [context.generator(images.rows.device, seed, "evaluation", place) for place in places]
-        terms = elbo(model, batch, _noise(ELBO_SAMPLES, len(batch.x), model, random))
-        encoded = model.encode(batch, model.guess(batch), True)
+        random = [context.generator(seed, "evaluation", place) for place in places]
         from_prior, from_posterior = [], []
-        for first in range(0, max(samples), SAMPLES_AT_ONCE):
-            eps = _noise(SAMPLES_AT_ONCE, len(batch.x), model, random)[: max(samples) - first]
-            from_prior.append(model.draw(encoded, eps, False).log_likelihood(batch))
-            from_posterior.append(model.draw(encoded, eps, True).log_weights(batch))
+        with context.autocast():
+            batch = batch._replace(guess=model.guess(batch))
+            terms = elbo(model, batch, _noise(ELBO_SAMPLES, len(batch.x), model, random))
+            encoded = model.encode(batch, model.guess(batch), True)
+            for first in range(0, max(samples), SAMPLES_AT_ONCE):
+                eps = _noise(SAMPLES_AT_ONCE, len(batch.x), model, random)[: max(samples) - first]
+                from_prior.append(model.draw(encoded, eps, False).log_likelihood(batch))
+                from_posterior.append(model.draw(encoded, eps, True).log_weights(batch))
         log_p, log_weights = torch.cat(from_prior).double(), torch.cat(from_posterior).double()
         yield Likelihoods(
             nn_nll=-bernoulli_log_prob(batch.y, model.guess(batch), batch.weight).double(),
@@ -125,7 +123,7 @@ def effective_sample_size(log_weights: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def active_units(model: CVAE, images: ImageSet, seed: int, precision: str = "fp32") -> list[tuple[int, int]]:
+def active_units(model: CVAE, images: ImageSet, seed: int, context: Context) -> list[tuple[int, int]]:
     """Count the active dimensions of z on the first `ACTIVITY_IMAGES` images.
 
     A dimension is active where the mean of its q(z|x,y), given the image, has a variance over the images above
@@ -135,17 +133,17 @@ def active_units(model: CVAE, images: ImageSet, seed: int, precision: str = "fp3
         model: The CVAE, in evaluation mode.
         images: The images, of the model's task and on its device.
         seed: The seed of the noise, on which the levels below the first depend.
-        precision: The precision of the products.
+        context: Says where the images are, and the precision of the products.
 
     Returns:
         For each level, from top to bottom: how many dimensions are active, and how many there are.
     """
-    count, device = min(len(images), ACTIVITY_IMAGES), images.rows.device
+    count = min(len(images), ACTIVITY_IMAGES)
     portions = []
     for start in range(0, count, ACTIVITY_AT_ONCE):
         batch = images.batch(slice(start, min(start + ACTIVITY_AT_ONCE, count)))
-        eps = noise(ACTIVITY_SAMPLES, len(batch.x), model, context.generator(device, seed, "activity", start))
-        with context.autocast(precision, device):
+        eps = noise(ACTIVITY_SAMPLES, len(batch.x), model, context.generator(seed, "activity", start))
+        with context.autocast():
             locs = [q.loc for _, _, q, _ in model.from_posterior(batch, eps[:1]).latents]
             if any(loc.dim() > 2 for loc in locs):  # there are levels that depend on what was drawn above
                 locs = [q.loc for _, _, q, _ in model.from_posterior(batch, eps).latents]

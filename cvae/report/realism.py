@@ -15,14 +15,15 @@ from torch.nn.functional import cross_entropy
 from cvae import context
 from cvae.console import Bar
 from cvae.context import Processes
-from cvae.data.images import Batch, ImageSet
+from cvae.data.images import ImageSet
 from cvae.data.sources import load_labels
+from cvae.data.tasks import Batch
 from cvae.errors import DataError
 from cvae.model import realism
 from cvae.model.classifier import FEATURES
-from cvae.model.cvae import CVAE
+from cvae.model.cvae import CVAE, noise
 from cvae.model.cvae import NOISE_IMAGES as IMAGES_AT_ONCE
-from cvae.model.likelihood import Estimate, estimate, noise
+from cvae.model.likelihood import Estimate, estimate
 from cvae.report.judges import Judges, open_judges
 from cvae.report.selection import Subject
 

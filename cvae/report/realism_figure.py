@@ -10,7 +10,7 @@ from torch import Tensor
 from cvae import context
 from cvae.data.images import ImageSet
 from cvae.model import realism
-from cvae.model.likelihood import noise
+from cvae.model.cvae import noise
 from cvae.report.figures import FONT_SIZE, GAP, INK, PAPER, as_picture, completion_rows, write_picture
 from cvae.report.realism import COMPLETIONS, Case, Judged, classified
 

@@ -2,8 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from cvae.model.activity import LEAST_VARIANCE
-from cvae.model.likelihood import ELBO_SAMPLES, estimate
+from cvae.model.likelihood import ELBO_SAMPLES, LEAST_VARIANCE, estimate
 from cvae.report.records import Record, as_csv, as_json, record
 from cvae.report.results import OF_RECOGNITION, SMALL, Column, Result, Row
 

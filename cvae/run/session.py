@@ -7,12 +7,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
 from filelock import BaseFileLock
 from torch import Tensor, nn
 
 from cvae.console import Bar, called, complain, program, say
-from cvae.context import Interruption, Processes
+from cvae.context import Context, Interruption
 from cvae.data.mask_pictures import mask_png
 from cvae.data.masks import Split, is_picture, make_split
 from cvae.data.sources import difference
@@ -50,9 +49,7 @@ class Run:
 
     folder: Path
     settings: Settings
-    device: torch.device
-    precision: str
-    processes: Processes
+    context: Context
     interruption: Interruption
     quiet: bool = False
     init: Path | None = None  # the run whose weights it begins with
@@ -78,17 +75,17 @@ class Run:
 
     def say(self, line: str) -> None:
         """Print a line, once for all processes."""
-        if self.processes.is_main and not self.quiet:
+        if self.context.processes.is_main and not self.quiet:
             say(line)
 
     def warn(self, line: str) -> None:
         """Print a warning, once for all processes."""
-        if self.processes.is_main:
+        if self.context.processes.is_main:
             complain(f"{program('train.py')}: {line}")
 
     def progress_bar(self, where: str, total: int) -> Bar:
         """A bar over so many images, once for all processes."""
-        return Bar(where, total, "img", self.processes.is_main and not self.quiet)
+        return Bar(where, total, "img", self.context.processes.is_main and not self.quiet)
 
     def begin_with(self, other: Path, model: CVAE) -> None:
         """Put the best weights of another run into a model, before `claim` makes the folder. Raises DataError."""
@@ -96,14 +93,14 @@ class Run:
         def begin() -> tuple[str, dict[str, Any], dict[str, Tensor]]:
             return *start_from(other, model), model.state_dict()
 
-        line, self.config["init"], weights = self.processes.on_main(begin)
+        line, self.config["init"], weights = self.context.processes.on_main(begin)
         model.load_state_dict(weights)
         self.start = weights
         self.say(line)
 
     def load_start(self, model: nn.Module) -> None:
         """Put the weights into a model that the run began with, where they were another run's. Raises DataError."""
-        start = self.processes.on_main(lambda: self.start)
+        start = self.context.processes.on_main(lambda: self.start)
         if start is not None:
             with fitting(self.folder, INIT):
                 model.load_state_dict(start)
@@ -117,7 +114,7 @@ class Run:
             with advice(self.folder):
                 return read_split(self.folder)
 
-        return self.processes.on_main(read)
+        return self.context.processes.on_main(read)
 
     def claim(self, split: Split, images: dict[str, Any], resume: bool, overwrite: bool) -> State:
         """Hold the folder, made now unless it is resumed; returns the state to go on from.
@@ -126,7 +123,7 @@ class Run:
         Where a run is resumed, nothing is written before all that is needed to go on has been looked at, here and in
         `restore`. Raises UsageError if the folder is taken, DataError if it cannot go on without loss, DiskError.
         """
-        first = self.processes.on_main(lambda: images)
+        first = self.context.processes.on_main(lambda: images)
 
         def compare() -> None:
             if differs := difference(first, images):
@@ -138,14 +135,14 @@ class Run:
             self._create(split, images, overwrite)
             return State({}, False, [])
 
-        self.processes.on_all(compare)
-        here = self.processes.on_main(claim)
+        self.context.processes.on_all(compare)
+        here = self.context.processes.on_main(claim)
         if here.last.get("phase") == "cvae" and (epoch := here.last["progress"]["epoch"]) > self.settings.epochs:
             raise UsageError(f"{self.folder} has had {epoch} epochs; --epochs cannot be less")
         if self.is_finished(here):
-            self.processes.on_main(lambda: self._record_changes(here.last))
+            self.context.processes.on_main(lambda: self._record_changes(here.last))
         elif not here.last:
-            self.processes.on_main(lambda: self._begin_writing({}))
+            self.context.processes.on_main(lambda: self._begin_writing({}))
         return here
 
     def _create(self, split: Split, images: dict[str, Any], overwrite: bool) -> None:
@@ -177,7 +174,7 @@ class Run:
 
     @cached_property  # it asks git
     def _machine(self) -> dict[str, Any]:
-        return describe_machine(self.device, self.precision, self.processes.count, self.words)
+        return describe_machine(self.context.device, self.context.precision, self.context.processes.count, self.words)
 
     def _record_changes(self, last: dict[str, Any]) -> None:
         """Have the settings in `config.json` that are others than before, if any are."""
@@ -202,7 +199,7 @@ class Run:
         with fitting(self.folder, LAST):
             for name, part in parts.items():
                 part.load_state_dict(last[name])
-        self.processes.on_main(lambda: self._begin_writing(last))
+        self.context.processes.on_main(lambda: self._begin_writing(last))
         return Progress(**last["progress"])
 
     def _begin_writing(self, last: dict[str, Any]) -> None:
@@ -232,7 +229,9 @@ class Run:
                 f"{phase}: the validation loss was NaN or infinite after each of {progress.epoch} epochs. "
                 "Try a lower --learning-rate, or look at the data"
             )
-        best = self.processes.on_main(lambda: checkpoint.load(self.folder / BEST))  # other machines may not see it
+        best = self.context.processes.on_main(
+            lambda: checkpoint.load(self.folder / BEST)
+        )  # other machines may not see it
         with fitting(self.folder, BEST):
             model.load_state_dict(best["model"])
 
@@ -282,5 +281,5 @@ class Run:
 
     def leave_if_interrupted(self) -> None:
         """Raises Interrupted, in all processes at once, if a signal came to one of them."""
-        if number := self.processes.maximum(self.interruption.signal_number):
+        if number := self.context.processes.maximum(self.interruption.signal_number):
             raise Interrupted(f"interrupted; to go on: {called('train.py')} --resume {quoted(self.folder)}", number)

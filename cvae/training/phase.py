@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cvae import context
-from cvae.context import Processes
+from cvae.context import Context
 from cvae.data.images import ImageSet
 from cvae.model.likelihood import active_units
 from cvae.model.objectives import Objective, Totals, by_level
@@ -48,39 +47,34 @@ class Phase(NamedTuple):
 
     @torch.no_grad()
     def validate(
-        self,
-        model: nn.Module,
-        seed: int,
-        precision: str,
-        processes: Processes,
-        done: Callable[[int], object] = lambda count: None,
+        self, model: nn.Module, seed: int, context: Context, done: Callable[[int], object] = lambda count: None
     ) -> Totals:
         """Return the objective's terms on the validation images; the noise is the same in every epoch.
 
         Args:
             model: The phase's model, or the average of its weights.
             seed: The seed of the noise.
-            precision: The precision of the products.
-            processes: Each process takes its share of the portions of the images.
+            context: Says the precision of the products, and which portions of the images this process takes.
             done: Called with the number of images that were just evaluated.
         """
         model.eval()
-        images, device = self.validation, self.validation.rows.device
-        totals = Totals(device)
+        images, totals = self.validation, Totals(context.device)
         size = max(1, min(VALIDATION_IMAGES, VALIDATION_ROWS // max(1, self.samples)))
         starts = range(0, len(images), size)
-        for start in starts[processes.share(len(starts))] or [len(images)]:  # an empty portion where there is none
+        for start in starts[context.processes.share(len(starts))] or [
+            len(images)
+        ]:  # an empty portion where there is none
             batch = images.batch(slice(start, start + size))
-            eps = self.noise(len(batch.x), context.generator(device, seed, "validation", start))
-            with context.autocast(precision, device):
+            eps = self.noise(len(batch.x), context.generator(seed, "validation", start))
+            with context.autocast():
                 totals.add(self.objective(model, batch, *eps))
             done(len(batch.x))
-        processes.sum_on_host_(totals.sums)
+        context.processes.sum_on_host_(totals.sums)
         return totals
 
-    def active_units(self, model: Any, seed: int, precision: str) -> dict[str, float]:
+    def active_units(self, model: Any, seed: int, context: Context) -> dict[str, float]:
         """Return how many dimensions of z are active on the validation images, in all and by level, for the log."""
-        units = active_units(model, self.validation, seed, precision)
+        units = active_units(model, self.validation, seed, context)
         return by_level("active_units", [float(active) for active, _ in units])
 
     def bend(self, s: Settings, epoch: int) -> float:
