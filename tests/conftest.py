@@ -1,4 +1,4 @@
-"""What the tests share: a small CVAE with noise and images to put through it; a place for whole trainings."""
+"""Fixtures that several test files use: a small CVAE with images and noise, and a folder for whole trainings."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -7,12 +7,11 @@ from typing import NamedTuple
 import hypothesis
 import pytest
 import torch
+from reference.networks import TEST_NETWORKS
 from support.trainings import Forked, make_contrary_data, make_data
 from torch import Tensor, nn
 
-from cvae.data.images import Batch
-from cvae.data.masks import Split, quadrants
-from cvae.model import layers
+from cvae.data.tasks import Batch, FixedMask, Task, quadrants
 from cvae.model.cvae import CVAE
 from cvae.model.networks import NETWORKS
 from cvae.settings import Settings
@@ -25,60 +24,59 @@ hypothesis.settings.load_profile("any speed")
 
 
 class Toy(NamedTuple):
-    """A CVAE of random weights, images `[B, height, width]` in [0, 1] with their x and y, and noise `[L, B, Z]`."""
+    """A CVAE of random weights, images `[B, height, width]` in [0, 1], and noise `[L, B, latent_dim]`."""
 
-    split: Split
+    task: FixedMask
     cvae: CVAE
     images: Tensor
-    x: Tensor
-    y: Tensor
     eps: Tensor
-
-    def model(self, which: str) -> nn.Module:
-        """The "cvae" to train, or its "baseline", no longer frozen."""
-        return self.cvae if which == "cvae" else self.cvae.baseline_net.requires_grad_(True)
 
     @property
     def batch(self) -> Batch:
-        """The images as the objectives take them, their guess not known."""
-        return Batch(self.x, self.y)
+        """The images as the objectives take them; their guess is not known."""
+        return self.task.batch(self.task.rows(self.images))
+
+    @property
+    def x(self) -> Tensor:
+        return self.batch.x
+
+    @property
+    def y(self) -> Tensor:
+        return self.batch.y
+
+    def model(self, which: str) -> nn.Module:
+        """Return what is trained: the "cvae", or its "baseline", no longer frozen."""
+        return self.cvae if which == "cvae" else self.cvae.baseline_net.requires_grad_(True)
+
+
+def spread(model: nn.Module, gain: float) -> None:
+    """Draw all weights and biases anew, uniformly, `gain` times as far spread as nn.Linear's."""
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter) and weight.dim() > 1:
+            bound = gain * weight[0].numel() ** -0.5
+            for parameter in module.parameters(recurse=False):
+                nn.init.uniform_(parameter, -bound, bound)
 
 
 @pytest.fixture
 def make_toy() -> Callable[..., Toy]:
-    """Makes toys of any size; in float64, so that a comparison shows mistakes and not rounding."""
+    """Make toys of any size; in float64, so that a comparison shows mistakes and not rounding."""
 
     def make(
-        num_quadrants: int = 1,
-        height: int = 6,
-        width: int = 6,
-        hidden: Sequence[int] = (11, 9),
-        latent_dim: int = 4,
-        count: int = 5,
-        particles: int = 1,
-        seed: int = 0,
-        gain: float = 2.0,
-        dtype: torch.dtype = torch.float64,
-        network: str | Callable[[Split, Settings], CVAE] = "tutorial",
-    ) -> Toy:
-        """network: a name in NETWORKS, or a builder. gain: the spread of the weights, in units of nn.Linear's."""
+        num_quadrants: int = 1, height: int = 6, width: int = 6, hidden: Sequence[int] = (11, 9), latent_dim: int = 4,
+        count: int = 5, particles: int = 1, seed: int = 0, gain: float = 2.0, dtype: torch.dtype = torch.float64,
+        network: str | Callable[[Task, Settings], CVAE] = "tutorial", **settings: object,
+    ) -> Toy:  # fmt: skip
+        """network: a name of this program's or of the tests' networks, or a builder."""
         torch.manual_seed(seed)
-        split = Split(quadrants(num_quadrants, height, width))
-        builder = NETWORKS[network] if isinstance(network, str) else network
-        cvae = builder(split, Settings(hidden=tuple(hidden), latent_dim=latent_dim)).to(dtype)
-        for module in cvae.modules():  # the same spread in all layers, and biases that are not zero
-            if isinstance(module, layers.Linear):
-                bound = gain * module.weight.shape[2] ** -0.5
-                for parameter in module.parameters():
-                    nn.init.uniform_(parameter, -bound, bound)
-            elif isinstance(module, nn.Linear | nn.Conv2d):
-                module.reset_parameters()
-                for parameter in module.parameters():
-                    parameter.data.mul_(gain)
+        task = FixedMask(quadrants(num_quadrants, height, width))
+        builder = {**NETWORKS, **TEST_NETWORKS}[network] if isinstance(network, str) else network
+        cvae = builder(task, Settings(hidden=tuple(hidden), latent_dim=latent_dim, **settings)).to(dtype)
+        spread(cvae, gain)
         # Black, white and grey pixels; whole grey levels, so that uint8 holds them too.
         images = torch.rand(count, height, width).mul(1.6).sub(0.3).clamp(0, 1).mul(255).round().to(dtype) / 255
-        eps = torch.randn(particles, count, cvae.latent_dim, dtype=dtype)
-        return Toy(split, cvae, images, *split.split(images), eps)
+        return Toy(task, cvae, images, torch.randn(particles, count, latent_dim, dtype=dtype))
 
     return make
 

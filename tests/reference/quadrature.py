@@ -1,4 +1,4 @@
-"""What the objectives and estimators estimate, by integration over z or over its noise, with torch.distributions."""
+"""What objectives and estimates estimate, by integration over z or over its noise, with torch.distributions."""
 
 import math
 from typing import NamedTuple
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Bernoulli, Normal
 
+from cvae.data.tasks import Batch
 from cvae.model.cvae import CVAE
 from cvae.model.densities import Gaussian
 
@@ -25,14 +26,14 @@ class Integrals(NamedTuple):
 
 
 @torch.no_grad()
-def integrate(cvae: CVAE, x: Tensor, y: Tensor) -> Integrals:
-    """The integrals over z of a CVAE of one level with latent_dim 1, on a fine grid."""
-    p, q = encoded(cvae, x, y)
+def integrate(cvae: CVAE, batch: Batch) -> Integrals:
+    """Return the integrals over z of a CVAE of one level with latent_dim 1, on a fine grid."""
+    p, q = gaussians(cvae, batch)
     ends = [gaussian.loc + sign * 10 * gaussian.log_scale.exp() for gaussian in (p, q) for sign in (-1, 1)]
     low, high = torch.cat(ends, 1).double().aminmax(dim=1)
     z = low + (high - low) * torch.linspace(0, 1, NUM_POINTS, dtype=torch.float64)[:, None]  # [points, B]
-    log_y = log_likelihood(cvae, x, y, z[..., None])
-    log_p, log_q = log_density(p, z), log_density(q, z)
+    log_y = log_likelihood(cvae, batch, z[..., None])
+    log_p, log_q = (Normal(g.loc[:, 0].double(), g.log_scale[:, 0].double().exp()).log_prob(z) for g in (p, q))
     log_weight = log_y + log_p - log_q
 
     def integral(values: Tensor) -> Tensor:
@@ -49,27 +50,26 @@ def integrate(cvae: CVAE, x: Tensor, y: Tensor) -> Integrals:
     )
 
 
-def encoded(cvae: CVAE, x: Tensor, y: Tensor) -> tuple[Gaussian, Gaussian]:
-    """p(z|x) and q(z|x,y) of a CVAE of one level."""
-    ((_, _, q, p),) = cvae.from_posterior(x, y, None, x.new_zeros(1, len(x), cvae.latent_dim)).latents
+def gaussians(cvae: CVAE, batch: Batch) -> tuple[Gaussian, Gaussian]:
+    """Return p(z|x) and q(z|x,y) of a CVAE of one level."""
+    ((_, _, q, p),) = cvae.from_posterior(batch, batch.x.new_zeros(1, len(batch.x), cvae.latent_dim)).latents
     return p, q
 
 
-def log_likelihood(cvae: CVAE, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
-    """log p(y|x,z), `[S, B]` float64, for z `[S, B, Z]` of one level; z as noise of the prior network's draw."""
-    p, _ = encoded(cvae, x, y)
-    logits = cvae.from_prior(x, None, (z.to(y.dtype) - p.loc) / p.log_scale.exp()).logits.double()
-    return Bernoulli(logits=logits, validate_args=False).log_prob(y.double()).sum(-1)
+def log_likelihood(cvae: CVAE, batch: Batch, z: Tensor) -> Tensor:
+    """Return log p(y|x,z), `[S, B]` float64, for z `[S, B, Z]` of one level: as noise of the prior network's draw."""
+    p, _ = gaussians(cvae, batch)
+    return bernoulli(batch, cvae.from_prior(batch, (z.to(batch.y.dtype) - p.loc) / p.log_scale.exp()).logits)
 
 
-def log_density(gaussian: Gaussian, z: Tensor) -> Tensor:
-    """log N(z), `[..., B]` float64, for z `[..., B]`."""
-    loc, log_scale = (part[:, 0].double() for part in gaussian)
-    return Normal(loc, log_scale.exp()).log_prob(z)
+def bernoulli(batch: Batch, logits: Tensor) -> Tensor:
+    """Return log p(y|x,z) of the pixels that count, `[S, B]` float64, for logits `[S, B, y_dim]`."""
+    pixels = Bernoulli(logits=logits.double(), validate_args=False).log_prob(batch.y.double())
+    return (pixels if batch.weight is None else pixels * batch.weight.double()).sum(-1)
 
 
 def noise_grid(dims: int, points: int, reach: float = 7.0) -> tuple[Tensor, Tensor]:
-    """All noise on a regular grid, `[points^dims, dims]` float64, and its weights, which make sums expectations.
+    """Return noise on a regular grid, `[points^dims, dims]` float64, and weights, which make sums expectations.
 
     Of a smooth function, such a sum converges faster than any power of the distance of the points.
     """
@@ -79,10 +79,9 @@ def noise_grid(dims: int, points: int, reach: float = 7.0) -> tuple[Tensor, Tens
 
 
 @torch.no_grad()
-def log_evidence(cvae: CVAE, x: Tensor, y: Tensor, points: int) -> Tensor:
-    """log p(y|x) = log E[p(y|x,z)], z ~ p(z|x), `[B]` float64, of a CVAE of any levels and few dimensions of z."""
+def log_evidence(cvae: CVAE, batch: Batch, points: int) -> Tensor:
+    """Return log p(y|x) = log E[p(y|x,z)], z ~ p(z|x), `[B]` float64: of any levels and few dimensions of z."""
     noise, weights = noise_grid(cvae.latent_dim, points)
-    logits = cvae.from_prior(x, None, noise[:, None].expand(-1, len(x), -1).to(x.dtype)).logits.double()
-    log_y = Bernoulli(logits=logits, validate_args=False).log_prob(y.double()).sum(-1)
+    eps = noise[:, None].expand(-1, len(batch.x), -1).to(batch.x.dtype)
     assert math.isclose(weights.sum().item(), 1, rel_tol=1e-9)
-    return torch.logsumexp(log_y + weights.log()[:, None], 0)
+    return torch.logsumexp(bernoulli(batch, cvae.from_prior(batch, eps).logits) + weights.log()[:, None], 0)
