@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from filelock import BaseFileLock
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from cvae.run.folder import (
     SUMMARY,
     as_json,
     create_run,
+    hold,
     quoted,
     read_json,
     read_split,
@@ -36,7 +37,6 @@ from cvae.run.folder import (
 from cvae.run.history import changes, last_machine, resumed
 from cvae.run.images import recognised
 from cvae.run.load import start_from
-from cvae.run.lock import hold
 from cvae.run.log import RunLog
 from cvae.run.machine import describe_machine, differences
 from cvae.run.state import Progress, State, advice, fitting, look_at
@@ -149,11 +149,11 @@ class Run:
         if overwrite and os.path.islink(self.folder):
             self.say(f"{self.folder} is a link: the run is replaced to which it leads, {os.path.realpath(self.folder)}")
         self.config = {"settings": self.settings.to_dict(), "images": images, **self._machine, **self.config}
-        files: dict[str, Callable[[BinaryIO], object]] = {CONFIG: lambda file: file.write(as_json(self.config))}
+        files = {CONFIG: as_json(self.config)}
         if is_picture(self.settings):
-            files[OBSERVED] = lambda file: file.write(mask_png(split.observed))
+            files[OBSERVED] = mask_png(split.observed)
         if (start := self.start) is not None:
-            files[INIT] = lambda file: checkpoint.write(file, {"model": start})
+            files[INIT] = checkpoint.packed({"model": start})
         self.lock = create_run(self.folder, files, overwrite, self.warn)
 
     def _open(self, images: dict[str, Any]) -> State:

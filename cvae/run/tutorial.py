@@ -34,11 +34,7 @@ def load_tutorial(path: str | Path, quadrants: int = 1, device: torch.device | s
     """
     check_device(device)
     settings, path = Settings(quadrants=quadrants), Path(path)
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
-    weights = unpickled(path, content, "holds more than tensors, or is damaged: save the state_dict of the CVAE")
+    weights = unpickled(path, "holds more than tensors, or is damaged: save the state_dict of the CVAE")
     hidden, latent_dim = _sizes(path, weights)
     try:
         settings = replace(settings, hidden=hidden, latent_dim=latent_dim)

@@ -19,9 +19,8 @@ from support.trainings import contents
 
 from cvae.errors import DiskError, UsageError
 from cvae.run import checkpoint
-from cvae.run.folder import read_json, read_settings
+from cvae.run.folder import hold, read_json, read_settings
 from cvae.run.load import load
-from cvae.run.lock import hold
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +171,7 @@ def test_quadrants_of_a_run_with_a_mask(data: Path, tmp_path: Path) -> None:
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from cvae.run.lock import hold
+from cvae.run.folder import hold
 lock = hold(Path(sys.argv[1]), print)
 if os.fork() == 0:
     print("held", flush=True)
