@@ -32,7 +32,6 @@ from torch import Tensor
 from cvae.console import called, command
 from cvae.context import (
     Context,
-    GraphedStep,
     Interruption,
     Processes,
     permutation,
@@ -53,6 +52,7 @@ from cvae.run.plan import parse, plan
 from cvae.run.session import Run
 from cvae.run.state import Progress
 from cvae.settings import Settings
+from cvae.training.graphed import GraphedStep
 from cvae.training.optimizer import GuardedAdam
 from cvae.training.phase import Phase
 from cvae.training.weights import WeightAverage, Weights
@@ -107,7 +107,7 @@ def fit(phase: Phase, run: Run, last: dict[str, Any]) -> Progress:
     graphed = context.device.type == "cuda" and processes.count == 1
     take_step = GraphedStep(step, run.warn) if graphed else step
 
-    while not progress.is_over(phase.epochs, s.patience):
+    while not progress.is_over(phase.epochs, s.patience, phase.unbent(s)):
         started = time.perf_counter()
         progress.epoch += 1
         train_epoch(phase, run, step, take_step, progress.epoch)

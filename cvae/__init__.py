@@ -12,16 +12,11 @@ if TYPE_CHECKING:
 __version__ = "0.3.0"
 __all__ = ["as_digit", "load", "load_tutorial", "show"]
 
-_PLACES = {
-    "as_digit": "cvae.data.digits",
-    "load": "cvae.run.load",
-    "load_tutorial": "cvae.run.tutorial",
-    "show": "cvae.report.figures",
-}
+_ROOMS = {"as_digit": "data.digits", "load": "run.load", "load_tutorial": "run.tutorial", "show": "report.figures"}
 
 
 def __getattr__(name: str) -> Any:
-    """What the package offers is imported when it is used: the scripts prepare the process before PyTorch is loaded."""
-    if name in _PLACES:
-        return getattr(import_module(_PLACES[name]), name)
+    """Import what the package offers when it is used: the scripts prepare the process before PyTorch is loaded."""
+    if name in _ROOMS:
+        return getattr(import_module(f"cvae.{_ROOMS[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

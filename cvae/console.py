@@ -9,27 +9,23 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
-from functools import wraps
+from functools import partial, wraps
 from importlib import import_module
 from io import StringIO, TextIOWrapper
 from pathlib import Path
 from types import FrameType
-from typing import ParamSpec, TextIO
+from typing import TextIO
 
 from tqdm import tqdm
 
-from cvae.errors import CvaeError, DiskError, Interrupted, telling_of_memory
+from cvae.errors import CvaeError, DiskError, Interrupted, UsageError, is_text, telling_of_memory
 
-Arguments = ParamSpec("Arguments")
 BAR_AFTER_S, LINE_EVERY_S = 2, 60
 LOOKS, PAUSE_S = 5, 0.01  # how often `others_want_the_processors` looks, and the time between two looks
 ASCII = dict(zip("±−–─×→≤≥…ŷ▀▄█", ["+-", "-", "-", "-", "x", "->", "<=", ">=", "...", "y", '"', "_", "#"], strict=True))
 """Replacements for characters that a terminal cannot show; any other one is written by its number, as \\u00e9."""
-
-
-# Before PyTorch is loaded
 
 
 def before_torch() -> None:
@@ -61,33 +57,15 @@ def others_want_the_processors() -> bool:
     return (os.cpu_count() or usable) - sorted(running)[LOOKS // 2] < usable
 
 
-def train() -> int:
-    """Run `cvae-train`, which is `train.py`; returns the exit code."""
-    return _run("cvae_commands.train")
-
-
-def evaluate() -> int:
-    """Run `cvae-eval`, which is `eval.py`; returns the exit code."""
-    return _run("cvae_commands.eval")
-
-
-def complete() -> int:
-    """Run `cvae-complete`, which is `python -m cvae.report.complete`; returns the exit code."""
-    return _run("cvae.report.complete")
-
-
-def page() -> int:
-    """Run `cvae-page`, which is `python -m cvae.report.page`; returns the exit code."""
-    return _run("cvae.report.page")
-
-
-def _run(module: str) -> int:
+def _main_of(module: str) -> int:
     before_torch()
     code: int = import_module(module).main()
     return code
 
 
-# A script from its start to its exit code
+# The installed commands cvae-train, cvae-eval, cvae-complete and cvae-page; each returns the exit code.
+train, evaluate = partial(_main_of, "cvae_commands.train"), partial(_main_of, "cvae_commands.eval")
+complete, page = partial(_main_of, "cvae.report.complete"), partial(_main_of, "cvae.report.page")
 
 
 def called(script: str) -> str:
@@ -100,23 +78,25 @@ def program(script: str) -> str:
     return called(script).removeprefix("python ")
 
 
-def command(script: str) -> Callable[[Callable[Arguments, int]], Callable[Arguments, int]]:
+def command(script: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
     """Decorate the `main` of a script: its output can be shown anywhere, expected failures end in one line.
 
     Args:
-        script: the name of the script, as `train.py`.
+        script: The name of the script, as `train.py`.
 
     Returns:
         A decorator; the decorated function returns the exit code of a `CvaeError` instead of raising it.
     """
 
-    def decorate(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
+    def decorate(main: Callable[..., int]) -> Callable[..., int]:
         @wraps(main)
-        def safe_main(*args: Arguments.args, **kwargs: Arguments.kwargs) -> int:
+        def safe_main(argv: Sequence[str] | None = None) -> int:
             with safe_output():
                 try:
                     with telling_of_memory():
-                        return main(*args, **kwargs)
+                        for word in sys.argv[1:] if argv is None else argv:
+                            _refuse_bytes(word)
+                        return main(argv)
                 except CvaeError as error:
                     if not error.is_told_elsewhere:
                         complain(f"{program(script)}: {error}")
@@ -125,6 +105,13 @@ def command(script: str) -> Callable[[Callable[Arguments, int]], Callable[Argume
         return safe_main
 
     return decorate
+
+
+def _refuse_bytes(word: str) -> None:
+    """Raise UsageError for a word of the command line that no JSON file and no log could hold."""
+    if not is_text(word):
+        shown = os.fsencode(word).decode("utf-8", "backslashreplace")
+        raise UsageError(f"{shown}: is no text in UTF-8; give the file or folder another name")
 
 
 @contextmanager
@@ -142,9 +129,6 @@ def interruptible() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-# Output
 
 
 def _written_in_ascii(error: UnicodeError) -> tuple[str, int]:
@@ -209,19 +193,19 @@ class Bar(tqdm):  # type: ignore[misc]
     It appears after two seconds, and is wiped away at the end of its `with` block.
 
     Args:
-        what: its title.
-        total: how many of the unit there are.
-        unit: as `img`.
+        title: Stands before it.
+        total: How many of the unit there are.
+        unit: As `img`.
         show: False shows nothing.
     """
 
     monitor_interval = 0  # no thread of its own
 
-    def __init__(self, what: str, total: int, unit: str, show: bool = True):
+    def __init__(self, title: str, total: int, unit: str, show: bool = True):
         on_terminal = sys.stderr.isatty()
         line = "{desc}: {n_fmt} of {total_fmt} {unit}, {rate_fmt}, {remaining} left{postfix}"
         super().__init__(
-            desc=what, total=total, unit=unit, unit_scale=True, miniters=1, leave=False, disable=not show,
+            desc=title, total=total, unit=unit, unit_scale=True, miniters=1, leave=False, disable=not show,
             delay=BAR_AFTER_S if on_terminal else LINE_EVERY_S, mininterval=0.1 if on_terminal else LINE_EVERY_S,
             bar_format=None if on_terminal else line, file=sys.stderr if on_terminal else StringIO(),
         )  # fmt: skip

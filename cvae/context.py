@@ -1,7 +1,6 @@
-"""The context of a training or an evaluation: device, precision and processes, seeds, signals, CUDA graphs.
+"""The context of a training or an evaluation: device, precision and processes, seeds, signals.
 
-`with opened(device, precision) as context` prepares all of it. Knows nothing of CVAEs. With one process, `Processes`
-does nothing, and `torch.distributed` is never initialised.
+`with opened(device, precision) as context` prepares all of it. Knows nothing of CVAEs.
 """
 
 import ctypes
@@ -10,197 +9,31 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from functools import partial
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from cvae.errors import CvaeError, PeerLost, UsageError, first_line, is_out_of_memory, telling_of_memory
+from cvae.errors import UsageError
+from cvae.processes import Processes as Processes  # for files that still import it from here
 
-T = TypeVar("T")
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-TIMEOUT = timedelta(minutes=30)  # after which a process that does not answer is given up
-
-
-class Processes:
-    """The processes of this job, as `torchrun` starts them: this one's `rank`, and how many there are, `count`.
-
-    Raises:
-        UsageError: the environment variables of torchrun are incomplete or contradict each other.
-    """
-
-    def __init__(self) -> None:
-        self.rank, self.count = _number("RANK", 0), _number("WORLD_SIZE", 1)
-        self.local_rank, self.local_count = _number("LOCAL_RANK", 0), _number("LOCAL_WORLD_SIZE", 1)
-        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-        if self.count > 1 and missing:
-            raise UsageError(f"WORLD_SIZE is {self.count} and {missing[0]} is not set: {ALONE}")
-        if self.rank >= self.count:
-            raise UsageError(f"RANK is {self.rank} and WORLD_SIZE {self.count}, but ranks are counted from 0: {ALONE}")
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process is the one that writes and prints."""
-        return self.rank == 0
-
-    @contextmanager
-    def one_voice(self) -> Iterator[None]:
-        """Have an error within the block told once on each machine; each process tells that it has lost another one."""
-        try:
-            with telling_of_memory():
-                yield
-        except CvaeError as error:
-            error.is_told_elsewhere = self.local_rank > 0 and not isinstance(error, PeerLost)
-            raise
-
-    @contextmanager
-    def connected(self, device: torch.device) -> Iterator[None]:
-        """Connect the processes: by gloo, which notices when one ends; on CUDA by NCCL too, for gradients."""
-        if self.count == 1:
-            yield
-            return
-        try:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
-        except RuntimeError as error:
-            raise PeerLost(f"the processes of this job could not meet ({first_line(error)})") from None
-        try:
-            yield
-        finally:
-            dist.destroy_process_group()
-
-    def share(self, length: int) -> slice:
-        """Return this process's part of `length` things in order."""
-        return slice(length * self.rank // self.count, length * (self.rank + 1) // self.count)
-
-    def share_of_batch(self, batch_size: int) -> slice:
-        """Return this process's part of a batch, of one size for all. Raises UsageError if it does not divide."""
-        if batch_size % self.count:
-            raise UsageError(f"a batch of {batch_size} images cannot be shared evenly by {self.count} processes")
-        return self.share(batch_size)
-
-    def sum_(self, *tensors: Tensor) -> None:
-        """Replace each tensor by its sum over all processes, in one exchange, in the widest of their types.
-
-        On CUDA it is NCCL's, which does not raise when another process ends: see docs/cuda.md.
-        """
-        if self.count > 1:
-            flat = torch.cat([tensor.flatten() for tensor in tensors])
-            with exchange():
-                dist.all_reduce(flat)
-            for tensor, total in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
-                tensor.copy_(total.view_as(tensor))
-
-    def sum_on_host_(self, tensor: Tensor) -> None:
-        """Replace a tensor by its sum, by gloo: waits for the device, and raises PeerLost if another process ends."""
-        if self.count > 1:
-            total = tensor.cpu()
-            with exchange():
-                dist.all_reduce(total)
-            tensor.copy_(total)
-
-    def average_(self, *tensors: Tensor) -> None:
-        """Replace each tensor of floats by its mean over all processes, as for running statistics."""
-        for tensor in tensors if self.count > 1 else ():
-            if tensor.is_floating_point():
-                self.sum_on_host_(tensor)
-                tensor /= self.count
-
-    def gather(self, part: Tensor) -> Tensor:
-        """Return the parts `[..., n]` of all processes, joined in the order of their ranks, on the CPU."""
-        return part if self.count == 1 else torch.cat(self._all(part.cpu()), dim=-1)
-
-    def maximum(self, value: int) -> int:
-        """Return the largest of the processes' values."""
-        largest = torch.tensor(value)
-        if self.count > 1:
-            with exchange():
-                dist.all_reduce(largest, dist.ReduceOp.MAX)
-        return int(largest)
-
-    def on_all(self, action: Callable[[], T]) -> T:
-        """Return the result of `action` in each process, its own. An expected failure in one is raised in all."""
-        result, own = _tried(action)
-        for failure in [own] if self.count == 1 else self._all(own):
-            if failure is not None:
-                raise failure
-        return result  # type: ignore[return-value]
-
-    def on_main(self, action: Callable[[], T]) -> T:
-        """Return the result of `action` in the main process to all. An expected failure is raised in all."""
-        outcome = [_tried(action) if self.is_main else None]
-        if self.count > 1:
-            with exchange():
-                dist.broadcast_object_list(outcome, device=torch.device("cpu"))
-        assert outcome[0] is not None
-        result, failure = outcome[0]
-        if failure is not None:
-            raise failure
-        return result  # type: ignore[return-value]
-
-    def _all(self, own: T) -> list[T]:
-        """Return one object of each process, in the order of their ranks, by gloo."""
-        objects = [own] * self.count
-        with exchange():
-            dist.all_gather_object(objects, own)
-        return objects
-
-
-ALONE = "several processes are started by torchrun; for one, unset RANK and WORLD_SIZE"
-
-
-def _number(name: str, default: int) -> int:
-    """Return a whole number of the environment. Raises UsageError for anything else."""
-    word = os.environ.get(name, "").strip()
-    if word and not (word.isascii() and word.isdecimal()):
-        raise UsageError(f"{name} is set to {word!r}, which is no whole number of at least 0: {ALONE}")
-    return int(word or default)
-
-
-def _tried(action: Callable[[], T]) -> tuple[T | None, CvaeError | None]:
-    """Return the result of an action, or its expected failure."""
-    try:
-        return action(), None
-    except CvaeError as error:
-        return None, error
-
-
-@contextmanager
-def exchange() -> Iterator[None]:
-    """Raise PeerLost if another process does not take part in what all do together; other errors pass."""
-    try:
-        yield
-    except RuntimeError as error:  # gloo has no class of its own
-        text = str(error)
-        signs = ("gloo/", "pair closure", "Connection ", "onnection reset", "onnection closed")
-        if is_out_of_memory(error) or not (isinstance(error, dist.DistError) or any(sign in text for sign in signs)):
-            raise
-        if "timed out" in text.lower() or "timeout" in text.lower():
-            minutes = f"{TIMEOUT.total_seconds() / 60:g}"
-            problem = f"another process of this job did not answer within {minutes} minutes"
-        else:
-            problem = "another process of this job has ended"
-        raise PeerLost(f"{problem}, so this one ends too ({first_line(error)})") from None
-
-
-# Device and precision
 
 
 def resolve_device(name: str, local_rank: int = 0, local_count: int = 1) -> torch.device:
     """Return the device called `auto`, `cpu`, `cuda` or `cuda:n`.
 
     Args:
-        name: its name; each of several processes on a machine takes a GPU of its own if it is `cuda`.
-        local_rank, local_count: the number of this process on its machine, and how many there are.
+        name: Its name; each of several processes on a machine takes a GPU of its own if it is `cuda`.
+        local_rank, local_count: The number of this process on its machine, and how many there are.
 
     Raises:
-        UsageError: there is no such device, or there are not enough of them; in all processes alike.
+        UsageError: There is no such device, or there are not enough of them; in all processes alike.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -232,11 +65,6 @@ def resolve_precision(name: str, device: torch.device) -> str:
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
-def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """Compute matrix products within the block in `precision`; the parameters stay in float32."""
-    return torch.autocast(device.type, HALF[precision]) if precision in HALF else nullcontext()
-
-
 @dataclass(frozen=True)
 class Context:
     """A device, the precision of matrix products on it (`fp32`, `bf16` or `fp16`), and the processes of the job."""
@@ -252,7 +80,7 @@ class Context:
 
     def autocast(self) -> AbstractContextManager[object]:
         """Compute matrix products within the block in this precision; the parameters stay in float32."""
-        return autocast(self.precision, self.device)
+        return nullcontext() if self.half is None else torch.autocast(self.device.type, self.half)
 
     def generator(self, *key: object) -> torch.Generator:
         """Return a generator of random numbers on the device, seeded by the key: see `derive_seed`."""
@@ -272,8 +100,8 @@ def opened(device: str = "auto", precision: str = "auto") -> Iterator[Context]:
         precision: `auto`, `fp32`, `bf16` or `fp16`.
 
     Raises:
-        UsageError: there is no such device here, or too little memory within the block.
-        PeerLost: the processes cannot meet, or one of them is lost within the block.
+        UsageError: There is no such device here, or too little memory within the block.
+        PeerLost: The processes cannot meet, or one of them is lost within the block.
     """
     processes = Processes()
     with processes.one_voice():
@@ -342,9 +170,6 @@ def _flush_denormals(flush: bool) -> None:
             ctypes.CDLL(None).omp_pause_resource_all(2)  # omp_pause_hard
 
 
-# Seeds
-
-
 def derive_seed(*key: object) -> int:
     """Return a seed of 63 bits that depends on the whole key, as (seed, phase, epoch): there is no state to keep."""
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8]) >> 1
@@ -366,9 +191,6 @@ def seed_dropout(*key: object) -> None:
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed(seed)
-
-
-# Signals
 
 
 class Interruption:
@@ -399,64 +221,3 @@ class Interruption:
             self._previous[number](number, frame)
         self._has_seen_ctrl_c |= number == signal.SIGINT
         self.signal_number = self.signal_number or number
-
-
-# CUDA graphs
-
-
-class GraphedStep:
-    """A training step, captured whole in a CUDA graph and replayed: one launch for some hundred kernels.
-
-    The first calls run as they are, on the side stream that capture asks for: they are steps like any other, and they
-    let the libraries and the optimizer make what they allocate once. If the capture fails, all steps run as they are,
-    this one included: a capture executes nothing. Each graph has a stream of its own, which it was warmed up on.
-
-    Args:
-        step: free of host synchronisation; keeps its results in tensors that it updates in place; is called with
-            inputs of the same shapes each time.
-        warn: is told in one line if the capture fails.
-    """
-
-    WARM_UP = 3
-
-    def __init__(self, step: Callable[..., None], warn: Callable[[str], None]):
-        self._step, self._warn = step, warn
-        self._calls = 0
-        self._stream = torch.cuda.Stream()
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._inputs: tuple[Tensor, ...] = ()
-
-    def __call__(self, *inputs: Tensor) -> None:
-        self._calls += 1
-        if self._calls <= self.WARM_UP:
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):
-                self._step(*inputs)
-            torch.cuda.current_stream().wait_stream(self._stream)
-            return
-        if self._calls == self.WARM_UP + 1:
-            self._graph = self._captured(inputs)
-        if self._graph is None:
-            self._step(*inputs)
-            return
-        for static, new in zip(self._inputs, inputs, strict=True):
-            static.copy_(new)
-        self._graph.replay()
-
-    def _captured(self, inputs: tuple[Tensor, ...]) -> torch.cuda.CUDAGraph | None:
-        """Return the step as a graph; None if it could not be captured."""
-        self._inputs = tuple(tensor.clone() for tensor in inputs)
-        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        try:
-            with torch.cuda.graph(graph, stream=self._stream):
-                self._step(*self._inputs)
-        except RuntimeError as error:
-            torch.cuda.set_stream(current)  # a failed capture leaves its own as the current one
-            torch.cuda.synchronize()
-            first: BaseException = error  # the end of the capture fails too, because of it, and says less
-            while first.__context__ is not None:
-                first = first.__context__
-            reason = first_line(first)
-            self._warn(f"the training step could not be captured in a CUDA graph and runs without one ({reason})")
-            return None
-        return graph

@@ -47,19 +47,24 @@ class Interrupted(CvaeError):
         self.exit_code = 128 + signal_number
 
 
+def is_text(word: str) -> bool:
+    """Return whether a word from the command line or the disk is text in UTF-8, which alone can be written anywhere."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in word)
+
+
 def printable(text: str) -> str:
-    """Text without control characters, and what else no terminal can show: each as its escape, `\\n` for instance."""
+    """Return text with control characters, and all else that no terminal can show, as escapes: `\\n` for instance."""
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
+    """Return the first line of an error's message."""
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
 @contextmanager
 def telling_of_memory() -> Iterator[None]:
-    """Raises UsageError, in one line, where memory does not suffice, the machine's or the GPU's."""
+    """Raise UsageError, in one line, where memory does not suffice, the machine's or the GPU's."""
     try:
         yield
     except Exception as error:
@@ -73,8 +78,7 @@ def telling_of_memory() -> Iterator[None]:
 
 @contextmanager
 def taken_for_damage(problem: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Raises DataError, the problem and the kind of error, for errors of these kinds: what a reader or a model says of
-    a file's content that it cannot take. Too little memory is no damage, and is raised as it is."""
+    """Raise DataError, the problem and the kind of error, for these errors of a reader; too little memory passes."""
     try:
         yield
     except kinds as error:
@@ -84,8 +88,8 @@ def taken_for_damage(problem: str, *kinds: type[Exception]) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether it says that memory does not suffice, as Python and PyTorch say so."""
-    signs = ("can't allocate memory", "bad_alloc", "STATUS_ALLOC_FAILED")
+    """Return whether an error, as Python and PyTorch raise it, says that memory does not suffice."""
+    signs = ("can't allocate memory", "Cannot allocate memory", "bad_alloc", "STATUS_ALLOC_FAILED")
     return not isinstance(error, CvaeError) and (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"  # PyTorch's, which is not imported here

@@ -191,6 +191,11 @@ OF_PRIOR = ("gsnn", "multisample")
 """Objectives that take z from the prior network alone. The recognition network has no gradient, and is decayed only."""
 
 
+def trains_recognition(s: Settings) -> bool:
+    """Return whether training with these settings gives the recognition network a gradient."""
+    return s.objective not in OF_PRIOR and (s.objective, s.alpha) != ("hybrid", 0.0)
+
+
 def objective(s: Settings) -> Objective:
     """Return the objective of these settings, with its own settings filled in.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from cvae.data.masks import mask_name
 from cvae.errors import printable
 from cvae.model.likelihood import Likelihoods
-from cvae.model.objectives import OF_PRIOR
+from cvae.model.objectives import trains_recognition
 from cvae.settings import Settings
 
 # What takes z from the recognition network: it says nothing of runs whose objective does not train that.
@@ -62,7 +62,7 @@ class Result(NamedTuple):
 
     def has(self, key: str) -> bool:
         """Whether the quantity of this name says something of the run."""
-        return self.settings.objective not in OF_PRIOR or key not in OF_RECOGNITION
+        return trains_recognition(self.settings) or key not in OF_RECOGNITION
 
     def values(self, row: Row) -> Tensor:
         """A quantity per image, `[N]`; `gap` is NN minus importance sampling with the largest S."""

@@ -11,10 +11,9 @@ from typing import Any
 from cvae.data.masks import MASKS
 from cvae.data.sources import named
 from cvae.errors import UsageError
-from cvae.presets import PRESETS
 from cvae.run.folder import CHOICES, find_run, read_settings
 from cvae.run.state import advice
-from cvae.settings import Settings, add_flags, flag
+from cvae.settings import PRESETS, Settings, add_flags, flag, with_preset
 
 MOVABLE = ("epochs", "data", "data_root", "device")
 """What may change when a run is resumed: how long it goes on, and where."""
@@ -46,8 +45,6 @@ def parse(argv: Sequence[str] | None, manual: str | None) -> tuple[argparse.Name
         parser.error("--resume goes on with a run as it is: leave --name, --overwrite and --init out")
 
     given = {each.name: getattr(options, each.name) for each in fields(Settings) if hasattr(options, each.name)}
-    if options.resume is None:
-        given = {**PRESETS[given.get("preset", Settings.preset)], **given}
     if "hidden" in given:
         given["hidden"] = tuple(given["hidden"])
     if "data" in given:
@@ -64,6 +61,7 @@ def parse(argv: Sequence[str] | None, manual: str | None) -> tuple[argparse.Name
             if not os.path.isfile(given["observed"]):
                 parser.error(f"--observed {mask}: is no file, and no mask has this name; there are {', '.join(MASKS)}")
     try:
+        given = with_preset(given) if options.resume is None else given
         for quadrants in given.get("quadrants", [1]):
             Settings(**{**given, "quadrants": quadrants})
     except ValueError as error:

@@ -188,7 +188,7 @@ class Run:
     def is_finished(self, state: State) -> bool:
         """Whether a run in this state has nothing left to do."""
         return state.is_complete and Progress(**state.last["progress"]).is_over(
-            self.settings.epochs, self.settings.patience
+            self.settings.epochs, self.settings.patience, self.settings.unbent_epochs
         )
 
     def restore(self, last: dict[str, Any], parts: Mapping[str, Any]) -> Progress:

@@ -41,9 +41,13 @@ class Progress:
     best_loss: float = math.inf
     seconds: float = 0.0
 
-    def is_over(self, epochs: int, patience: int) -> bool:
-        """Whether the phase has had its epochs, or has gone so many of them without improvement."""
-        return self.epoch >= epochs or self.epoch - self.best_epoch >= patience
+    def is_over(self, epochs: int, patience: int, unbent: int = 0) -> bool:
+        """Return whether the phase has had its epochs, or `patience` of them without improvement.
+
+        unbent: The last epochs without bent images, which are worth the most: patience begins anew with them.
+        """
+        begin = max(0, epochs - unbent) if unbent else 0
+        return self.epoch >= epochs or self.epoch - max(self.best_epoch, begin) >= patience
 
 
 class State(NamedTuple):

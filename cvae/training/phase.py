@@ -79,7 +79,7 @@ class Phase(NamedTuple):
 
     def bend(self, s: Settings, epoch: int) -> float:
         """Return the share of images bent in an epoch: none for the baseline, which hardly overfits, nor at the end."""
-        return s.bend if epoch <= self._epochs_before_last(s) and self.name == "cvae" else 0.0
+        return s.bend if epoch <= self.epochs - self.unbent(s) and self.name == "cvae" else 0.0
 
     def free_nats(self, s: Settings, epoch: float) -> float:
         """Return what costs nothing of each level's KL: `FREE_NATS`, falling linearly to zero in `s.free_epochs`."""
@@ -90,7 +90,7 @@ class Phase(NamedTuple):
 
         In the CVAE's last `s.unbent_epochs` it is half a cosine again, from `UNBENT_RATE` of the highest rate.
         """
-        first, epochs, rate = s.warmup_epochs, self._epochs_before_last(s), s.learning_rate
+        first, epochs, rate = s.warmup_epochs, self.epochs - self.unbent(s), s.learning_rate
         if epochs <= epoch and epochs < self.epochs:
             first, epochs, rate = epochs, self.epochs, rate * UNBENT_RATE
         elif epoch < first:
@@ -99,8 +99,9 @@ class Phase(NamedTuple):
             return rate
         return rate * 0.5 * (1 + math.cos(math.pi * (epoch - first) / (epochs - first)))
 
-    def _epochs_before_last(self, s: Settings) -> int:
-        return max(0, self.epochs - s.unbent_epochs) if self.name == "cvae" else self.epochs
+    def unbent(self, s: Settings) -> int:
+        """Return the number of last epochs without bent images, at a lower rate."""
+        return min(s.unbent_epochs, self.epochs) if self.name == "cvae" else 0
 
     def where(self, epoch: int) -> str:
         """Return an epoch of the phase, in words."""

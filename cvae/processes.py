@@ -1,0 +1,177 @@
+"""The processes of one job, as torchrun starts them, and what they tell each other.
+
+With one process nothing is exchanged, and `torch.distributed` is never initialised.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cvae.errors import CvaeError, PeerLost, UsageError, first_line, is_out_of_memory, telling_of_memory
+
+T = TypeVar("T")
+TIMEOUT = timedelta(minutes=30)  # after which a process that does not answer is given up
+ALONE = "several processes are started by torchrun; for one, unset RANK and WORLD_SIZE"
+
+
+class Processes:
+    """The processes of this job: this one's `rank`, and how many there are, `count`; on this machine, with `local_`.
+
+    Raises:
+        UsageError: The environment variables of torchrun are incomplete or contradict each other.
+    """
+
+    def __init__(self) -> None:
+        self.rank, self.count = _number("RANK", 0), _number("WORLD_SIZE", 1)
+        self.local_rank, self.local_count = _number("LOCAL_RANK", 0), _number("LOCAL_WORLD_SIZE", 1)
+        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+        if self.count > 1 and missing:
+            raise UsageError(f"WORLD_SIZE is {self.count} and {missing[0]} is not set: {ALONE}")
+        if self.rank >= self.count:
+            raise UsageError(f"RANK is {self.rank} and WORLD_SIZE {self.count}, but ranks are counted from 0: {ALONE}")
+
+    @property
+    def is_main(self) -> bool:
+        """True in the process that writes and prints."""
+        return self.rank == 0
+
+    @contextmanager
+    def one_voice(self) -> Iterator[None]:
+        """Have an error within the block told once on each machine; each process tells that it has lost another one."""
+        try:
+            with telling_of_memory():
+                yield
+        except CvaeError as error:
+            error.is_told_elsewhere = self.local_rank > 0 and not isinstance(error, PeerLost)
+            raise
+
+    @contextmanager
+    def connected(self, device: torch.device) -> Iterator[None]:
+        """Connect the processes: by gloo, which notices when one ends; on CUDA by NCCL too, for gradients."""
+        if self.count == 1:
+            yield
+            return
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+        except RuntimeError as error:
+            raise PeerLost(f"the processes of this job could not meet ({first_line(error)})") from None
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+
+    def share(self, length: int) -> slice:
+        """Return this process's part of `length` things in order."""
+        return slice(length * self.rank // self.count, length * (self.rank + 1) // self.count)
+
+    def share_of_batch(self, batch_size: int) -> slice:
+        """Return this process's part of a batch, of one size for all. Raises UsageError if it does not divide."""
+        if batch_size % self.count:
+            raise UsageError(f"a batch of {batch_size} images cannot be shared evenly by {self.count} processes")
+        return self.share(batch_size)
+
+    def sum_(self, *tensors: Tensor) -> None:
+        """Replace each tensor by its sum over all processes, in one exchange, in the widest of their types.
+
+        On CUDA it is NCCL's, which does not raise when another process ends: see docs/cuda.md.
+        """
+        if self.count > 1:
+            flat = torch.cat([tensor.flatten() for tensor in tensors])
+            with exchange():
+                dist.all_reduce(flat)
+            for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+                tensor.copy_(total.view_as(tensor))
+
+    def sum_on_host_(self, tensor: Tensor) -> None:
+        """Replace a tensor by its sum, by gloo: waits for the device, and raises PeerLost if another process ends."""
+        if self.count > 1:
+            total = tensor.cpu()
+            with exchange():
+                dist.all_reduce(total)
+            tensor.copy_(total)
+
+    def average_(self, *tensors: Tensor) -> None:
+        """Replace each tensor of floats by its mean over all processes, as for running statistics."""
+        for tensor in tensors if self.count > 1 else ():
+            if tensor.is_floating_point():
+                self.sum_on_host_(tensor)
+                tensor /= self.count
+
+    def gather(self, part: Tensor) -> Tensor:
+        """Return the parts `[..., n]` of all processes, joined in the order of their ranks, on the CPU."""
+        return part if self.count == 1 else torch.cat(self._all(part.cpu()), dim=-1)
+
+    def maximum(self, value: int) -> int:
+        """Return the largest of the processes' values."""
+        largest = torch.tensor(value)
+        if self.count > 1:
+            with exchange():
+                dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest)
+
+    def on_all(self, action: Callable[[], T]) -> T:
+        """Return the result of `action` in each process, its own. An expected failure in one is raised in all."""
+        result, failure = _tried(action)
+        for each in [failure] if self.count == 1 else self._all(failure):
+            if each is not None:
+                raise each
+        return result  # type: ignore[return-value]
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        """Return the result of `action` in the main process to all. An expected failure is raised in all."""
+        outcome = [_tried(action) if self.is_main else (None, None)]
+        if self.count > 1:
+            with exchange():
+                dist.broadcast_object_list(outcome, device=torch.device("cpu"))
+        result, failure = outcome[0]
+        if failure is not None:
+            raise failure
+        return result  # type: ignore[return-value]
+
+    def _all(self, value: T) -> list[T]:
+        """Return one object of each process, in the order of their ranks, by gloo."""
+        objects = [value] * self.count
+        with exchange():
+            dist.all_gather_object(objects, value)
+        return objects
+
+
+def _number(name: str, default: int) -> int:
+    """Return a whole number of the environment. Raises UsageError for anything else."""
+    word = os.environ.get(name, "").strip()
+    if word and not (word.isascii() and word.isdecimal()):
+        raise UsageError(f"{name} is set to {word!r}, which is no whole number of at least 0: {ALONE}")
+    return int(word or default)
+
+
+def _tried(action: Callable[[], T]) -> tuple[T | None, CvaeError | None]:
+    """Return the result of an action, or its expected failure."""
+    try:
+        return action(), None
+    except CvaeError as error:
+        return None, error
+
+
+@contextmanager
+def exchange() -> Iterator[None]:
+    """Raise PeerLost if another process does not take part in what all do together; other errors pass."""
+    try:
+        yield
+    except RuntimeError as error:  # gloo has no class of its own
+        text = str(error).lower()
+        is_network = (
+            isinstance(error, dist.DistError) or "gloo/" in text or "pair closure" in text or "onnection" in text
+        )
+        if is_out_of_memory(error) or not is_network:
+            raise
+        problem = "another process of this job has ended"
+        if "timed out" in text or "timeout" in text:
+            minutes = f"{TIMEOUT.total_seconds() / 60:g}"
+            problem = f"another process of this job did not answer within {minutes} minutes"
+        raise PeerLost(f"{problem}, so this one ends too ({first_line(error)})") from None
