@@ -8,7 +8,7 @@ Left out, in the tutorial's favour: progress bars, checkpoints.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 
 import numpy as np
@@ -16,12 +16,15 @@ import pyro
 import pyro.distributions as dist
 import torch
 from PIL import Image
-from pyro.infer import SVI, Trace_ELBO
+from pyro.infer import SVI, RenyiELBO, Trace_ELBO
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as pictures
 
+from cvae.settings import Settings
+
+PYRO_BATCH = 25  # images of an evaluation: of 10, 25, 50 and 128 it suits Pyro best
 ABSENT = -1.0
 """The value of pixels that do not belong to an image: the hidden ones in the input, the observed in the output."""
 
@@ -154,58 +157,49 @@ class PyroCVAE(nn.Module):
             pyro.sample("z", dist.Normal(loc, scale).to_event(1))
 
 
-class BaselineTraining:
-    """Training of the baseline: Adam on the masked cross-entropy per image."""
+class TutorialWay:
+    """The tutorial's work in one phase; `run` does so many steps, or of `evaluation` so many images."""
 
-    def __init__(self, learning_rate: float = 1e-3):
-        self.net = BaselineNet()
-        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=learning_rate)
+    def __init__(self, phase: str, images: Tensor, s: Settings, samples: int):
+        pyro.clear_param_store()
+        self.phase, self.images, self.s = phase, images, s
+        self.loader = endless(batches(images, s.quadrants, s.batch_size, shuffle=True))
+        self.baseline_net = BaselineNet()
+        self.net = PyroCVAE(self.baseline_net)
+        self.adam = torch.optim.Adam(self.baseline_net.parameters(), lr=1e-3)
+        self.svi = SVI(self.net.model, self.net.guide, pyro.optim.Adam({"lr": 1e-3}), loss=Trace_ELBO())
+        self.importance = RenyiELBO(alpha=0, num_particles=samples, vectorize_particles=True, max_plate_nesting=1)
 
-    def step(self, batch: Sample) -> float:
-        """One step; the loss."""
-        self.optimizer.zero_grad()
-        loss = masked_bce(self.net(batch["input"]), batch["output"]) / len(batch["input"])
+    def run(self, number: int) -> float:
+        """Return the seconds of the work, making the batches included."""
+        evaluation = batches(self.images[:number], self.s.quadrants, PYRO_BATCH, shuffle=False)
+        samples = evaluation if self.phase == "evaluation" else islice(self.loader, number)
+        work = {"baseline": self.train_baseline, "cvae": self.train_cvae, "evaluation": self.evaluate}[self.phase]
+        started = time.perf_counter()
+        total = sum(work(batch) for batch in samples)
+        seconds = time.perf_counter() - started
+        if total != total:
+            raise FloatingPointError("the tutorial's loss became NaN: its time says nothing")
+        return seconds
+
+    def train_baseline(self, batch: Sample) -> float:
+        """Take one step of Adam on the masked cross-entropy per image; return the loss."""
+        self.adam.zero_grad()
+        loss = masked_bce(self.baseline_net(batch["input"]), batch["output"]) / len(batch["input"])
         loss.backward()
-        self.optimizer.step()
+        self.adam.step()
         return loss.item()
 
-    def evaluate(self, batch: Sample) -> float:
-        """The loss."""
-        with torch.no_grad():
-            return (masked_bce(self.net(batch["input"]), batch["output"]) / len(batch["input"])).item()
-
-
-class CvaeTraining:
-    """Training of the CVAE by stochastic variational inference, on top of a baseline."""
-
-    def __init__(self, baseline_net: BaselineNet, learning_rate: float = 1e-3):
-        pyro.clear_param_store()
-        self.net = PyroCVAE(baseline_net)
-        optimizer = pyro.optim.Adam({"lr": learning_rate})
-        self.svi = SVI(self.net.model, self.net.guide, optimizer, loss=Trace_ELBO())
-
-    def step(self, batch: Sample) -> float:
-        """One step; the loss."""
+    def train_cvae(self, batch: Sample) -> float:
+        """Take one step of stochastic variational inference; return the loss."""
         return self.svi.step(batch["input"], batch["output"]) / len(batch["input"])
 
     def evaluate(self, batch: Sample) -> float:
-        """The loss."""
-        return self.svi.evaluate_loss(batch["input"], batch["output"]) / len(batch["input"])
+        """Return −log p(y|x) of a batch by importance sampling: the Rényi bound with α = 0."""
+        return self.importance.loss(self.net.model, self.net.guide, batch["input"], batch["output"])
 
 
 def endless(loader: DataLoader[Sample]) -> Iterator[Sample]:
-    """Epoch after epoch."""
+    """Yield the batches of epoch after epoch."""
     while True:
         yield from loader
-
-
-def timed(work: Callable[[Sample], float], samples: Iterable[Sample], at_most: int | None = None) -> float:
-    """Seconds to do this work with each batch, making the batches included."""
-    started = time.perf_counter()
-    total = 0.0
-    for batch in islice(samples, at_most):
-        total += work(batch)
-    seconds = time.perf_counter() - started
-    if total != total:
-        raise FloatingPointError("the tutorial's loss became NaN: its time says nothing")
-    return seconds
