@@ -1,11 +1,202 @@
-"""What a run runs on: device, precision and processes; several of them agree, or one line says why they cannot."""
+"""What a run runs on: prepared, put back as it was, and agreed on by several processes, or refused in one line."""
+
+import ctypes
+import math
+import os
+import re
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
+from support.inprocess import TINY, Ended, call_eval, call_train, make_tiny_data
 
-from cvae.context import Processes
-from cvae.errors import UsageError
+from cvae import context
+from cvae.context import Context, Interruption, opened, prepare, resolve_device
+from cvae.errors import DataError, PeerLost, UsageError
+from cvae.processes import Processes, exchange
 
+CPU = torch.device("cpu")
+TINIEST = math.ulp(0.0)  # the smallest number above 0
 MEETING = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+def surroundings() -> dict[str, Any]:
+    """Return whatever of the process a training changes while it lasts."""
+    backends: Any = torch.backends
+    operations = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.matmul)
+    return {
+        "signals": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
+        "precisions": [operation.fp32_precision for operation in operations],
+        "cudnn": (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark),
+        "defaults": (torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads()),
+        "random": torch.get_rng_state().tolist(),
+        "denormals": (TINIEST * 1.0 == 0, denormals_flushed()),
+        "process": (sys.stdout, sys.stderr, os.getcwd()),
+        "environment": {name: value for name, value in os.environ.items() if not name.startswith("TORCHINDUCTOR")},
+    }
+
+
+def denormals_flushed() -> bool:
+    """Return whether any of the threads that share an operation takes denormals for zero."""
+    bits = torch.ones(1 << 20, dtype=torch.int32)
+    return bool(((bits.view(torch.float32) * 1).view(torch.int32) != 1).any())
+
+
+@pytest.fixture
+def odd_surroundings() -> Iterator[None]:
+    """The process of a user who has changed all of it."""
+    matmul: Any = torch.backends.cuda.matmul
+    with ExitStack() as stack:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            stack.callback(signal.signal, number, signal.signal(number, lambda *_: None))
+        stack.enter_context(torch.no_grad())
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float64)
+        stack.callback(setattr, matmul, "fp32_precision", matmul.fp32_precision)
+        matmul.fp32_precision = "tf32"
+        torch.manual_seed(17)
+        yield
+
+
+@pytest.mark.usefixtures("odd_surroundings")
+def test_all_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a training, an evaluation, and both where they fail; in another thread than the main one, too."""
+    monkeypatch.chdir(tmp_path)
+    make_tiny_data(tmp_path / "data")
+    before = surroundings()
+    assert call_train(*TINY, "--data", "data").code == 0
+    assert surroundings() == before
+    assert call_train(*TINY, "--data", "data", "--name", "hot", "--learning-rate", "1e30").code == 4
+    assert surroundings() == before
+    ended: list[Ended] = []
+    thread = threading.Thread(target=lambda: ended.append(call_eval("--runs", "runs/q1")))
+    thread.start()
+    thread.join()
+    assert ended == [call_eval("--runs", "runs/q1")]
+    assert ended[0].code == 0
+    (tmp_path / "runs/q1/best.pt").write_bytes(b"")
+    assert call_eval("--runs", "runs/q1").code == 3
+    assert surroundings() == before
+
+
+def test_prepared() -> None:
+    """Products of float32 are of float32, results reproducible, denormals zero, in all threads; and not after it."""
+    assert not denormals_flushed()
+    with prepare(CPU):
+        bits = torch.ones(1 << 20, dtype=torch.int32)
+        assert not (bits.view(torch.float32) * 1).view(torch.int32).any()
+        assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+        assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.backends.cudnn.deterministic
+    assert not denormals_flushed()
+
+
+@pytest.mark.usefixtures("odd_surroundings")
+def test_all_is_put_back_where_the_preparation_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(flush: bool) -> None:
+        if flush:
+            raise KeyboardInterrupt
+
+    before = surroundings()
+    monkeypatch.setattr(context, "_flush_denormals", fail)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(CPU)
+    assert surroundings() == before
+
+
+def test_without_what_only_linux_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No library of the process itself: as on Windows."""
+
+    def refuse(*_: object) -> Any:
+        raise TypeError("no path")
+
+    monkeypatch.setattr(ctypes, "CDLL", refuse)
+    monkeypatch.setattr(sys, "platform", "win32")
+    with prepare(CPU):
+        assert TINIEST * 1.0 == 0
+
+
+def test_a_second_interrupt_does_what_it_did_before() -> None:
+    """The first one is remembered."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with Interruption() as interruption:
+            signal.raise_signal(signal.SIGINT)
+            assert interruption.signal_number == signal.SIGINT
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# Device and precision
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "processes", "expected"),
+    [
+        ("auto", 0, (0, 1), "cpu"),
+        ("auto", 2, (1, 2), "cuda:1"),
+        ("cuda", 2, (1, 2), "cuda:1"),
+        ("cuda:1", 2, (0, 1), "cuda:1"),
+        ("cuda", 0, (0, 1), "CUDA is not available here"),
+        ("cuda:1", 2, (0, 2), "2 processes cannot share cuda:1"),
+        ("cuda:2", 2, (0, 1), "--device cuda:2 needs 3 GPUs; 2 are visible"),
+        ("cuda", 1, (0, 2), "--device cuda needs 2 GPUs; 1 are visible"),
+        ("tpu", 0, (0, 1), "there is no device 'tpu'"),
+        ("cuda:x", 2, (0, 1), "there is no device 'cuda:x'"),
+    ],
+)
+def test_device(
+    monkeypatch: pytest.MonkeyPatch, name: str, gpus: int, processes: tuple[int, int], expected: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    if " " not in expected:
+        assert resolve_device(name, *processes) == torch.device(expected)
+    else:
+        with pytest.raises(UsageError, match=f"^{expected}"):
+            resolve_device(name, *processes)
+
+
+@pytest.mark.parametrize(("precision", "epsilon"), [("fp32", 2**-23), ("bf16", 2**-7), ("fp16", 2**-10)])
+def test_products_in_a_precision(precision: str, epsilon: float) -> None:
+    """Their relative error is between an eighth of a last bit and two, for 256 × 256 products of 3 terms."""
+    exact = torch.rand(256, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with opened("cpu", precision) as here, here.autocast():
+        product = exact.float() @ exact.float().T
+    error = ((product.double() - exact @ exact.T) / (exact @ exact.T)).abs().max()
+    assert (product.dtype == torch.float32) == (precision == "fp32")
+    assert epsilon / 8 <= error <= 2 * epsilon
+    assert Context(CPU, precision).half == (None if precision == "fp32" else product.dtype)
+
+
+def test_precision_that_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16 where the processor computes it, by either of its instructions."""
+    for capabilities, expected in (({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"), ({}, "fp32")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found, raising=False)
+        assert Context(CPU).with_precision("auto").precision == expected
+        assert Context(CPU).with_precision("fp16").precision == "fp16"
+
+
+def test_seeds_are_those_of_all_versions() -> None:
+    """They depend on the whole key."""
+    assert context.derive_seed(0, "weights") == 5147875554478041081
+    assert context.permutation(5, 0, "a").tolist() == [1, 3, 4, 0, 2]
+    draws = {torch.rand(4, generator=context.generator(CPU, *key)).sum().item() for key in ((0,), (1,), (0, "a"))}
+    assert len(draws) == 3
+    assert context.derive_seed(0, "weights") == 0x0 or context.derive_seed(0, "weights") < 1 << 63
+
+
+# Several processes
 
 
 @pytest.mark.parametrize(
@@ -13,7 +204,6 @@ MEETING = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     [
         ({}, (0, 1, 0)),
         ({"RANK": "", "WORLD_SIZE": ""}, (0, 1, 0)),
-        ({"RANK": "0", "WORLD_SIZE": "1"}, (0, 1, 0)),
         ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", **MEETING}, (3, 4, 1)),
         ({"WORLD_SIZE": "4", **MEETING}, "WORLD_SIZE is 4 and RANK is not set"),
         ({"RANK": "0", "WORLD_SIZE": "2"}, "WORLD_SIZE is 2 and MASTER_ADDR is not set"),
@@ -35,3 +225,37 @@ def test_processes_of_the_environment(
         processes = Processes()
         assert (processes.rank, processes.count, processes.local_rank) == expected
         assert processes.is_main == (processes.rank == 0)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_shares_are_all_of_it_once(count: int) -> None:
+    """As even as they can be; those of a batch are of one size, or it is refused."""
+    processes, things, sizes = Processes(), [], set()
+    processes.count = count
+    for processes.rank in range(count):
+        share = range(20)[processes.share(20)]
+        things += share
+        sizes.add(len(share))
+    assert things == list(range(20))
+    assert max(sizes) - min(sizes) <= 1
+    if 20 % count:
+        with pytest.raises(UsageError, match=f"a batch of 20 images cannot be shared evenly by {count} processes"):
+            processes.share_of_batch(20)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (RuntimeError("[/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:7"), "has ended"),
+        (RuntimeError("[/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1ms"), "did not answer within 30"),
+        (dist.DistBackendError("NCCL error"), "has ended"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), None),
+        (RuntimeError("shape '[3]' is invalid for input of size 4"), None),
+        (DataError("a.png: is damaged"), None),
+    ],
+    ids=str,
+)
+def test_only_what_the_network_says_is_a_lost_process(error: Exception, expected: str | None) -> None:
+    """Too little memory, a mistake of the program and expected failures pass as they are."""
+    with pytest.raises(PeerLost if expected else type(error), match=expected or re.escape(str(error))), exchange():
+        raise error

@@ -1,0 +1,183 @@
+"""What stands between a script and its user: bars, streams that cannot take what is printed, the start of a process."""
+
+import errno
+import io
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.scripts import PATIENCE, ROOT
+
+from cvae import console
+from cvae.console import command, complain, say
+from cvae.errors import DataError, DiskError
+
+BAR = """
+import time
+from cvae import console
+console.BAR_AFTER_S, console.LINE_EVERY_S = SECONDS
+with console.Bar("pictures", 4000, "img", SHOWN) as bar:
+    for i in range(40):
+        time.sleep(0.01)
+        bar.update(100)
+        bar.set_postfix_str("loss 1.25", refresh=False)
+"""
+
+
+def seen(after: tuple[float, float], show: bool = True, on_terminal: bool = True) -> str:
+    """Return what is on standard error; after: seconds to the bar on a terminal, and between lines elsewhere."""
+    words = [sys.executable, "-c", BAR.replace("SECONDS", str(after)).replace("SHOWN", str(show))]
+    if not on_terminal:
+        return subprocess.run(words, cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=PATIENCE, check=True).stderr
+    termios = pytest.importorskip("termios")
+    ours, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    output = b""
+    with subprocess.Popen(words, cwd=ROOT, stderr=theirs) as process:
+        os.close(theirs)
+        try:
+            while chunk := os.read(ours, 1 << 16):
+                output += chunk
+        except OSError:  # what Linux says where the other end is closed
+            os.close(ours)
+    assert process.returncode == 0
+    return output.decode()
+
+
+def test_bar_on_a_terminal() -> None:
+    """It comes after a while, has rate and time left, and is gone at the end."""
+    *shown, cleared, rest = seen((0.1, 1e9)).split("\r")[1:]
+    assert (cleared.strip(), rest) == ("", "")
+    assert len(shown) >= 2
+    line = r"pictures: +\d+%\|.+\| \S+k?/4\.00k \[00:00<00:00, \d\S+img/s, loss 1\.25\]"
+    assert all(re.fullmatch(line, each) for each in shown), shown
+    assert int(re.findall(r"\d+", shown[0])[0]) >= 10  # percent: it came late
+
+
+def test_lines_elsewhere() -> None:
+    lines = seen((1e9, 0.1), on_terminal=False).splitlines()
+    assert 1 <= len(lines) <= 4
+    line = r"pictures: [\d.]+k? of 4\.00k img, \d\S+img/s, 00:00 left, loss 1\.25"
+    assert all(re.fullmatch(line, each) for each in lines), lines
+
+
+@pytest.mark.parametrize(("after", "show"), [((1e9, 1e9), True), ((0, 0), False)], ids=["quick", "quiet"])
+def test_nothing_is_said_of_what_is_quick_or_quiet(after: tuple[float, float], show: bool) -> None:
+    assert seen(after, show, on_terminal=False) == ""
+
+
+def test_streams_that_cannot_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full one is an expected failure, one without its reader none; complaints never fail; nor does None."""
+
+    class Failing(io.StringIO):
+        number = errno.ENOSPC
+
+        def write(self, text: str) -> int:
+            raise OSError(self.number, os.strerror(self.number))
+
+    monkeypatch.setattr(sys, "stdout", Failing())
+    monkeypatch.setattr(sys, "stderr", Failing())
+    with pytest.raises(DiskError, match="standard output: cannot be written"):
+        say("line")
+    complain("line")
+    monkeypatch.setattr(Failing, "number", errno.EPIPE)
+    say("line")
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert command("train.py")(lambda argv: say("line") or 0)([]) == 0
+
+
+def test_terminal_without_unicode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has a likeness is replaced by it, all else is numbered; the stream is put back as it was."""
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert command("eval.py")(lambda argv: say("−1 ± 2 → ŷ é") or 0)([]) == 0
+    assert stream.buffer.getvalue() == b"-1 +- 2 -> y \\xe9\n"
+    assert stream.errors == "strict"
+
+
+def fail(error: Exception) -> int:
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (DataError("a.png: is damaged"), 3, "a.png: is damaged"),
+        (MemoryError(), 2, "the memory does not suffice (MemoryError). "),
+        (RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory"), 2, "the memory does not suffice ("),
+        (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), 2, "the memory does not suffice ("),
+    ],
+    ids=repr,
+)
+def test_failures_in_one_line(error: Exception, code: int, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("eval.py")(lambda argv: fail(error))([]) == code
+    assert re.fullmatch(rf"eval\.py: {re.escape(line)}[^\n]*\n", capsys.readouterr().err)
+
+
+def test_faults_of_the_program_are_not_hidden() -> None:
+    with pytest.raises(RuntimeError, match="shapes"):
+        command("eval.py")(lambda argv: fail(RuntimeError("shapes")))([])
+
+
+def test_word_that_is_no_text(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("eval.py")(lambda argv: fail(AssertionError()))(["--data", "s\udcff"]) == 2
+    assert capsys.readouterr().err == "eval.py: s\\xff: is no text in UTF-8; give the file or folder another name\n"
+
+
+# Before PyTorch is loaded
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/loadavg"), reason="nothing tells what else runs")
+def test_threads_sleep_at_once_beside_other_programs() -> None:
+    """Chosen before PyTorch is loaded, and never against what the user has set."""
+    show = "import os, sys; from cvae.console import before_torch; before_torch(); print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"  # noqa: E501
+    kept = {key: value for key, value in os.environ.items() if key not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+
+    def chosen(**environment: str) -> str:
+        ended = subprocess.run(
+            [sys.executable, "-c", show],
+            cwd=ROOT,
+            env=kept | environment,
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        return ended.stdout.strip()
+
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range((os.cpu_count() or 1) + 1)]
+    try:
+        assert chosen() == "0 False"
+        assert chosen(GOMP_SPINCOUNT="77") == "77 False"
+        assert chosen(OMP_WAIT_POLICY="ACTIVE") == "None False"
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+
+
+@pytest.mark.parametrize(
+    ("running", "cores", "usable", "others"),
+    [(1, 2, 2, False), (2, 2, 2, True), (5, 8, 4, False), (6, 8, 4, True), (1, 1, 1, False), (3, 1, 1, True)],
+)
+def test_idle_processors_are_counted(
+    monkeypatch: pytest.MonkeyPatch, running: int, cores: int, usable: int, others: bool
+) -> None:
+    """running: All programs, this one among them; usable: The processors that this one may use."""
+    monkeypatch.setattr(Path, "read_text", lambda self: f"0.10 0.20 0.30 {running}/99 1234")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(usable)), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    assert console.others_want_the_processors() is others
+
+
+@pytest.mark.parametrize("text", ["", "nonsense", "0.1 0.2 0.3 x/y 4"])
+def test_where_nothing_tells_it_is_alone(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    def read(self: Path) -> Any:
+        return text
+
+    monkeypatch.setattr(Path, "read_text", read)
+    assert not console.others_want_the_processors()
