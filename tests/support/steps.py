@@ -1,4 +1,4 @@
-"""What the tests of training share: the parts of a step, put together for a toy as `train.fit` does it."""
+"""What the tests of training share: a small training of any network and objective, as `train.py` makes it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,69 +6,114 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from reference.networks import TEST_NETWORKS
 from torch import Tensor, nn
 
 from cvae import context
 from cvae.context import Processes
 from cvae.data.images import ImageSet
-from cvae.model.likelihood import noise
-from cvae.model.networks import NETWORKS
+from cvae.data.tasks import FixedMask, Task, quadrants
+from cvae.model.cvae import CVAE, noise
+from cvae.model.networks import NETWORKS, Tutorial, build
 from cvae.model.objectives import OBJECTIVES, log_likelihood, objective
 from cvae.run.session import Run
 from cvae.settings import Settings
 from cvae.training.phase import Phase
+from train import Step
 
 CPU = torch.device("cpu")
-ALL_NETWORKS = {**NETWORKS, **TEST_NETWORKS}
+SIDE, COUNT, BATCH = 6, 20, 6  # three steps an epoch, and two images left over
+SMALL = {
+    "hidden": (12, 10), "latent_dim": 4, "particles": 2, "batch_size": BATCH, "learning_rate": 1e-2, "epochs": 9,
+    "baseline_epochs": 9, "warmup_epochs": 0.5, "free_epochs": 4.0, "levels": 2, "channels": 3, "alpha": 0.3,
+}  # fmt: skip
 
 
-class Case(NamedTuple):
-    """What is trained: a network and an objective of its CVAE, or of its baseline, "baseline"."""
+class Regularised(Tutorial):
+    """Modules that training has to mind: batch normalisation, with buffers, and dropout, with its random numbers."""
 
-    network: str
-    objective: str
-
-    @property
-    def which(self) -> str:
-        """What `Toy.model` takes."""
-        return "baseline" if self.objective == "baseline" else "cvae"
-
-    def make(self, make_toy: Callable[..., Any], **more: Any) -> Any:
-        """A toy of this network."""
-        return make_toy(network=ALL_NETWORKS[self.network], **more)
-
-    def function(self) -> Callable[..., dict[str, Tensor]]:
-        """The objective; its own settings are not the default ones."""
-        return log_likelihood if self.which == "baseline" else objective(Settings(objective=self.objective, alpha=0.3))
-
-    def noise(self, toy: Any) -> tuple[Tensor, ...]:
-        """The toy's, if the objective takes any."""
-        return () if self.which == "baseline" else (toy.eps,)
+    def __init__(self, task: Task, s: Settings):
+        super().__init__(task, s)
+        self.prior_net, self.recognition_net = (
+            nn.Sequential(
+                nn.Linear(task.x_dim + task.y_dim, 8, bias=False),
+                nn.BatchNorm1d(8),
+                nn.ReLU(),
+                nn.Dropout(0.2),
+                nn.Linear(8, 2 * s.latent_dim),
+            )
+            for _ in range(2)
+        )
 
 
-def cases(networks: Any = ALL_NETWORKS, objectives: Any = ("baseline", *OBJECTIVES)) -> pytest.MarkDecorator:
-    """A test for each of the networks and each of the objectives."""
-    found = [Case(network, objective) for network in networks for objective in objectives]
-    return pytest.mark.parametrize("case", found, ids=" ".join)
+ALL_NETWORKS: dict[str, Callable[[Task, Settings], CVAE]] = {**NETWORKS, "regularised": Regularised}
+CASES = [("tutorial", "baseline"), *((network, name) for network in ALL_NETWORKS for name in OBJECTIVES)]
+"""Each network with each objective; "baseline" trains the network's baseline."""
+cases = pytest.mark.parametrize(("network", "objective"), CASES, ids=map(" ".join, CASES))
 
 
-def make_run(settings: Settings, precision: str = "fp32", rank: int = 0, count: int = 1) -> Run:
-    """A run that has no folder: what a step and an epoch need of it."""
-    processes = Processes()
-    processes.rank, processes.count = rank, count
-    return Run(Path("nowhere"), settings, CPU, precision, processes, context.Interruption(), quiet=True)
+class Training(NamedTuple):
+    """A model with all that its epochs need."""
+
+    model: CVAE
+    phase: Phase
+    run: Run
+    step: Step
 
 
-def make_phase(case: Case, toy: Any, particles: int = 2, cached: bool = True, precision: str = "fp32") -> Phase:
-    """A phase whose images for training and validation are the toy's. cached: the baseline's guesses are computed."""
-    model: nn.Module = toy.model(case.which)
-    images = ImageSet(toy.images.mul(255).round().to(torch.uint8), toy.split)
-    if cached and case.which == "cvae":
-        toy.cvae.baseline_net.eval()
-        images.set_guesses(toy.cvae.baseline_net, context.HALF.get(precision))
+def pictures(count: int = COUNT, side: int = SIDE, seed: int = 0) -> Tensor:
+    """Random pictures with black, white and grey pixels, uint8 `[count, side, side]`."""
+    random = torch.Generator().manual_seed(seed)
+    return torch.rand(count, side, side, generator=random).mul(1.6).sub(0.3).clamp(0, 1).mul(255).to(torch.uint8)
 
-    def draw_noise(count: int, random: torch.Generator) -> tuple[Tensor, ...]:
-        return (noise(particles, count, toy.cvae, random),) if case.which == "cvae" else ()
 
-    return Phase(case.which, model, case.function(), 9, images, images, draw_noise, lambda model: torch.zeros(1))
+def make_run(
+    settings: Settings, precision: str = "fp32", device: torch.device = CPU, processes: Processes | None = None,
+    folder: Path = Path("nowhere"),
+) -> Run:  # fmt: skip
+    """A run that has not made its folder: all that steps and epochs need of it."""
+    place = context.Context(device, precision, processes or Processes())
+    return Run(folder, settings, place, context.Interruption(), quiet=True)
+
+
+def make_training(
+    network: str = "tutorial", name: str = "elbo", precision: str = "fp32", *, device: torch.device = CPU,
+    processes: Processes | None = None, task: Task | None = None, labels: Tensor | None = None,
+    folder: Path = Path("nowhere"), count: int = COUNT, side: int = SIDE, **settings: Any,
+) -> Training:  # fmt: skip
+    """A training before its first step, of the default type; `settings`: other than `SMALL`."""
+    is_baseline = name == "baseline"
+    s = Settings(objective="elbo" if is_baseline else name, **{**SMALL, **settings})
+    task = task or FixedMask(quadrants(1, side, side))
+    with pytest.MonkeyPatch.context() as patch:
+        for other, builder in ALL_NETWORKS.items():
+            patch.setitem(NETWORKS, other, builder)
+        model = build(task, Settings(**{**s.to_dict(), "hidden": s.hidden, "network": network})).to(device)
+    images = ImageSet(pictures(count, side), task, device, labels, key=("first",))
+    if is_baseline:
+        model.baseline_net.requires_grad_(True)
+    else:
+        images.set_guesses(model.baseline_net, context.HALF.get(precision))
+    phase = Phase(
+        *(("baseline", model.baseline_net, log_likelihood) if is_baseline else ("cvae", model, objective(s))),
+        s.epochs, images, images, samples=0 if is_baseline else s.particles,
+        noise=lambda count, random: () if is_baseline else (noise(s.particles, count, model, random),),
+        picture=lambda model: torch.zeros(3, 4, 4, dtype=torch.uint8),
+    )  # fmt: skip
+    run = make_run(s, precision, device, processes, folder)
+    return Training(model, phase, run, Step(phase, s, run.context))
+
+
+def state(training: Training) -> dict[str, Tensor]:
+    """All that steps change, as copies: weights, buffers, their average, the optimizer's state, the sums."""
+    parts = {
+        "model": training.model.state_dict(), "average": training.step.average.model.state_dict(),
+        "optimizer": {name: each for name, each in training.step.optimizer.state_dict().items() if each is not None},
+        "totals": {"sums": training.step.totals.sums},
+    }  # fmt: skip
+    return {f"{part}.{name}": tensor.cpu().clone() for part, states in parts.items() for name, tensor in states.items()}
+
+
+def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    """That all tensors are the same, bit for bit."""
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []

@@ -1,237 +1,292 @@
-"""A training step: what it may ask of the device, what it adds up, and what mixed precision changes."""
+"""Steps and epochs of training against plain PyTorch: AdamW, clip_grad_norm_, and an average by its definition."""
 
 import copy
+import io
 import math
 import re
-from collections.abc import Iterable
-from dataclasses import replace
-from typing import Any
+from collections import Counter
 
 import pytest
 import torch
-from support.steps import CPU, Case, cases, make_phase, make_run
+from support.steps import BATCH, COUNT, CPU, Training, assert_equal, cases, make_training, pictures, state
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from cvae import context
-from cvae.model.convolutions import Convolution
-from cvae.model.layers import Linear
-from cvae.model.networks import NETWORKS
-from cvae.model.objectives import OF_PRIOR, maximised
-from cvae.settings import Settings
-from train import Step, train_epoch
+from cvae.data.tasks import Batch
+from cvae.model.objectives import OF_PRIOR
+from train import train_epoch
 
-PLAIN = Settings(batch_size=8, learning_rate=1e-3, weight_decay=0.0)
-PRECISIONS = pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+STEPS = COUNT // BATCH  # of an epoch
+
+
+@pytest.fixture
+def float64():
+    """All in float64, so that a comparison shows mistakes and not rounding."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+class Plain:
+    """The training of a `Training`, not begun yet, written out with PyTorch's own parts."""
+
+    def __init__(self, training: Training):
+        self.phase, self.s, self.context = training.phase, training.run.settings, training.run.context
+        self.model = copy.deepcopy(self.phase.model).train()
+        self.average = copy.deepcopy(self.model)
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        flat, others = ([p for p in self.trained if (p.dim() < 2) == is_flat] for is_flat in (True, False))
+        groups = [{"params": flat, "weight_decay": 0.0}, {"params": others, "weight_decay": self.s.weight_decay}]
+        self.adam = torch.optim.AdamW(groups, lr=1.0)
+        task, guesses = self.phase.train.task, self.phase.train.guesses
+        self.x, self.y = task.split(pictures(side=task.height) / 255)
+        self.guesses = (
+            None if guesses is None or self.context.precision == "fp32" else guesses
+        )  # which are kept in half
+        self.steps, self.norms = 0, []
+
+    def epoch(self, number: int) -> dict[str, float]:
+        """Take the steps of an epoch; returns the means of the terms."""
+        s, seen = self.s, []
+        key = s.seed, self.phase.name, number
+        random = context.generator(CPU, *key)
+        context.seed_dropout(*key, 0)
+        for i, rows in enumerate(context.permutation(COUNT, *key)[: STEPS * BATCH].split(BATCH)):
+            now = number - 1 + i / STEPS
+            seen.append(self.step(rows, self.phase.noise(BATCH, random), rate_of(s, now), nats_of(s, now)))
+        return {name: torch.stack([terms[name] for terms in seen]).double().mean().item() for name in seen[0]}
+
+    def step(self, rows: Tensor, eps: tuple[Tensor, ...], rate: float, nats: float) -> dict[str, Tensor]:
+        guess = None if self.guesses is None else self.guesses[rows]
+        with self.context.autocast():
+            terms = self.phase.objective(self.model, Batch(self.x[rows], self.y[rows], guess=guess), *eps)
+        gain = next(iter(terms.values()))
+        if next(iter(terms)) == "elbo":
+            levels = [kl for name, kl in terms.items() if name.startswith("kl_")] or [terms["kl"]]
+            gain = terms["log_likelihood"] - sum(torch.where(kl < nats, nats, kl) for kl in levels)
+        self.adam.zero_grad()
+        (-gain.mean()).backward()
+        for parameter in self.trained:  # without a gradient it is decayed only
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        if self.s.clip is not None:
+            self.norms.append(torch.nn.utils.clip_grad_norm_(self.trained, self.s.clip).item())
+        for group in self.adam.param_groups:
+            group["lr"] = rate
+        self.adam.step()
+        pairs = zip(self.average.state_dict().values(), self.model.state_dict().values(), strict=True)
+        for mean, value in pairs:
+            mean += ((value - mean) / (1 + self.steps / 9)).to(mean.dtype) if mean.is_floating_point() else value - mean
+        self.steps += 1
+        return {name: term.detach() for name, term in terms.items()}
+
+
+def rate_of(s, now: float) -> float:
+    """A warm-up of half an epoch, then half a cosine over the other eight and a half."""
+    if now < 0.5:
+        return s.learning_rate * (now + 0.01) / 0.51
+    return s.learning_rate * (1 + math.cos(math.pi * (now - 0.5) / 8.5)) / 2
+
+
+def nats_of(s, now: float) -> float:
+    return 0.4 * (1 - now / 4)
+
+
+def ours(training: Training, epochs: range) -> list[dict[str, float]]:
+    """Train; each epoch is validated after it, as in `train.fit`."""
+    phase, run, step = training.phase, training.run, training.step
+    means = []
+    for number in epochs:
+        train_epoch(phase, run, step, step, number)
+        means.append(step.totals.means())
+        phase.validate(step.average.model, 0, run.context)
+    return means
+
+
+def by_dimensions(parameters) -> list[torch.nn.Parameter]:
+    return sorted(parameters, key=lambda p: p.dim() > 1)
+
+
+def distances(model: torch.nn.Module, other: torch.nn.Module) -> dict[str, Tensor]:
+    theirs = other.state_dict()
+    return {name: (tensor - theirs[name]).double() for name, tensor in model.state_dict().items()}
+
+
+@cases
+def test_two_epochs_are_those_of_plain_torch(float64, network, objective):
+    """Weights, their average, buffers and means of the terms.
+
+    A gradient g that is off by δ moves a weight by at most rate · δ / (|g| + 1e-8). In float64 δ is 1e-15, and 1e-6 · g
+    where the norm is cut to 1, for clip_grad_norm_ adds 1e-6 to it: over six steps, less than 1e-5 of one.
+    """
+    training = make_training(network, objective, weight_decay=0.2, clip=1.0)
+    plain, start = Plain(training), copy.deepcopy(training.phase.model)
+    means = ours(training, range(1, 3))
+    expected = [plain.epoch(number) for number in (1, 2)]
+    for found, wanted in zip(means, expected, strict=True):
+        assert list(found) == list(wanted)
+        assert list(found.values()) == pytest.approx(list(wanted.values()), rel=1e-7)
+    for ours_, theirs in ((training.phase.model, plain.model), (training.step.average.model, plain.average)):
+        for name, distance in distances(ours_, theirs).items():
+            assert distance.abs().max() <= 1e-5 * 1e-2, name
+    for name, distance in distances(training.phase.model, start).items():  # the control: all have moved
+        unused = objective in OF_PRIOR and "recognition" in name and distance.dim() < 2
+        assert distance.ne(0).any() == (not name.startswith("baseline_net.") and not unused), name
+    assert max(plain.norms) > 1
+
+
+@cases
+def test_bf16_is_that_of_autocast(network, objective):
+    """The weights in half precision are those that autocast would make: the gradients differ by no more than rounding.
+
+    It is 2⁻⁸ of a number in bfloat16, once in the gradient and once in what it is a product of.
+    """
+    training = make_training(network, objective, "bf16", side=14, hidden=(40, 30), weight_decay=0.2)
+    plain = Plain(training)
+    start = copy.deepcopy(plain.model)
+    ours(training, range(1, 2))
+    plain.epoch(1)
+    theirs = torch.cat([plain.adam.state[p]["exp_avg"].flatten() for p in by_dimensions(plain.trained)])
+    assert (training.step.optimizer.moments - theirs).norm() <= 2**-7 * theirs.norm()
+    way, errors = distances(plain.model, start), distances(training.phase.model, plain.model)
+    assert all(error.norm() <= 2**-7 * way[name].norm() for name, error in errors.items())
+    weights = training.step.weights
+    models = weights.model, training.phase.model
+    for half, full in zip(*(by_dimensions(model.parameters()) for model in models), strict=True):
+        assert half.dtype == (torch.float32 if half.dim() < 2 or not half.requires_grad else torch.bfloat16)
+        assert torch.equal(half, full.to(half.dtype))  # the copy has followed
+        assert full.dtype == torch.float32
+
+
+@cases
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_agrees_with_float32(network, objective, precision):
+    """A gradient, without the scale of its loss, to √ε of its norm: a share ε of units is rounded over a ReLU's edge.
+
+    The first step of a fresh Adam leaves a tenth of the gradient in the moments.
+    """
+    moments = []
+    for each in ("fp32", precision):
+        training = make_training(network, objective, each, side=14, hidden=(40, 30), count=64, batch_size=64)
+        step, random = training.step, context.generator(CPU, 1)
+        eps = training.phase.noise(64, random)
+        for _ in range(20):  # a scale that overflows is halved, and the weights stay as they were
+            context.seed_dropout(0)
+            step.weights.model.train()
+            step(torch.arange(64), *eps)
+            if step.optimizer.moments.any():
+                break
+        assert sum(step.optimizer.skipped().values()) == (0 if precision == "bf16" or each == "fp32" else _)
+        moments.append(step.optimizer.moments)
+    assert not torch.equal(*moments)  # the products were of half precision
+    assert (moments[1] - moments[0]).norm() <= torch.finfo(context.HALF[precision]).eps ** 0.5 * moments[0].norm()
+
+
+@cases
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_step_that_is_not_finite_changes_nothing(network, objective, precision):
+    """But its count, and running statistics; the next one goes on as if it had not been."""
+    training, spared = (make_training(network, objective, precision) for _ in range(2))
+    for each in (training, spared):
+        each.step.optimizer.load_state_dict({**each.step.optimizer.state_dict(), "scale": torch.tensor(64.0)})
+        ours(each, range(1, 2))
+    before, rows = state(training), torch.arange(BATCH)
+    if objective == "baseline":
+        images, training.step.images.rows = training.step.images.rows, training.step.images.rows.float() * math.nan
+        training.step(rows)
+        training.step.images.rows = images
+    else:
+        training.step(rows, training.phase.noise(BATCH, context.generator(CPU, 1))[0] * math.nan)
+    after = state(training)
+    assert training.step.optimizer.skipped()["skipped_steps"] == 1
+    kept = [name for name in before if not re.search("counts|running_|num_batches", name)]
+    assert_equal({name: before[name] for name in kept}, {name: after[name] for name in kept})
+    ours(training, range(2, 3))
+    ours(spared, range(2, 3))
+    after, expected = state(training), state(spared)
+    assert_equal({name: after[name] for name in kept}, {name: expected[name] for name in kept})
+
+
+def test_model_is_trained_in_train_mode_though_it_is_validated_itself():
+    """Without an average, the model that is validated after each epoch, and so put into evaluation mode, is trained."""
+    training = make_training("regularised", average=0)
+    plain = Plain(training)
+    ours(training, range(1, 3))
+    for number in (1, 2):
+        plain.epoch(number)
+    assert training.step.average.model is training.phase.model
+    for name, error in distances(training.phase.model, plain.model).items():
+        assert error.norm() <= 1e-3, name
+
+
+@pytest.mark.parametrize("network", ["deep", "regularised"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_resumed_training_goes_on_bit_for_bit(network, precision):
+    """Weights, average and optimizer through a file, into a training that began otherwise: as `train.fit` resumes."""
+    training, resumed = (make_training(network, "elbo", precision, clip=1.0) for _ in range(2))
+    ours(training, range(1, 3))
+    step = training.step
+    file = io.BytesIO()
+    torch.save([part.state_dict() for part in (training.model, step.average.model, step.optimizer)], file)
+    file.seek(0)
+    ours(training, range(3, 5))
+    with torch.no_grad():
+        resumed.step.weights.vector.add_(1.0)
+    parts = resumed.model, resumed.step.average.model, resumed.step.optimizer
+    for part, values in zip(parts, torch.load(file, weights_only=True), strict=True):
+        part.load_state_dict(values)
+    resumed.step.weights.refresh()
+    ours(resumed, range(3, 5))
+    assert_equal(state(resumed), state(training))
 
 
 class Watch(TorchDispatchMode):
-    """Writes down the operators that run, and refuses those that wait for the device or whose shape hangs on data."""
+    """Refuses operators that wait for the device or whose shape hangs on numbers, and tensors elsewhere than on it."""
 
     REFUSED = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique", "equal")
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device):
         super().__init__()
-        self.seen: set[str] = set()
+        self.device, self.seen = device, Counter()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name, kwargs = func.overloadpacket.__name__, kwargs or {}
         assert not name.startswith(self.REFUSED), name
-        if name.startswith("index") and isinstance(args[1], Iterable) and not isinstance(args[1], Tensor):
-            assert all(index is None or index.dtype not in (torch.bool, torch.uint8) for index in args[1]), name
-        self.seen.add(name)
-        return func(*args, **(kwargs or {}))
+        if name.startswith("index") and isinstance(args[1], (list, tuple)):
+            assert all(index is None or index.dtype == torch.int64 for index in args[1]), name
+        self.seen[name] += 1
+        result = None if name == "_fused_adamw_" and self.device.type == "meta" else func(*args, **kwargs)
+        for tensor in tree_leaves((args, kwargs, result)):
+            if isinstance(tensor, Tensor):
+                assert tensor.device.type == self.device.type, (name, tensor.shape)
+        return result
+
+
+@cases
+@pytest.mark.parametrize(("precision", "device"), [("bf16", "cpu"), ("fp16", "cpu"), ("fp32", "meta")])
+def test_step_never_waits_for_the_device_and_stays_on_it(network, objective, precision, device, monkeypatch):
+    """No number is read, no shape hangs on data, and no tensor is made elsewhere, as on the CPU for a GPU."""
+    device = torch.device(device)
+    monkeypatch.setattr(context, "generator", lambda device, *key: torch.Generator("cpu").manual_seed(0))
+    training = make_training(network, objective, precision, device=device, clip=1.0)
+    rows, random = torch.arange(BATCH, device=device), torch.Generator().manual_seed(0)
+    eps = [each.to(device) for each in training.phase.noise(BATCH, random)]
+    with Watch(device) as watch:
+        for number in range(2):
+            training.step(rows, *eps)
+            training.step.average.update(number, last=True)
+    assert watch.seen["_fused_adamw_"] == 2 * 2  # weights with decay and without
 
 
 @pytest.mark.parametrize(
     "forbidden",
-    [lambda t: t.sum().item(), lambda t: t[t > 0], lambda t: t.nonzero(), lambda t: bool(t.any()), lambda t: int(t[0]),
-     lambda t: t.masked_fill(t > 0, 0)[t > 0].sum(), lambda t: t.index_put_((t > 0,), torch.zeros(()))],
+    [
+        lambda t: t.sum().item(), lambda t: t[t > 0], lambda t: t.nonzero(), lambda t: bool(t.any()),
+        lambda t: t.index_put_((t > 0,), torch.zeros(())), lambda t: t.to("meta"),
+    ],
 )  # fmt: skip
 def test_watch_notices(forbidden):
-    with pytest.raises(AssertionError), Watch():
+    with pytest.raises(AssertionError), Watch(CPU):
         forbidden(torch.ones(3))
-
-
-@cases()
-@PRECISIONS
-@pytest.mark.parametrize("cached", [False, True], ids=["guess", "cached guess"])
-def test_step_never_waits_for_the_device(make_toy, case, precision, cached):
-    """From the rows of a batch to the new weights and totals: no number read, no shape that hangs on data."""
-    toy = case.make(make_toy, count=20, gain=1.0, dtype=torch.float32)
-    phase = make_phase(case, toy, cached=cached, precision=precision)
-    step = Step(phase, make_run(PLAIN, precision))
-    weights, optimizer = step.weights, step.optimizer
-    trained = [
-        layer for layer in phase.model.modules() if any(p.requires_grad for p in layer.parameters(recurse=False))
-    ]
-    ours = all(isinstance(layer, Linear | Convolution) for layer in trained)
-    assert (weights.half is not None) == (ours and precision != "fp32")
-    permutation = torch.randperm(20)
-    random = context.generator(CPU, 0)
-    before = {name: parameter.clone() for name, parameter in phase.model.named_parameters()}
-    has_gradient = {name: torch.zeros(()) for name in weights}
-    step.weights.model.train()
-    with Watch() as watch:
-        for i in range(2):
-            optimizer.learning_rate.fill_(1e-3)
-            step(permutation[8 * i : 8 * (i + 1)], *phase.noise(8, random))
-            for name in weights:
-                has_gradient[name] += weights.view(name, weights.gradient).abs().sum()
-    if case.network in NETWORKS:
-        assert {"baddbmm", "bmm"} <= watch.seen  # forward and backward
-    assert {"index_select", "_fused_adamw_"} <= watch.seen
-    skipped = optimizer.skipped()
-    assert step.totals.sums[-1] == 8 * (optimizer.steps - sum(skipped.values()))
-    assert optimizer.steps == 2
-    if precision != "fp16":  # there the first steps may go into finding the scale
-        assert sum(skipped.values()) == 0
-        for name, parameter in phase.model.named_parameters():
-            changed = parameter.requires_grad and bool(has_gradient[name].ne(0))
-            assert torch.equal(parameter, before[name]) != changed, name
-        assert all(has_gradient.values()) or case.objective in OF_PRIOR or case.network == "regularised"
-
-
-@cases()
-def test_terms_are_added_to_the_totals(make_toy, case):
-    """Each step that was taken, whole: sums over its images, and their number."""
-    toy = case.make(make_toy, count=20, gain=1.0, dtype=torch.float32)
-    phase = make_phase(case, toy)
-    step = Step(phase, make_run(PLAIN))
-    model, random = step.weights.model.train(), context.generator(CPU, 0)
-    rows, expected = torch.randperm(20), {}
-    for i in range(4):
-        taken, eps = i != 2, phase.noise(8, random)
-        chosen = rows[4 * i : 4 * i + 8]
-        context.seed_dropout(i)
-        terms = phase.objective(copy.deepcopy(model), phase.train.batch(chosen), *eps)
-        context.seed_dropout(i)
-        if not taken:  # a step whose loss is NaN
-            step.images.vectors, whole = step.images.vectors.float().fill_(math.nan), step.images.vectors
-        step(chosen, *eps)
-        if taken:
-            for name, term in terms.items():
-                expected[name] = expected.get(name, 0.0) + term.detach().double().sum().item()
-        else:
-            step.images.vectors = whole
-            for module in model.modules():  # which the bad batch has spoilt; in training the run would end
-                if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-                    module.reset_running_stats()
-    assert step.totals.names == list(expected)
-    assert step.totals.sums[-1] == 3 * 8
-    for name, mean in step.totals.means().items():
-        assert mean == pytest.approx(expected[name] / 24, rel=1e-6), name
-    assert step.optimizer.skipped() == {"skipped_steps": 1}
-
-
-@cases(networks=NETWORKS)
-@pytest.mark.parametrize("shares", [[8], [3, 5], [0, 8]], ids=str)
-@pytest.mark.parametrize("free", [False, True], ids=["", "free nats"])
-def test_loss_is_minus_the_objective_per_image(make_toy, case, shares, free):
-    """Its gradient is that of the mean over a batch, to which each process adds that of its share. With free nats, the
-    ELBO has them in the place of a KL that is smaller."""
-    toy = case.make(make_toy, count=20, gain=1.0, dtype=torch.float32)
-    phase = make_phase(case, toy)
-    plain = copy.deepcopy(phase.model)
-    step = Step(phase, make_run(replace(PLAIN, free_epochs=4.0 if free else 0.0)))
-    assert (step.free_nats is not None) == (free and case.which == "cvae")
-    step.optimizer.learning_rate.zero_()  # the weights stay
-    rows, eps = torch.randperm(20)[:8], phase.noise(8, context.generator(CPU, 0))
-    terms = phase.objective(plain, phase.train.batch(rows), *eps)
-    gain = maximised(terms)
-    if free and case.objective == "elbo":
-        levels = [kl for name, kl in terms.items() if re.fullmatch("kl_[0-9]", name)] or [terms["kl"]]
-        nats = torch.cat(levels).detach().quantile(0.5)  # between two of them
-        step.free_nats.copy_(nats)
-        gain = terms["log_likelihood"] - sum(torch.where(kl < nats, nats, kl) for kl in levels)
-    (-gain.mean()).backward()
-
-    total, losses = torch.zeros_like(step.weights.gradient), []
-    step.run.processes.sum_ = lambda gradient, loss: losses.append(loss.item())  # what is exchanged
-    for part in torch.arange(8).split(shares):
-        step(rows[part], *(each[:, part] for each in eps))
-        total += step.weights.gradient
-    assert sum(losses) == pytest.approx(-gain.mean().item(), rel=1e-5)
-    assert step.totals.means()[next(iter(terms))] == pytest.approx(maximised(terms).mean().item(), rel=1e-5)
-    trained = {name: parameter for name, parameter in plain.named_parameters() if parameter.requires_grad}
-    expected = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in trained.items()}
-    assert set(expected) == set(step.weights)
-    for name, gradient in expected.items():
-        found = step.weights.view(name, total)
-        torch.testing.assert_close(found, gradient, rtol=0, atol=1e-5 * gradient.abs().max().item(), msg=name)
-    assert step.totals.sums[-1] == 8
-
-
-@cases(networks=NETWORKS)
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_mixed_precision_agrees_with_float32(make_toy, case, precision):
-    """Per image, the log-likelihood to half a machine epsilon of the half type, the KL to two; each gradient to eight.
-
-    The step that follows lowers the loss as much as float32's does, to a hundredth. The toys have few units so close to
-    the edge of their ReLU that rounding brings them to its other side, which costs a gradient some epsilons each.
-    """
-    epsilon = torch.finfo(context.HALF[precision]).eps
-    results = {}
-    for name in ("fp32", precision):
-        toy = case.make(
-            make_toy, height=28, width=28, hidden=(100, 80), latent_dim=20, count=64, dtype=torch.float32,
-            seed={"tutorial": 0, "paper": 2}.get(case.network, 0),
-        )  # fmt: skip
-        step = Step(make_phase(case, toy), make_run(Settings(), name))
-        weights, optimizer, eps, skipped = step.weights, step.optimizer, case.noise(toy), True
-        while skipped:  # a scale that overflows is halved, and the weights stay as they were
-            with context.autocast(step.precision, CPU):
-                terms = case.function()(weights.model, toy.batch, *eps)
-            loss = -maximised(terms).mean()
-            scale = 1.0 if optimizer.scale is None else float(optimizer.scale)
-            with weights.collecting_gradients():
-                optimizer.scaled(loss).backward()
-            found = [weights.view(weight, weights.gradient).float() / scale for weight in weights]
-            skipped = bool(optimizer.step(loss.detach()))
-            optimizer.check("here")
-        with context.autocast(step.precision, CPU):
-            after = -maximised(case.function()(weights.model, toy.batch, *eps)).mean()
-        assert all(value.dtype == torch.float32 for value in terms.values())
-        results[name] = ({name: value.detach() for name, value in terms.items()}, found, loss.item(), after.item())
-    (wide, wide_gradients, wide_loss, wide_after), (half, half_gradients, _, half_after) = results.values()
-    assert not torch.equal(maximised(half), maximised(wide))  # it was in half precision
-    for name, value in wide.items():
-        torch.testing.assert_close(half[name], value, rtol=2 * epsilon if name == "kl" else epsilon / 2, atol=0)
-    for ours, theirs in zip(half_gradients, wide_gradients, strict=True):
-        assert (ours - theirs).norm() <= 8 * epsilon * theirs.norm()
-    gain = wide_loss - wide_after
-    assert gain > 1
-    assert half_after == pytest.approx(wide_after, abs=gain / 100)
-
-
-@pytest.mark.parametrize("capable", ["avx512_bf16", "amx_bf16", None])
-def test_auto_is_bfloat16_where_the_processor_has_it(monkeypatch, capable):
-    """And what is asked for by name stays, whatever the processor has."""
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, capable: True}, raising=False)
-    assert context.resolve_precision("auto", CPU) == ("bf16" if capable else "fp32")
-    assert [context.resolve_precision(name, CPU) for name in ("fp32", "bf16", "fp16")] == ["fp32", "bf16", "fp16"]
-    monkeypatch.delattr(torch.cpu, "get_capabilities")  # as in versions of PyTorch that have it not
-    assert context.resolve_precision("auto", CPU) == "fp32"
-
-
-def test_average_spans_epochs(make_toy):
-    """It is the recursion over the weights after each step, as if there were no epochs."""
-    case = Case("tutorial", "elbo")
-    phase = make_phase(case, case.make(make_toy, count=24))
-    step = Step(phase, make_run(replace(PLAIN, average=500)))
-    seen: list[Tensor] = []
-
-    def take_step(*inputs: Tensor) -> None:
-        step(*inputs)
-        seen.append(step.weights.vector.double().clone())
-
-    for epoch in (1, 2, 3):
-        train_epoch(phase, step, take_step, epoch)
-    assert len(seen) == 9
-    expected = torch.zeros_like(seen[0])
-    for i, weights in enumerate(seen):
-        expected.lerp_(weights, 1 / (1 + i / 9))
-    assert (expected - seen[-1]).abs().max() > 1e-4  # the control: the last weights are others
-    for name, parameter in step.average.model.named_parameters():
-        if parameter.requires_grad:
-            torch.testing.assert_close(parameter.double(), step.weights.view(name, expected), rtol=1e-6, atol=1e-7)
