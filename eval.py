@@ -32,13 +32,13 @@ import torch
 
 from cvae import context
 from cvae.console import command, complain, interruptible, program, say
-from cvae.context import Processes
+from cvae.context import Context, Processes
 from cvae.data.images import ImageSet
 from cvae.data.parts import Reading
 from cvae.data.sources import load_test, named
 from cvae.errors import DataError, UsageError
 from cvae.model.cvae import noise
-from cvae.report import figures, realism, realism_figure, realism_table, tables
+from cvae.report import figures, realism, tables
 from cvae.report.estimates import Sampling, evaluation_precision, result_of
 from cvae.report.results import Column, by_setting
 from cvae.report.selection import Subject, compared, find_runs, open_run, short_names, with_reference
@@ -208,7 +208,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with context.prepare(device), processes.connected(device):
             subjects, problems = open_runs(options, device, processes)
             against = compared(subjects, options.against, RUNS, problems)
-            cases, more = realism.open_cases(subjects if options.realism else {}, options.realism_images, processes)
+            here = Context(device, processes=processes)
+            cases, more = realism.open_cases(subjects if options.realism else {}, options.realism_images, here)
             problems += more
             if processes.is_main:
                 for line in problems:
@@ -219,19 +220,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             drawn = processes.on_main(partial(draw_all, subjects, options))
             how = Sampling(options.samples, options.seed, evaluation_precision(options.precision, device))
             found = {name: result_of(name, subject, how, processes) for name, subject in subjects.items()}
-            judged = {name: realism.judge(name, case, options.seed, device, processes) for name, case in cases.items()}
+            judged = {name: realism.judge(name, case, options.seed, here) for name, case in cases.items()}
             if processes.is_main and found:
                 results = [each._replace(against=found.get(against.get(name, ""))) for name, each in found.items()]
                 columns = by_setting(results) if options.seeds else [Column((result,)) for result in results]
-                beside = realism_table.records(found, judged) if options.realism else {}
+                beside = realism.records(found, judged) if options.realism else {}
                 table = tables.render(columns, options.format, beside)
                 if judged and options.format in ("text", "markdown"):
-                    table += realism_table.render(judged, subjects, options.format)
+                    table += realism.render(judged, subjects, options.format)
                 if options.format == "text":
                     table = "\n".join(["", table, *drawn, ""] if drawn else ["", table])
                 say(table, end="")
                 if options.realism_figure:
-                    realism_figure.draw_all(cases, judged, options.realism_figure, options.seed)
+                    realism.draw_all(cases, judged, options.realism_figure, options.seed, here)
     return DataError.exit_code if problems else 0
 
 

@@ -14,7 +14,7 @@ from statistics import mean, stdev
 
 from start import ROOT
 
-from cvae.report.realism_table import COLUMNS, ROWS
+from cvae.report.realism import COLUMNS, ROWS
 from cvae.report.records import Record
 from cvae.report.results import SMALL
 from cvae.report.tables import LABELS, TUTORIAL, Cells, ess_cell, laid_out

@@ -1,12 +1,12 @@
-"""Train the classifiers that `eval.py --realism` measures completions with, on the training images of runs.
+"""The classifiers that `eval.py --realism` judges completions with, and the command that trains them.
 
     python -m cvae.report.classifier center others/q1    # of these runs: one and a half minutes for each classifier
     python -m cvae.report.classifier --to FOLDER         # the four of MNIST that come with the package
 
-Two classifiers judge a run: one of whole images, and one that sees what the run's models are given of an image, x. Both
-are .safetensors files of 0.4 MB in the run folder, but for those that come with the package: of MNIST in grey levels,
-whole images and one, two and three quadrants. What is printed of them is measured on the validation images. It takes
-images with labels: MNIST, or IDX files. Exit codes: 0 done, 2 usage, 3 a run or its images cannot be read, 5 disk.
+Two classifiers judge a run: one sees whole images, and one what the run's models are given of an image, x. Both are
+.safetensors files of 0.4 MB in the run folder, but for those that come with the package: of MNIST in grey levels, whole
+images and one, two and three quadrants. What is printed of them is measured on the validation images. It takes images
+with labels: MNIST, or IDX files. Exit codes: 0 done, 2 usage, 3 a run or its images cannot be read, 5 disk.
 """
 
 if __name__ == "__main__":
@@ -17,57 +17,157 @@ if __name__ == "__main__":
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import safetensors.torch
 import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, dropout
 from torch.optim.lr_scheduler import OneCycleLR
 
 from cvae import context
 from cvae.console import Bar, command, say
 from cvae.data.bending import bent
 from cvae.data.images import binarized
-from cvae.data.masks import quadrants
 from cvae.data.names import named
 from cvae.data.parts import Reading
-from cvae.data.sources import TrainImages, difference, load_labels, load_train
+from cvae.data.sources import difference, load_labels, load_train
+from cvae.data.tasks import FixedMask, quadrants
 from cvae.errors import DataError
-from cvae.model.classifier import Classifier
-from cvae.report.judges import masks, packaged, training, write
-from cvae.run.folder import find_run, read_record, read_settings, read_split
+from cvae.run.checkpoint import write_atomically
+from cvae.run.folder import RunFolder, find_run, quoted
 from cvae.run.plan import absolute, user_path
 from cvae.settings import Settings
 
+FEATURES, DROPOUT = 64, 0.2
 EPOCHS, BATCH, RATE, DECAY, BEND = 16, 200, 6e-3, 0.05, 0.8  # chosen on the validation images of MNIST
+PACKAGED = Path(__file__).with_name("classifiers")  # the folder of those that come with the package
+WHOLE, X_ONLY = "classifier.safetensors", "classifier-x.safetensors"  # their names in a run folder
+
+
+class Classifier(nn.Module):
+    """p(class | the pixels of a mask): a convolutional network of 90,000 weights that sees these pixels, others black.
+
+    Args:
+        observed: bool `[height, width]`, True = seen; kept with the weights.
+        num_classes: K.
+    """
+
+    observed: Tensor
+
+    def __init__(self, observed: Tensor, num_classes: int):
+        super().__init__()
+        self.register_buffer("observed", observed)
+        halvings = (_halving(1, 16, 5), _halving(16, 32, 3), _halving(32, 64, 3))
+        pooling = nn.AdaptiveAvgPool2d(4)  # changes nothing of images of 28×28
+        self.convolutions = nn.Sequential(*halvings, pooling, nn.Flatten())
+        self.hidden = nn.Linear(64 * 4 * 4, FEATURES)
+        self.last = nn.Linear(FEATURES, num_classes)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Return what the last layer sees of images `[B, height, width]` in [0, 1]: `[B, FEATURES]`."""
+        features: Tensor = self.hidden(self.convolutions((images * self.observed)[:, None])).relu()
+        return features
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits `[B, K]` of the classes of images `[B, height, width]` in [0, 1]."""
+        logits: Tensor = self.last(dropout(self.features(images), DROPOUT, self.training))
+        return logits
+
+
+def _halving(inner: int, outer: int, size: int) -> nn.Sequential:
+    """Return a convolution that halves both sides, normalised over the batch."""
+    convolution = nn.Conv2d(inner, outer, size, stride=2, padding=size // 2, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(outer), nn.ReLU())
+
+
+class Judges(NamedTuple):
+    """The two classifiers of a run, on its device, frozen, in evaluation mode."""
+
+    whole: Classifier
+    x_only: Classifier
+
+
+def masks(task: FixedMask) -> dict[str, Tensor]:
+    """Return what the two classifiers of a run see, bool `[height, width]`, by the names of their files."""
+    return {WHOLE: torch.ones_like(task.observed), X_ONLY: task.observed}
+
+
+def training(record: Mapping[str, Any], targets: str) -> dict[str, str]:
+    """Return what a file says of the training: the SHA-256 of the training images, and the setting `targets`."""
+    return {"images": record["train"]["sha256"], "targets": targets}
+
+
+def read(path: Path, observed: Tensor, trained_on: Mapping[str, str]) -> Classifier:
+    """Return the classifier in a file, frozen. Raises DataError if it is not of this mask and training, or damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata, state = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if not (trained_on.items() <= metadata.items() and torch.equal(state["observed"], observed)):
+            raise DataError(f"{path}: is of another mask, or of other images or targets")
+        classifier = Classifier(observed, len(state["last.bias"]))
+        classifier.load_state_dict(state)
+    except OSError:
+        raise DataError(f"{path}: cannot be read") from None
+    except (SafetensorError, KeyError, RuntimeError):
+        raise DataError(f"{path}: is damaged, or no classifier of images") from None
+    return classifier.requires_grad_(False).eval()
+
+
+def packaged(observed: Tensor, trained_on: Mapping[str, str]) -> Classifier | None:
+    """Return the classifier of this mask and training that comes with the package, if there is one."""
+    for path in sorted(PACKAGED.glob("*.safetensors")):
+        with suppress(DataError):
+            return read(path, observed, trained_on)
+    return None
+
+
+def open_judges(folder: Path, device: torch.device) -> Judges:
+    """Open the classifiers of a run. Raises DataError, with the command that trains them, if one is missing or bad."""
+    run, judges = RunFolder(folder), []
+    if not run.record.get("train"):
+        raise DataError(f"{folder}: does not say what its training images are; train anew")
+    trained_on = training(run.record, run.settings.targets)
+    for name, observed in masks(run.task).items():
+        try:
+            judges.append(packaged(observed, trained_on) or read(folder / name, observed, trained_on))
+        except DataError as error:
+            words = f"python -m cvae.report.classifier {quoted(folder)}"
+            raise DataError(f"{error}; {words} trains the classifiers of the run, in a few minutes") from None
+    return Judges(*(judge.to(device) for judge in judges))
 
 
 class Labelled(NamedTuple):
-    """The images of a run and their classes, int64 `[N]`; targets: as the setting says."""
+    """The images of some settings, uint8 `[N, height, width]`, and their classes, int64 `[N]`."""
 
-    images: TrainImages
     train: Tensor
-    validation: Tensor
+    classes: Tensor
+    held_out: Tensor
+    held_out_classes: Tensor
+    record: dict[str, Any]
     targets: str
 
 
-def load_labelled(s: Settings, reading: Reading) -> Labelled:
-    """The images that the settings name. Raises DataError where there are none, or they have no labels."""
-    train, validation = (load_labels(s, part) for part in ("train", "validation"))
-    return Labelled(load_train(s, reading), train, validation, s.targets)
+def load_labelled(s: Settings, device: torch.device) -> Labelled:
+    """Read the images that the settings name. Raises DataError if there are none, or they have no labels."""
+    classes, held_out_classes = (load_labels(s, part) for part in ("train", "validation"))
+    train, held_out, _, record = load_train(s, Reading.on(device, show=True))
+    return Labelled(train, classes, held_out, held_out_classes, record, s.targets)
 
 
 def fit(data: Labelled, observed: Tensor, device: torch.device) -> Classifier:
-    """Train a classifier that sees the pixels of a mask; the images are bent a little, and drawn as the targets say.
+    """Train a classifier that sees the pixels of a mask, on images bent a little, and drawn as the targets say.
 
-    observed: bool `[height, width]`, True = seen. All randomness is of one seed, whatever that of the run.
+    All randomness comes from one seed, whatever that of the run.
     """
-    pixels, classes = data.images.train.to(device), data.train.to(device)
+    pixels, classes = data.train.to(device), data.classes.to(device)
     context.seed_dropout("classifier")  # and the first weights
-    classifier = Classifier(observed, int(max(data.train.max(), data.validation.max())) + 1).to(device)
+    classifier = Classifier(observed, 1 + int(torch.cat([data.classes, data.held_out_classes]).max())).to(device)
     optimizer = torch.optim.AdamW(classifier.parameters(), RATE, weight_decay=DECAY)
     size = min(BATCH, len(pixels))
     steps = len(pixels) // size
@@ -78,8 +178,7 @@ def fit(data: Labelled, observed: Tensor, device: torch.device) -> Classifier:
             for step, rows in enumerate(order[: steps * size].split(size)):
                 key = ("classifier", epoch, step)
                 images = bent(pixels[rows], BEND, *key)
-                if data.targets == "binary":
-                    images = binarized(images, *key)
+                images = binarized(images, *key) if data.targets == "binary" else images
                 loss = cross_entropy(classifier(images / 255), classes[rows])
                 optimizer.zero_grad()
                 loss.backward()
@@ -90,10 +189,10 @@ def fit(data: Labelled, observed: Tensor, device: torch.device) -> Classifier:
 
 
 @torch.inference_mode()
-def examine(classifier: Classifier, pixels: Tensor, classes: Tensor) -> tuple[float, float]:
-    """The share of images, uint8 `[N, height, width]`, whose class is predicted, and −log p(class), nats per image."""
-    device = classifier.observed.device
-    logits = torch.cat([classifier(part.to(device) / 255) for part in pixels.split(1000)]).cpu()
+def examine(classifier: Classifier, images: Tensor, classes: Tensor) -> tuple[float, float]:
+    """Return the share of images, uint8 `[N, height, width]`, that are classified right, and −log p(class) in nats."""
+    parts = images.to(classifier.observed.device).split(1000)
+    logits = torch.cat([classifier(part / 255) for part in parts]).cpu()
     return (logits.argmax(-1) == classes).double().mean().item(), cross_entropy(logits, classes).item()
 
 
@@ -101,32 +200,26 @@ def make(path: Path, data: Labelled, observed: Tensor, device: torch.device) -> 
     """Train a classifier, write it, and say how good it is on the validation images. Raises DiskError."""
     started = time.perf_counter()
     classifier = fit(data, observed, device)
-    right, nats = examine(classifier, data.images.validation, data.validation)
-    write(path, classifier, training(data.images.record, Settings(targets=data.targets)))
+    right, nats = examine(classifier, data.held_out, data.held_out_classes)
+    state = {name: tensor.cpu().contiguous() for name, tensor in classifier.state_dict().items()}
+    metadata = {**training(data.record, data.targets), "format": "pt"}
+    write_atomically(path, safetensors.torch.save(state, metadata))
     seen, seconds = f"{int(observed.sum())} of {observed.numel()} pixels", time.perf_counter() - started
-    scores = f"{right:.2%} of {len(data.validation):,} validation images right, {nats:.4f} nats per image"
+    scores = f"{right:.2%} of {len(data.held_out):,} validation images right, {nats:.4f} nats per image"
     say(f"{path}: sees {seen}; {scores}; {seconds:.0f} s")
 
 
 def make_for(folder: Path, moved: dict[str, Any], device: torch.device) -> None:
     """Train the classifiers of a run that the package does not have. Raises DataError and DiskError."""
-    settings, split = replace(read_settings(folder), **moved), read_split(folder)
-    data = load_labelled(settings, Reading.on(device, show=True))
-    if (other := difference(read_record(folder), data.images.record)) is not None:
+    run = RunFolder(folder)
+    data = load_labelled(replace(run.settings, **moved), device)
+    if (other := difference(run.record, data.record)) is not None:
         raise DataError(f"{folder}: was begun on {other}; --data says where its own are")
-    for name, observed in masks(split).items():
-        if next(packaged(observed, training(data.images.record, settings)), None) is not None:
+    for name, observed in masks(run.task).items():
+        if packaged(observed, training(data.record, data.targets)):
             say(f"{folder / name}: is not needed, the package has such a classifier")
         else:
             make(folder / name, data, observed, device)
-
-
-def make_packaged(folder: Path, device: torch.device) -> None:
-    """Train the classifiers that the package has."""
-    data = load_labelled(Settings(), Reading.on(device, show=True))
-    make(folder / "mnist.safetensors", data, torch.ones(data.images.train.shape[1:], dtype=torch.bool), device)
-    for count in (1, 2, 3):
-        make(folder / f"mnist-q{count}.safetensors", data, quadrants(count), device)
 
 
 @command("cvae.report.classifier")
@@ -151,12 +244,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         Settings(**moved)
     except ValueError as error:
         parser.error(str(error))
-    device = context.resolve_device(options.device)
-    with context.prepare(device):
+    with context.opened(options.device, "fp32") as opened:
         for run in options.runs:
-            make_for(find_run(run, Path("runs")), moved, device)
+            make_for(find_run(run, Path("runs")), moved, opened.device)
         if options.to is not None:
-            make_packaged(options.to, device)
+            data = load_labelled(Settings(), opened.device)
+            for count, name in enumerate(("mnist", "mnist-q1", "mnist-q2", "mnist-q3")):
+                observed = quadrants(count) if count else torch.ones(28, 28, dtype=torch.bool)
+                make(options.to / f"{name}.safetensors", data, observed, opened.device)
     return 0
 
 

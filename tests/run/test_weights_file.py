@@ -20,7 +20,7 @@ import cvae
 from cvae.data.masks import MASKS, Split, quadrants
 from cvae.errors import DataError
 from cvae.model.networks import NETWORKS, build
-from cvae.report.judges import PACKAGED
+from cvae.report.classifier import PACKAGED
 from cvae.run import weights_file
 from cvae.run.load import load, load_trained
 from cvae.run.weights_file import Trained, as_safetensors, load_safetensors, read_trained, save_safetensors
