@@ -34,7 +34,6 @@ from cvae import context
 from cvae.console import command, complain, interruptible, program, say
 from cvae.context import Context, Processes
 from cvae.data.images import ImageSet
-from cvae.data.parts import Reading
 from cvae.data.sources import load_test, named
 from cvae.errors import DataError, UsageError
 from cvae.model.cvae import noise
@@ -136,8 +135,7 @@ def open_runs(
     folders, problems = processes.on_main(partial(find_runs, options.named + options.runs, RUNS))
     if options.against is not None:
         folders = processes.on_main(partial(with_reference, folders, options.against, RUNS))
-    reading = Reading.on(device, processes.local_count, show=processes.is_main)
-    load_images = cache(lambda settings: load_test(settings, reading))  # once for the runs that share them
+    load_images = cache(partial(load_test, show=processes.is_main))  # once for the runs that share them
     found = []
     for folder in folders:
         try:

@@ -9,17 +9,24 @@ from torch.nn.functional import affine_grid, grid_sample, interpolate
 from cvae import context
 
 DEGREES, STRETCH, SHEAR = 8.0, 0.07, 0.11  # at most, in either direction
-PUSH, KNOTS = 0.4 / 28, 5  # the standard deviation of what is pushed where, of the image's side; the points a side
-AT_ONCE = 500  # images
+PUSH, KNOTS = 0.4 / 28, 5  # the standard deviation of a push, as a share of the shorter side; the points a side
+AT_ONCE = 500  # images, few enough for the processor's cache
 
 
 def bent(images: Tensor, share: float, *key: object) -> Tensor:
-    """Some of the images turned, stretched in height and in width, sheared and bent, at random; the others as they are.
+    """Return images of which some are turned, stretched in height and width, sheared and bent, at random.
 
-    images: uint8 `[N, height, width]`, 0 to 255. share: the probability of each to be bent. key: of the random seed, as
-    in `context.derive_seed`. Angle, stretches and shear are uniform between plus and minus the largest one. Bending
-    pushes KNOTS×KNOTS points of an image by normal random amounts across and down, and what is between them smoothly.
-    What comes from outside of an image is black. Source of the bending: Simard et al. 2003.
+    Angle, stretches and shear are uniform between plus and minus the largest one. Bending pushes KNOTS×KNOTS points of
+    an image by normal random amounts across and down, and what is between them smoothly. What comes from outside of an
+    image is black. Source of the bending: Simard et al. 2003.
+
+    Args:
+        images: uint8 `[N, height, width]`, 0 to 255.
+        share: The probability of each to be bent.
+        key: The key of the random numbers, as in `context.derive_seed`.
+
+    Returns:
+        uint8 `[N, height, width]`.
     """
     random = context.generator(images.device, *key, "bent")
 
@@ -32,27 +39,36 @@ def bent(images: Tensor, share: float, *key: object) -> Tensor:
     across = torch.stack([angle.cos() * width, shear - angle.sin() * height], dim=-1)
     down = torch.stack([angle.sin() * width, angle.cos() * height], dim=-1)
     pushed = 2 * PUSH * torch.randn(len(images), 2, KNOTS, KNOTS, generator=random, device=images.device)
-    matrices = torch.stack([across, down], dim=1)
-    few = (each.split(AT_ONCE) for each in (images, matrices, pushed))  # so that the processor's cache holds them
-    seen = torch.cat([warped(*each) for each in zip(*few, strict=True)])
-    return torch.where(chosen[:, None, None], with_levels_of(images, seen), images)
+    portions = zip(
+        *(tensor.split(AT_ONCE) for tensor in (images, torch.stack([across, down], dim=1), pushed)), strict=True
+    )
+    return torch.where(
+        chosen[:, None, None], with_levels_of(images, torch.cat([warped(*each) for each in portions])), images
+    )
 
 
 def warped(images: Tensor, matrices: Tensor, pushed: Tensor) -> Tensor:
-    """Images uint8 `[N, height, width]` seen through matrices `[N, 2, 2]`, about their middles, and pushed.
+    """Return images uint8 `[N, height, width]` seen through matrices, about their middles, and pushed.
 
-    A pixel at (across, down), in halves of the image's sides from its middle, shows what was at the matrix times it,
-    plus what is pushed there: `[N, 2, KNOTS, KNOTS]`, across and down, the outer knots on the image's edges.
+    Args:
+        images: The images.
+        matrices: `[N, 2, 2]`; a pixel at (across, down), in pixels from the middle, shows what was at the matrix
+            times it, plus what is pushed there.
+        pushed: `[N, 2, KNOTS, KNOTS]`, across and down, in halves of the shorter side; the outer knots are on the
+            image's edges.
     """
-    theta = torch.cat([matrices, torch.zeros_like(matrices[..., :1])], dim=-1)
-    grid = affine_grid(theta, [len(images), 1, *images.shape[1:]], align_corners=False)
-    grid = grid + interpolate(pushed, images.shape[1:], mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
+    height, width = images.shape[1:]
+    sides = torch.tensor([width, height], device=images.device)  # PyTorch counts in halves of each side
+    theta = torch.cat([matrices * (sides / sides[:, None]), torch.zeros_like(matrices[..., :1])], dim=-1)
+    grid = affine_grid(theta, [len(images), 1, height, width], align_corners=False)
+    pushed = pushed * (sides.min() / sides)[:, None, None]
+    grid = grid + interpolate(pushed, (height, width), mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
     seen = grid_sample(images[:, None].float(), grid, mode="bicubic", align_corners=False)
     return seen.squeeze(1).clamp(0, 255).round().to(torch.uint8)
 
 
 def with_levels_of(images: Tensor, others: Tensor) -> Tensor:
-    """The others, with each grey level in them replaced so that the levels are distributed as those of the images.
+    """Return the others with each grey level replaced so that the levels are distributed as those of the images.
 
     Interpolation softens edges, and soft edges have more entropy under a Bernoulli: of MNIST's digits 56 nats in place
     of 46. Higher levels stay the higher ones. Both uint8; source: histogram matching, Gonzalez and Woods, section 3.3.

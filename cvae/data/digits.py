@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cvae.data.given import Picture, as_levels
-from cvae.data.parts import Array
+from cvae.data.readers import Array
 from cvae.errors import DataError
 
 BOX = 20 / 28  # of the picture's side, the digit's longer one

@@ -7,26 +7,31 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cvae.data.parts import Array
-from cvae.data.pictures import grey_levels, read_picture
+from cvae.data.pictures import grey_picture, read_picture
+from cvae.data.readers import Array, naming
 from cvae.data.tasks import Task, described
 
 Picture = Tensor | Array | Image.Image | str | os.PathLike[str]
 
 
 def as_images(picture: Picture, task: Task) -> Tensor:
-    """Pictures of the split's size, `[B, height, width]`, uint8 or floats as they are given.
+    """Return pictures of the task's size, `[B, height, width]`, uint8 or floats as they are given.
 
-    picture: a tensor or an array, `[height, width]` (B = 1) or `[B, height, width]`, uint8, bool or floats; a Pillow
-    image or the path of a file, which are read as `read_picture` does. Raises ValueError for another size or type, and
-    DataError for a file that cannot be read.
+    Args:
+        picture: A tensor or an array, `[height, width]` (B = 1) or `[B, height, width]`, uint8, bool or floats; a
+            Pillow image or the path of a file, which are read as `read_picture` does.
+        task: The task of the model.
+
+    Raises:
+        ValueError: For another size or type.
+        DataError: For a file that cannot be read.
     """
     images = _tensor(picture)
     if images.dtype == torch.bool:
         images = images.float()
     size = (task.height, task.width)
-    known = images.dtype == torch.uint8 or images.is_floating_point()
-    if not known or images.dim() not in (2, 3) or images.shape[-2:] != size:
+    is_known = images.dtype == torch.uint8 or images.is_floating_point()
+    if not is_known or images.dim() not in (2, 3) or images.shape[-2:] != size:
         wanted = f"[{size[0]}, {size[1]}] or [B, {size[0]}, {size[1]}], uint8 or floats in [0, 1]"
         advice = "" if isinstance(picture, Tensor | np.ndarray) else "; cvae.as_digit finds the digit in a photograph"
         raise ValueError(f"pictures for this model are {wanted}, not {described(images)}{advice}")
@@ -34,14 +39,11 @@ def as_images(picture: Picture, task: Task) -> Tensor:
 
 
 def as_levels(picture: Picture) -> Array:
-    """The grey levels of one picture of any size, uint8 `[height, width]`; arrays and tensors have to be such already.
-
-    Raises ValueError for others, and DataError for a file that cannot be read.
-    """
-    levels = _tensor(picture)
-    if levels.dtype != torch.uint8 or levels.dim() != 2 or not levels.numel():
-        raise ValueError(f"the grey levels of a picture are uint8 [height, width], not {described(levels)}")
-    return levels.cpu().numpy()
+    """Return the grey levels of one picture of any size, uint8 `[height, width]`; errors as of `as_images`."""
+    grey = _tensor(picture)
+    if grey.dtype != torch.uint8 or grey.dim() != 2 or not grey.numel():
+        raise ValueError(f"the grey levels of a picture are uint8 [height, width], not {described(grey)}")
+    return grey.cpu().numpy()
 
 
 def _tensor(picture: Picture) -> Tensor:
@@ -50,7 +52,8 @@ def _tensor(picture: Picture) -> Tensor:
     if isinstance(picture, str | os.PathLike):
         return torch.tensor(read_picture(os.fspath(picture)))
     if isinstance(picture, Image.Image):
-        return torch.tensor(grey_levels(picture))
+        with naming("the picture"):
+            return torch.tensor(np.asarray(grey_picture(picture, "the picture", [])))
     if isinstance(picture, np.ndarray) and picture.dtype.kind in "buif":
         return torch.tensor(picture.astype(picture.dtype.newbyteorder("="), copy=False))
     kind = f"{picture.dtype} array" if isinstance(picture, np.ndarray) else type(picture).__name__
@@ -58,14 +61,15 @@ def _tensor(picture: Picture) -> Tensor:
 
 
 def in_range(pixels: Tensor) -> bool:
-    """Whether pixels are uint8, or all in [0, 1]."""
+    """Return whether pixels are uint8, or all in [0, 1]."""
     return pixels.dtype == torch.uint8 or bool(((pixels >= 0) & (pixels <= 1)).all())
 
 
 def as_pixels(name: str, pixels: Tensor, like: Tensor) -> Tensor:
-    """Pixels as floats in [0, 1], of the type and on the device of another tensor: uint8 divided by 255.
+    """Return pixels as floats in [0, 1], of the type and on the device of another tensor: uint8 divided by 255.
 
-    Raises ValueError, with the name, for floats outside [0, 1].
+    Raises:
+        ValueError: For floats outside [0, 1], with the name.
     """
     if not in_range(pixels):
         raise ValueError(f"{name} has to be uint8, or floats in [0, 1], not {described(pixels)}")

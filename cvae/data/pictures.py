@@ -1,9 +1,9 @@
-"""Folders of pictures, read by Pillow: files made to fill the memory, or to lead out of the folder, are refused."""
+"""Picture files, read by Pillow: all below a folder, or one, as grey levels."""
 
 import os
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import NamedTuple
 from warnings import catch_warnings, simplefilter
 
 import numpy as np
@@ -12,213 +12,164 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from cvae.console import Bar
-from cvae.data.parts import (
-    GREY,
-    SIXTEEN_BIT,
-    TWELVE_BIT,
-    Array,
-    Images,
-    Part,
-    Reading,
-    Source,
-    eight_bit,
-    levels,
-    listed,
-    naming,
-    part_named,
-    scaled,
-    space,
-)
+from cvae.data.readers import GREY, SIXTEEN_BIT, Array, Source, checked, eight_bit, levels, listed, naming, part_named
 from cvae.errors import DataError
-from cvae.settings import Settings
 
 FORMATS = ("PNG", "JPEG", "BMP", "DIB", "GIF", "TIFF", "WEBP", "PPM")
-LEFT_OUT = ("__MACOSX",)  # folders that are never looked into, beside those whose names begin with a dot
 ORIENTATION = 0x0112  # the EXIF tag
 
 
-def find_pictures(path: Path, s: Settings) -> Source | None:
-    """The pictures below a folder; None where it is no folder, or has none.
+# Folders
 
-    Where the folder has folders `train` and `test`, these are the parts of the set, and `val` or `validation` too;
-    else the set is not divided, and all other folders, of classes for instance, are alike. Raises DataError.
+
+def read_pictures(
+    path: Path, wanted: Collection[str], side: int | None, show: bool = False, check: Callable[[], None] = lambda: None
+) -> Source | None:
+    """Read the pictures below a folder.
+
+    Where the folder has folders `train` and `test`, these are the parts of the set, and `val` or `validation` too; else
+    the set is not divided, and all other folders, of classes for instance, are alike.
+
+    Args:
+        path: The folder.
+        wanted: The parts to read.
+        side: Height and width that the pictures are scaled to; None: all have to be of one size.
+        show: Whether the user sees a progress bar.
+        check: Called before each picture; what it raises ends the reading.
+
+    Returns:
+        The set, or None where there is no folder, or no picture in it.
+
+    Raises:
+        DataError: For a picture that cannot be read, or is of another size than the first one.
     """
-    if not os.path.isdir(path):
+    names, others = _walk(path) if path.is_dir() else ([], 0)
+    if not names:
         return None
-    found = _Listing(path)
-    tops: dict[str | None, set[str]] = {}
-    for picture in found.pictures:
-        top, *below = picture.split(os.sep)
-        tops.setdefault(part_named(top) if below else None, set()).add(top)
-    parts: dict[str, list[str]] = {}
-    notes = [f"{found.others} files that are no pictures passed over"] if found.others else []
-    if "train" in tops or "test" in tops:
-        for part, names in tops.items():
-            if part is not None and len(names) > 1:
-                raise DataError(f"{path}: has several folders for one part: {listed(sorted(names))}")
-        for picture in found.pictures:
-            parts.setdefault(part_named(picture.split(os.sep)[0]) or "", []).append(picture)
-        if beside := parts.pop("", []):
-            notes.append(f"{len(beside)} pictures beside train and test passed over, {beside[0]} for one")
-    elif found.pictures:
-        parts["all"] = found.pictures
-    else:
-        return None
-    return Source("pictures below", path, {name: _part(path, names, s.size) for name, names in parts.items()}, notes)
-
-
-def _part(folder: Path, names: Sequence[str], side: int | None) -> Part:
-    """These pictures; all of the size of the first one, unless they are scaled."""
-    paths = [os.path.join(folder, name) for name in names]
-    height, width = (side, side) if side else read_picture(paths[0]).shape
-    expected = None if side else Expected(paths[0], height, width)
-
-    def read(rows: Tensor, reading: Reading) -> Images:
-        pixels = space(folder, len(rows), height, width)
-        notes: list[str] = []
-        with Bar("pictures", len(rows), "img", reading.show) as bar:
-            for i, row in enumerate(rows.tolist()):
-                reading.check()
-                pixels[i] = read_picture(paths[row], side, expected, notes)
-                bar.update()
-        if SIXTEEN_BIT in notes and pixels.max() <= eight_bit(np.array([0xFFF])):
-            notes.append(TWELVE_BIT)
-        return Images(torch.from_numpy(pixels), notes=notes)
-
-    return Part(len(paths), height, width, read, paths.__getitem__, lambda count: count * height * width)
+    parts: dict[str | None, list[str]] = defaultdict(list)
+    for name in names:
+        top, _, below = name.partition(os.sep)
+        parts[part_named(top) if below else None].append(name)
+    notes = [f"{others} files that are no pictures passed over"] if others else []
+    if "train" not in parts and "test" not in parts:
+        parts = {"all": names}
+    elif beside := parts.pop(None, []):
+        notes.append(f"{len(beside)} pictures beside train and test passed over, {beside[0]} for one")
+    images = {}
+    for part, names in parts.items():
+        if len(tops := {name.partition(os.sep)[0] for name in names}) > 1 and part != "all":
+            raise DataError(f"{path}: has several folders for one part: {listed(sorted(tops))}")
+        if part in (*wanted, "all"):
+            images[str(part)] = _read_all([str(path / name) for name in names], side, notes, show, check)
+    return Source("pictures below", str(path), images, notes)
 
 
 def pictures_below(folder: str | Path) -> list[str]:
-    """The paths in a folder of all pictures below it, sorted, as `find_pictures` takes them. Raises DataError."""
-    return _Listing(Path(folder)).pictures
+    """Return the paths in a folder of all pictures below it, sorted, as `read_pictures` takes them."""
+    return _walk(folder)[0]
 
 
-class _Listing:
-    """What lies below a folder: `pictures`, their paths in it, sorted; and the number of `others`.
+def _walk(folder: str | Path) -> tuple[list[str], int]:
+    """Return the pictures below a folder, hidden ones left out, and the number of other files."""
+    suffixes = {suffix for suffix, form in Image.registered_extensions().items() if form in FORMATS}
+    names, others, seen = [], 0, set()
+    with naming(folder):
+        for place, folders, files in os.walk(folder, onerror=_raise, followlinks=True):
+            seen.add(os.path.realpath(place))
+            folders[:] = [
+                name
+                for name in folders
+                if name[0] != "." and name != "__MACOSX" and os.path.realpath(os.path.join(place, name)) not in seen
+            ]
+            for file in (os.path.join(place, name) for name in files if name[0] != "."):
+                is_picture = os.path.splitext(file)[1].lower() in suffixes and os.path.isfile(file)
+                names += [os.path.relpath(file, folder)] * is_picture
+                others += not is_picture
+    return sorted(names, key=lambda name: name.split(os.sep)), others
 
-    Nothing is opened, and what is no plain file, or hidden, never will be. Raises DataError for symbolic links to
-    pictures outside of the folder, and to folders.
+
+def _raise(error: OSError) -> None:
+    raise DataError(f"{error.filename}: cannot be read ({error.strerror})")
+
+
+def _read_all(
+    paths: Sequence[str], side: int | None, notes: list[str], show: bool, check: Callable[[], None]
+) -> Tensor:
+    first = read_picture(paths[0], side)
+    images = np.empty((len(paths), *first.shape), np.uint8)
+    with Bar("pictures", len(paths), "img", show) as bar:
+        for i, path in enumerate(paths):
+            check()
+            picture = read_picture(path, side, notes)
+            if picture.shape != first.shape:
+                sizes = [f"{height}×{width}" for height, width in (picture.shape, first.shape)]
+                raise DataError(f"{path}: has {sizes[0]} pixels, and {paths[0]} has {sizes[1]}; --size N scales all")
+            images[i] = picture
+            bar.update()
+    return checked(images, paths.__getitem__, notes)
+
+
+def resized(images: Tensor, side: int, show: bool, check: Callable[[], None]) -> Tensor:
+    """Return images uint8 `[N, height, width]` scaled to `[N, side, side]`; show, check as in `read_pictures`."""
+    result = np.empty((len(images), side, side), np.uint8)
+    with Bar("scaling", len(images), "img", show) as bar:
+        for i, image in enumerate(images.numpy()):
+            check()
+            result[i] = _scaled(Image.fromarray(image), side)
+            bar.update()
+    return torch.from_numpy(result)
+
+
+def _scaled(picture: Image.Image, side: int) -> Array:
+    return np.asarray(picture.resize((side, side), Image.Resampling.LANCZOS))
+
+
+# Single pictures
+
+
+def read_picture(path: str | Path, side: int | None = None, notes: list[str] | None = None) -> Array:
+    """Return the grey levels of a picture's file, uint8 `[height, width]`.
+
+    The picture is turned as its EXIF orientation says; transparent pixels are black; of several frames the first is
+    taken.
+
+    Args:
+        path: The file.
+        side: Height and width that the picture is scaled to.
+        notes: Takes what was chosen, in words.
+
+    Raises:
+        DataError: For a file that cannot be read, with its name.
     """
-
-    def __init__(self, folder: Path):
-        self.pictures: list[str] = []
-        self.others = 0
-        self._folder, self._root = str(folder), os.path.realpath(folder)
-        extensions = Image.registered_extensions()
-        self._suffixes = {suffix for suffix, form in extensions.items() if form in FORMATS}
-        left = [self._folder]
-        while left:
-            place = left.pop()
-            try:
-                with os.scandir(place) as entries:
-                    left += [entry.path for entry in entries if self._is_folder(entry)]
-            except OSError as error:
-                raise DataError(f"{place}: cannot be read ({error.strerror})") from None
-        self.pictures.sort(key=lambda name: name.split(os.sep))
-
-    def _is_folder(self, entry: "os.DirEntry[str]") -> bool:
-        """Whether this is a folder to look into; what is not is taken, or counted."""
-        hidden = entry.name.startswith(".") or entry.name in LEFT_OUT
-        if entry.is_dir(follow_symlinks=False):
-            return not hidden
-        if hidden:
-            return False
-        suffix = os.path.splitext(entry.name)[1].lower()
-        if entry.is_symlink():
-            self._check_link(entry.path, suffix in self._suffixes)
-        if suffix in self._suffixes and entry.is_file():
-            self.pictures.append(os.path.relpath(entry.path, self._folder))
-        else:
-            self.others += 1
-        return False
-
-    def _check_link(self, path: str, is_picture: bool) -> None:
-        target = os.path.realpath(path)
-        if os.path.isdir(target):
-            raise DataError(
-                f"{path}: is a symbolic link to a folder, which is not followed; put the folder itself there"
-            )
-        if is_picture and (not Path(target).is_relative_to(self._root) or not os.path.exists(target)):
-            raise DataError(
-                f"{path}: is a symbolic link to {target}, which is not in the folder; put the file itself there"
-            )
-
-
-# Pictures
-
-
-class Expected(NamedTuple):
-    """The size that all pictures have to have, since the one at this path has it."""
-
-    path: str
-    height: int
-    width: int
-
-
-def read_picture(
-    path: str | Path, side: int | None = None, expected: Expected | None = None, notes: list[str] | None = None
-) -> Array:
-    """A picture's grey levels, uint8 `[height, width]`.
-
-    Turned as its EXIF orientation says; transparent pixels are black; of several frames the first one. side: scaled to
-    so many pixels square. notes: what was chosen is added to it, once. Raises DataError, naming the file.
-    """
-    notes = [] if notes is None else notes
     with naming(path, "cannot be read as a picture"), catch_warnings():
         simplefilter("ignore")
         simplefilter("error", Image.DecompressionBombWarning)
         with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
-            return _decoded(image, str(path), side, expected, notes)
+            grey = grey_picture(image, str(path), [] if notes is None else notes)
+            if side is None or grey.size == (side, side):
+                return np.asarray(grey)
+            if notes is not None:
+                notes.append("scaled")
+            return _scaled(grey, side)
 
 
-def grey_levels(picture: Image.Image, name: str = "the picture") -> Array:
-    """The grey levels of an open picture, as `read_picture` gives them. name: for messages."""
-    with naming(name, "cannot be read as a picture"):
-        return _decoded(picture, name, None, None, [])
-
-
-def _decoded(image: Image.Image, path: str, side: int | None, expected: Expected | None, notes: list[str]) -> Array:
-    """The work of `read_picture` on an open picture; one of another size is not decoded."""
-
-    def note(words: str) -> None:
-        if words not in notes:
-            notes.append(words)
-
-    if expected is not None and sorted(image.size) != sorted(expected[1:]):
-        raise DataError(_unequal(path, image, expected))
+def grey_picture(image: Image.Image, name: str, notes: list[str]) -> Image.Image:
+    """Return an open picture in grey levels."""
     if getattr(image, "is_animated", False):
-        note("the first one of several frames taken")
+        notes.append("the first one of several frames taken")
     if image.getexif().get(ORIENTATION, 1) != 1:
         image = ImageOps.exif_transpose(image)
-        note("turned as their EXIF orientation says")
-    if expected is not None and image.size != (expected.width, expected.height):
-        raise DataError(_unequal(path, image, expected))
+        notes.append("turned as their EXIF orientation says")
     if image.mode[0] in "IF":
-        values = levels(np.asarray(image)[None], lambda _: path)[0]
-        if image.mode == "F":
-            note("floats from 0 to 1")
-        if values.dtype == np.uint16:
-            if values.max() <= 0xFF:
-                raise DataError(f"{path}: is a 16-bit picture with no level above 255 of 65535; store it with 8 bits")
-            note(SIXTEEN_BIT)
-            values = eight_bit(values)
-        image = Image.fromarray(values)
+        values = levels(np.asarray(image)[None], name)[0]
+        if values.dtype == np.uint16 and values.max() < 256:
+            raise DataError(f"{name}: is a 16-bit picture with no level above 255 of 65535; store it with 8 bits")
+        notes.append(SIXTEEN_BIT if values.dtype == np.uint16 else "floats from 0 to 1")
+        image = Image.fromarray(eight_bit(values) if values.dtype == np.uint16 else values)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         if image.getchannel("A").getextrema() != (255, 255):
-            note("transparent pixels made black")
+            notes.append("transparent pixels made black")
             image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
-    if image.mode not in ("1", "L"):
-        note(GREY)
-    grey = image.convert("L")
-    if side is None or grey.size == (side, side):
-        return np.asarray(grey)
-    note("scaled")
-    return np.asarray(scaled(grey, side))
-
-
-def _unequal(path: str, image: Image.Image, expected: Expected) -> str:
-    return (
-        f"{path}: has {image.height}×{image.width} pixels, and {expected.path} has {expected.height}×{expected.width}; "
-        "--size N scales all of them to N×N"
-    )
+    notes += [GREY] * (image.mode not in ("1", "L"))
+    return image.convert("L")

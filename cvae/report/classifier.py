@@ -34,9 +34,7 @@ from cvae import context
 from cvae.console import Bar, command, say
 from cvae.data.bending import bent
 from cvae.data.images import binarized
-from cvae.data.names import named
-from cvae.data.parts import Reading
-from cvae.data.sources import difference, load_labels, load_train
+from cvae.data.sources import difference, load_labels, load_train, named
 from cvae.data.tasks import FixedMask, quadrants
 from cvae.errors import DataError
 from cvae.run.checkpoint import write_atomically
@@ -153,10 +151,10 @@ class Labelled(NamedTuple):
     targets: str
 
 
-def load_labelled(s: Settings, device: torch.device) -> Labelled:
+def load_labelled(s: Settings) -> Labelled:
     """Read the images that the settings name. Raises DataError if there are none, or they have no labels."""
     classes, held_out_classes = (load_labels(s, part) for part in ("train", "validation"))
-    train, held_out, _, record = load_train(s, Reading.on(device, show=True))
+    train, held_out, _, record = load_train(s, show=True)
     return Labelled(train, classes, held_out, held_out_classes, record, s.targets)
 
 
@@ -212,7 +210,7 @@ def make(path: Path, data: Labelled, observed: Tensor, device: torch.device) -> 
 def make_for(folder: Path, moved: dict[str, Any], device: torch.device) -> None:
     """Train the classifiers of a run that the package does not have. Raises DataError and DiskError."""
     run = RunFolder(folder)
-    data = load_labelled(replace(run.settings, **moved), device)
+    data = load_labelled(replace(run.settings, **moved))
     if (other := difference(run.record, data.record)) is not None:
         raise DataError(f"{folder}: was begun on {other}; --data says where its own are")
     for name, observed in masks(run.task).items():

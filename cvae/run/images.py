@@ -8,9 +8,7 @@ from typing import Any
 import torch
 
 from cvae.context import Interruption, Processes
-from cvae.data.names import MNIST
-from cvae.data.parts import Reading
-from cvae.data.sources import TrainImages, difference, load_train
+from cvae.data.sources import MNIST, TrainImages, difference, load_train
 from cvae.errors import DataError, Interrupted
 from cvae.run.folder import CONFIG, read_record, read_settings
 from cvae.run.state import advice
@@ -32,16 +30,12 @@ def once_for_all(
     others wait for it: all of them do when they have read.
     """
     first, *others = sorted(runs, key=lambda s: s.quadrants)  # where the fewest are given, the most guesses are kept
-    reading = Reading.on(
-        device,
-        processes.local_count,
-        keep=bool(others),
-        show=processes.is_main and not quiet,
-        check=lambda: leave_unwritten(interruption.signal_number if processes.count == 1 else 0),
-    )
+
+    def check() -> None:
+        leave_unwritten(interruption.signal_number if processes.count == 1 else 0)
 
     def load() -> TrainImages:
-        images = processes.on_all(partial(load_train, first, reading))
+        images = processes.on_all(partial(load_train, first, processes.is_main and not quiet, check))
         leave_unwritten(processes.maximum(interruption.signal_number))
         return images
 

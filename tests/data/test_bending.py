@@ -8,7 +8,7 @@ from cvae.data import bending
 from cvae.data.bending import KNOTS, bent, warped, with_levels_of
 from cvae.data.images import ImageSet
 from cvae.data.masks import Split, quadrants
-from cvae.data.names import mnist
+from cvae.data.readers import mnist
 from cvae.model.densities import bernoulli_entropy
 
 IMAGES = mnist("train")[:400]

@@ -9,7 +9,7 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 
 from cvae.data.digits import as_digit
-from cvae.data.names import mnist
+from cvae.data.readers import mnist
 from cvae.errors import DataError
 
 PAPER, INK = 225, 40

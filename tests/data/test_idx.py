@@ -12,7 +12,7 @@ from support.images import everything, in_order, random_images, refusal
 from support.scripts import NAMES, PACKERS, idx_bytes, small_mnist, write_data
 from torch import Tensor
 
-from cvae.data.names import mnist
+from cvae.data.readers import mnist
 from cvae.data.sources import load_test, load_train
 from cvae.settings import Settings
 

@@ -22,7 +22,7 @@ from support.trainings import fork_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cvae import context
-from cvae.data.names import mnist
+from cvae.data.readers import mnist
 from cvae.data.sources import load_train
 from cvae.model.objectives import OF_PRIOR
 from cvae.run import checkpoint

@@ -6,7 +6,7 @@ from pathlib import Path
 from PIL import Image
 from support.scripts import ROOT, run_python
 
-from cvae.data.names import mnist
+from cvae.data.readers import mnist
 
 
 def test_library_examples(tmp_path: Path) -> None:

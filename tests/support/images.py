@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cvae.data.parts import Reading
 from cvae.data.sources import load_test, load_train
 from cvae.errors import DataError
 from cvae.settings import Settings
@@ -20,14 +19,11 @@ def random_images(count: int, height: int, width: int, seed: int = 0) -> Tensor:
     return torch.randint(256, (count, height, width), generator=random, dtype=torch.uint8)
 
 
-NOTHING_KNOWN = Reading()  # of the memory
-
-
-def refusal(data: Path | str, test: bool = False, reading: Reading = NOTHING_KNOWN, **more: Any) -> str:
+def refusal(data: Path | str, test: bool = False, **more: Any) -> str:
     """The one line with which images are refused."""
     load = load_test if test else load_train
     with pytest.raises(DataError) as caught:
-        load(Settings(data=str(data), **more), reading)
+        load(Settings(data=str(data), **more))
     message = str(caught.value)
     assert "\n" not in message
     return message

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cvae.data.names import mnist
+from cvae.data.readers import mnist
 from cvae.data.sources import load_train
 from cvae.settings import Settings
 

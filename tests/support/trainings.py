@@ -18,7 +18,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from cvae.data.names import mnist
+from cvae.data.readers import mnist
 from cvae.run import checkpoint
 from cvae.run.folder import read_json, read_metrics
 from support.scripts import PATIENCE, ROOT, small_mnist, write_contrary

@@ -1,0 +1,333 @@
+"""Readers of arrays of images: IDX files as MNIST's, NumPy's files; grey levels as bytes, however they were stored."""
+
+import gzip
+import lzma
+import math
+import os
+import re
+import shlex
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from cvae.errors import CvaeError, DataError, UsageError, first_line, is_out_of_memory
+
+Array = npt.NDArray[Any]
+
+PARTS = {
+    "train": "train", "training": "train",
+    "val": "validation", "valid": "validation", "validation": "validation",
+    "test": "test", "testing": "test", "t10k": "test",
+}  # fmt: skip
+"""The words in the names of files, folders and arrays that say to which part of a set they belong."""
+
+LABELS = {"y", "label", "labels", "target", "targets"}  # words in the names of arrays that are no images
+GREY = "colour made grey by ITU-R 601"
+SIXTEEN_BIT = "16-bit levels scaled to 8"
+AT_ONCE = 1000  # images whose levels are converted at once
+MOST_COMPRESSION = 1100  # more than deflate can do: what announces more is damaged, and is not too large
+
+IDX_NAME = re.compile(
+    r"(?:(?P<set>.+)[-_.])?(?P<part>train|test|t10k)[-_.]"
+    r"(?:(?P<images>images?[-_.]idx3[-_.]ubyte)|labels?[-_.]idx\d[-_.]\w+?)(?:\.gz|\.xz)?",
+    re.IGNORECASE,
+)
+"""`train-images-idx3-ubyte`, `emnist-letters-test-labels-idx1-ubyte.gz`, `t10k-images.idx3-ubyte`, …"""
+
+IDX_TYPES = {8: "u1", 9: "i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
+UNPACKERS: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"\xfd7": lzma.open}  # by their first two bytes
+
+
+class Source(NamedTuple):
+    """A set of images as it was read.
+
+    Attributes:
+        form: What it is stored as, in words.
+        place: Where it lies; "" for MNIST, which comes with the package.
+        parts: `train`, `validation` and `test`, or `all` where the set is not divided: uint8 `[N, height, width]`;
+            or the classes of the images, int64 `[N]`, where these were asked for.
+        notes: What was chosen in reading it, in words.
+    """
+
+    form: str
+    place: str
+    parts: dict[str, Tensor]
+    notes: list[str]
+
+
+@contextmanager
+def naming(path: object, problem: str = "cannot be read") -> Iterator[None]:
+    """Raise DataError, naming the file, for all that a reader stumbles over; UsageError for too little memory."""
+    try:
+        yield
+    except CvaeError:
+        raise
+    except Exception as error:
+        reason = (getattr(error, "strerror", None) or first_line(error))[:200]
+        if is_out_of_memory(error) or "out of memory" in reason:
+            raise UsageError(f"{path}: does not fit into the memory ({reason}); smaller images do (--size)") from None
+        raise DataError(f"{path}: {problem} ({reason})") from None
+
+
+def part_named(name: str) -> str | None:
+    """Return the part that a name speaks of, as `x_train` and `Testing` do; None: of no part, or of several."""
+    parts = {PARTS[word] for word in name.lower().replace("-", "_").split("_") if word in PARTS}
+    return parts.pop() if len(parts) == 1 else None
+
+
+def listed(names: Iterable[object], most: int = 5) -> str:
+    """Return names in one line, the first few of many."""
+    words = [str(name) for name in names]
+    return ", ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")
+
+
+# IDX files
+
+
+def read_idx_set(path: Path, wanted: Collection[str], kind: str = "images") -> Source | None:
+    """Read a set of IDX files.
+
+    Args:
+        path: A folder that holds one set, itself or in a folder below it (torchvision's layout is `MNIST/raw`); or a
+            folder and the name of one of its sets, as in `raw/emnist-letters`.
+        wanted: The parts to read.
+        kind: `images` or `labels`.
+
+    Returns:
+        The set, or None where there is none.
+
+    Raises:
+        DataError: For several sets, and for damaged files.
+    """
+    if path.is_dir():
+        folders = [path] if _idx_files(path) else [place for top in _folders(path) for place in (top, top / "raw")]
+        sets = [(place / name, files) for place in folders for name, files in _idx_files(place).items()]
+    else:
+        sets = [(path, files) for name, files in _idx_files(path.parent).items() if name == path.name.lower()]
+    if len(sets) > 1:
+        choices = listed(shlex.quote(str(place)) for place, _ in sets)
+        raise DataError(f"{path}: holds several sets of images; say which: --data with {choices}")
+    for place, files in sets:
+        source = Source("IDX files in", str(place), {}, [])
+        for part in (part for part in wanted if (part, kind) in files):
+            array = read_idx(files[part, kind])
+            if kind == "images":
+                source.parts[part] = as_images(array, str(files[part, kind]), source.notes)
+            elif len(array) == (count := len(read_idx(files[part, "images"]))):  # QMNIST's first column is the class
+                source.parts[part] = torch.tensor(array.reshape(count, -1)[:, 0].astype(np.int64))
+            else:
+                raise DataError(f"{files[part, kind]}: has {len(array)} labels for {count} images")
+        return source
+    return None
+
+
+def _folders(path: Path) -> list[Path]:
+    return sorted(place for place in path.iterdir() if place.is_dir())
+
+
+def _idx_files(folder: Path) -> dict[str, dict[tuple[str, str], Path]]:
+    """Return the sets in a folder by the prefixes of their names: the files by part and `images` or `labels`."""
+    sets: dict[str, dict[tuple[str, str], Path]] = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():  # a plain file comes before its packed copy
+        if (match := IDX_NAME.fullmatch(path.name)) and path.is_file():
+            files = sets.setdefault((match["set"] or "").lower(), {})
+            key = PARTS[match["part"].lower()], "images" if match["images"] else "labels"
+            if not path.name.startswith(files.setdefault(key, path).name):
+                raise DataError(f"{folder}: holds both {files[key].name} and {path.name}; leave one of them")
+    return {name: files for name, files in sets.items() if any(kind == "images" for _, kind in files)}
+
+
+def read_idx(path: Path) -> Array:
+    """Return the array in an IDX file, plain, gzip or xz, whatever its name says.
+
+    The format: two zero bytes, a type, the number of dimensions, each dimension as a big-endian uint32, the elements.
+
+    Raises:
+        DataError: For a file that is damaged or of another format.
+    """
+    with naming(path), open(path, "rb") as file:
+        unpack = UNPACKERS.get(file.read(2), nullcontext)
+        file.seek(0)
+        with unpack(file) as stream:
+            magic = stream.read(4)
+            if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] not in IDX_TYPES or magic[3] == 0:
+                raise DataError(f"{path}: is no IDX file (it begins with {magic.hex(' ') or 'nothing'})")
+            dtype = np.dtype(IDX_TYPES[magic[2]])
+            shape = np.frombuffer(stream.read(4 * magic[3]), ">u4").tolist()
+            size = dtype.itemsize * math.prod(shape)
+            if len(shape) < magic[3] or size > MOST_COMPRESSION * os.path.getsize(path):
+                raise DataError(f"{path}: is truncated (its header announces {size:,} bytes)")
+            content = np.empty(size, np.uint8)
+            length = stream.readinto(content) + len(stream.read(1))
+            if length != size:
+                words = "is truncated" if length < size else "holds more than its header announces"
+                raise DataError(f"{path}: {words} ({size:,} bytes)")
+    return content.view(dtype).reshape(shape)
+
+
+def mnist(part: str, kind: str = "images") -> Tensor:
+    """Return the images of the MNIST in the package, part `train` or `t10k`, uint8 `[N, 28, 28]`; or its `labels`."""
+    name = f"{part}-{kind}-idx{3 if kind == 'images' else 1}-ubyte.xz"
+    with resources.as_file(resources.files("cvae.data") / "mnist" / name) as path:
+        return torch.from_numpy(read_idx(path))
+
+
+# NumPy's files
+
+
+def read_arrays(path: Path, wanted: Collection[str]) -> Source | None:
+    """Read the images in an .npz or .npy file; nothing in it is executed.
+
+    Arrays are `[N, height, width]`, with one or three channels after them or before height. The parts of the set are
+    known by their names (`x_train`, `test`, `val_images`); of another name there can only be one.
+
+    Args:
+        path: The file.
+        wanted: The parts to read.
+
+    Returns:
+        The set, or None where the file is neither.
+
+    Raises:
+        DataError: For a file without images, and for damaged ones.
+    """
+    if not path.is_file():
+        return None
+    with naming(path), open(path, "rb") as file:
+        form = {b"PK\3\4": ".npz file", b"\x93NUM": ".npy file"}.get(file.read(4))
+        if form is None:
+            return None
+        file.seek(0)
+        stored = np.load(file if form == ".npz file" else path, mmap_mode="r", allow_pickle=False)
+        with stored if form == ".npz file" else nullcontext({"": stored}) as arrays:
+            names = {part: name for name, part in _parts(path, arrays).items() if part in (*wanted, "all")}
+            notes: list[str] = []
+            images = {
+                part: as_images(arrays[name], f"{path}: {name}" if name else str(path), notes)
+                for part, name in names.items()
+            }
+    return Source(form, str(path), images, notes)
+
+
+def _parts(path: Path, arrays: Mapping[str, Array]) -> dict[str, str]:
+    """Return the parts of a set by the names of their arrays, or `all` for the only array of images."""
+    names = [name for name in arrays if not LABELS.intersection(name.lower().split("_"))]
+    parts = {name: part for name in names if (part := part_named(name))}
+    if len(set(parts.values())) < len(parts):
+        raise DataError(f"{path}: holds several arrays for one part: {listed(parts)}")
+    if not parts:
+        parts = {name: "all" for name in names if len(arrays) == 1 or np.ndim(arrays[name]) > 2}
+        if len(parts) != 1:
+            held = listed(f"{name} {list(np.shape(arrays[name]))}" for name in arrays) or "nothing"
+            raise DataError(f"{path}: has to hold x_train and x_test, or one array of images; it holds {held}")
+    return parts
+
+
+# Grey levels
+
+
+def as_images(array: Array, name: str, notes: list[str]) -> Tensor:
+    """Return an array of images as uint8 `[N, height, width]`, 0 to 255.
+
+    Args:
+        array: `[N, height, width]`, with one or three channels after them or before height; truth values, bytes, whole
+            numbers of 0 to 255 or to 65535, or floats from 0 to 1.
+        name: A name of the array, for messages.
+        notes: Takes what was chosen, in words.
+
+    Raises:
+        DataError: For other shapes and numbers, and for an image of one grey level throughout.
+    """
+    match array.shape:
+        case (_, height, width) | (_, height, width, 1 | 3) | (_, 1 | 3, height, width) if array.size:
+            pass
+        case shape:
+            wanted = "images are [N, height, width], or with 1 or 3 channels"
+            side = math.isqrt(shape[1]) if len(shape) == 2 else 0
+            advice = f"; reshape them: images.reshape(-1, {side}, {side})" if side and side**2 == shape[1] else ""
+            raise DataError(f"{name}: has the shape {list(shape)}; {wanted}{advice}")
+    if array.dtype.kind not in "buif":
+        raise DataError(f"{name}: is of type {str(array.dtype)[:40]}; images are bytes, whole numbers or floats")
+    is_wide = array.dtype.kind in "ui" and array.dtype != np.uint8
+    images = np.empty((len(array), height, width), np.uint16 if is_wide else np.uint8)
+    for first in range(0, len(array), AT_ONCE):
+        some = levels(array[first : first + AT_ONCE], name, first)
+        if some.ndim == 4:
+            some = np.moveaxis(some, 1, 3) if some.shape[2:] == (height, width) else some
+            some = grey(some) if some.shape[3] == 3 else some[..., 0]
+        images[first : first + AT_ONCE] = some
+    words = "floats from 0 to 1" if array.dtype.kind == "f" else ""
+    if is_wide:
+        brightest = images.max()
+        words = f"{array.dtype.name} up to {brightest} taken as levels of 0 to 255" if brightest < 256 else SIXTEEN_BIT
+        images = images.astype(np.uint8) if brightest < 256 else eight_bit(images)
+    notes += [words] * bool(words) + [GREY] * (array.size == 3 * images.size)
+    return checked(images, lambda row: f"{name}: image {row}", notes)
+
+
+def checked(images: Array, name: Callable[[int], str], notes: list[str]) -> Tensor:
+    """Return images uint8 `[N, height, width]`, those of levels 0 and 1 as black and white.
+
+    Raises:
+        DataError: For an image of one grey level throughout, with its name.
+    """
+    flat = images.reshape(len(images), -1)
+    brightest = flat.max(1)
+    constant = np.flatnonzero(flat.min(1) == brightest)
+    if len(constant):
+        more = f" (and {len(constant) - 1} more)" if len(constant) > 1 else ""
+        raise DataError(f"{name(int(constant[0]))}: is of one grey level throughout{more}; leave it out")
+    if brightest.max() == 1:
+        notes.append("the brightest level is 1 of 255: taken as black and white, and scaled")
+        images *= 255
+    return torch.from_numpy(images)
+
+
+def levels(images: Array, name: str, first: int = 0) -> Array:
+    """Return grey levels or colours `[N, …]` of any type as uint8, or as uint16 where they are whole numbers.
+
+    Args:
+        images: Truth values become 0 and 255; floats from 0 to 1 are scaled to 255.
+        name: A name of the whole array, for messages.
+        first: The index in it of the first image.
+
+    Raises:
+        DataError: For numbers out of range, with the image.
+    """
+    if images.dtype.kind == "b":
+        return np.where(images.view(np.uint8), np.uint8(255), np.uint8(0))
+    if images.dtype == np.uint8:
+        return images
+    is_float = images.dtype.kind == "f"
+    largest, flat = 1 if is_float else 0xFFFF, images.reshape(len(images), -1)
+    low, high = flat.min(1), flat.max(1)
+    for i in np.flatnonzero(~((low >= 0) & (high <= largest))):  # NaN too: it compares as false
+        problem = f"numbers from {low[i]:.6g} to {high[i]:.6g}; {'floats' if is_float else 'whole numbers'} have to be "
+        problem += f"from 0 to {largest}: " + (
+            "divide them by 255, or the largest" if low[i] >= 0 else "shift and scale"
+        )
+        problem = "NaN; replace it or leave the image out" if low[i] != low[i] else problem
+        raise DataError(f"{name}: image {first + i}: holds {problem}")
+    return np.rint(images.astype(np.float32) * 255).astype(np.uint8) if is_float else images.astype(np.uint16)
+
+
+def eight_bit(wide: Array) -> Array:
+    """Return uint16 as uint8, `[N, …]`: 65535 becomes 255."""
+    result = np.empty(wide.shape, np.uint8)
+    for first in range(0, len(wide), AT_ONCE):  # not all at once: it takes ten more bytes a pixel
+        result[first : first + AT_ONCE] = (wide[first : first + AT_ONCE].astype(np.uint32) + 128) // 257
+    return result
+
+
+def grey(colours: Array) -> Array:
+    """Return colours `[…, 3]`, uint8 or uint16, as luminance by ITU-R 601, rounded as Pillow does it."""
+    weighted = colours.astype(np.int64) @ np.array([19595, 38470, 7471])
+    luminance: Array = ((weighted + 0x8000) >> 16).astype(colours.dtype)
+    return luminance
