@@ -246,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for run in options.runs:
             make_for(find_run(run, Path("runs")), moved, opened.device)
         if options.to is not None:
-            data = load_labelled(Settings(), opened.device)
+            data = load_labelled(Settings())
             for count, name in enumerate(("mnist", "mnist-q1", "mnist-q2", "mnist-q3")):
                 observed = quadrants(count) if count else torch.ones(28, 28, dtype=torch.bool)
                 make(options.to / f"{name}.safetensors", data, observed, opened.device)
