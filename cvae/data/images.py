@@ -36,8 +36,9 @@ class ImageSet:
     ):  # fmt: skip
         if images.dtype != torch.uint8 or images.dim() != 3:
             raise ValueError(f"images are uint8 [N, height, width], 0 to 255, not {described(images)}")
-        self.task, self.images, self.labels = task, images.to(device), labels
-        self.rows = task.rows(self.images, labels, key)
+        self.task, self.images = task, images.to(device)
+        self.labels = None if labels is None else labels.to(device)
+        self.rows = task.rows(self.images, self.labels, key)
         self.guesses: Tensor | None = None
         self._baseline: Callable[[Tensor], Tensor] | None = None
 

@@ -170,7 +170,10 @@ class CVAE(nn.Module):
         return self.from_prior(Batch(x, x.new_empty(len(x), self.task.y_dim)), eps).logits.sigmoid()
 
     @torch.no_grad()
-    def complete(self, picture: Picture, samples: int = 10, seed: Seed = None, temperature: float = 1.0) -> Tensor:
+    def complete(
+        self, picture: Picture, samples: int = 10, seed: Seed = None, temperature: float = 1.0,
+        labels: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Complete pictures: given pixels stay, the others are pixel means of p(y|x,z) at z ~ p(z|x).
 
         Args:
@@ -178,6 +181,7 @@ class CVAE(nn.Module):
             samples: S, the number of completions of each.
             seed: A number, or a generator on the model's device; None: other samples each time.
             temperature: A factor of z's noise: 1 for samples of p(z|x), 0 for its mean.
+            labels: The classes of the pictures, int64 `[B]`, where the task needs them.
 
         Returns:
             `[samples, B, height, width]` in [0, 1].
@@ -188,13 +192,15 @@ class CVAE(nn.Module):
         """
         if not 0 <= temperature < math.inf:
             raise ValueError(f"temperature has to be a number from 0 on, not {temperature}")
-        batch = self.task.batch(self.task.rows(as_images(picture, self.task)))
+        batch = self.task.batch(self.task.rows(as_images(picture, self.task), labels))
         x = self._pixels("the observed part of a picture", batch.x)
         eps = noise(_positive(samples), len(x), self, self._random(seed)).to(x.dtype)
         return self.task.compose(x, self.completions(x, temperature * eps))
 
     @torch.no_grad()
-    def log_likelihood(self, picture: Picture, samples: int = 1000, seed: Seed = None) -> Tensor:
+    def log_likelihood(
+        self, picture: Picture, samples: int = 1000, seed: Seed = None, labels: Tensor | None = None
+    ) -> Tensor:
         """Estimate log p(y|x) of whole pictures by importance sampling.
 
         In expectation the estimate lies below the true value. Source: Burda et al. 2016.
@@ -202,7 +208,7 @@ class CVAE(nn.Module):
         Args:
             picture: B pictures, as in `complete`; all their pixels count.
             samples: The number of samples of z ~ q(z|x,y).
-            seed: As in `complete`.
+            seed, labels: As in `complete`.
 
         Returns:
             Nats per image, `[B]`, float64; higher is more likely.
@@ -212,7 +218,7 @@ class CVAE(nn.Module):
         """
         _positive(samples)
         random = self._random(seed)
-        whole = self.task.batch(self.task.rows(as_images(picture, self.task)))
+        whole = self.task.batch(self.task.rows(as_images(picture, self.task), labels))
         whole = whole._replace(x=self._pixels("a picture", whole.x), y=self._pixels("a picture", whole.y))
         estimates = []
         for first in range(0, len(whole.x), NOISE_IMAGES):
