@@ -30,27 +30,18 @@ import torch
 from torch import Tensor
 
 from cvae.console import called, command
-from cvae.context import (
-    Context,
-    Interruption,
-    Processes,
-    permutation,
-    prepare,
-    resolve_device,
-    seed_dropout,
-)
+from cvae.context import Context, Interruption, opened, permutation, seed_dropout
 from cvae.data.images import ImageSet
 from cvae.data.sources import TrainImages
 from cvae.model.cvae import noise
 from cvae.model.networks import build
 from cvae.model.objectives import Totals, log_likelihood, maximised, objective, with_free_nats
+from cvae.processes import Processes
 from cvae.report.figures import completions
 from cvae.report.replay import draw_all
-from cvae.run.folder import find_run, quoted, read_precision, refuse_existing
-from cvae.run.images import once_for_all
-from cvae.run.plan import parse, plan
+from cvae.run.folder import Progress, RunFolder, find_run, quoted, refuse_existing
+from cvae.run.plan import parse, plan, shared_images
 from cvae.run.session import Run
-from cvae.run.state import Progress
 from cvae.settings import Settings
 from cvae.training.graphed import GraphedStep
 from cvae.training.optimizer import GuardedAdam
@@ -132,7 +123,7 @@ def fit(phase: Phase, run: Run, last: dict[str, Any]) -> Progress:
             "seconds": time.perf_counter() - started,
             **optimizer.skipped(),
         }
-        processes.on_main(partial(run.save_epoch, phase.name, progress, parts, record, phase.picture))
+        run.save_epoch(phase.name, progress, parts, record, phase.picture)
         best = ", the best so far" if progress.epoch == progress.best_epoch else ""
         run.say(
             f"{phase.where(progress.epoch)}: loss {train_loss:.2f}, on validation images {validation_loss:.2f} "
@@ -186,24 +177,19 @@ def train_run(run: Run, load_images: Callable[[], TrainImages], resume: bool, ov
     images, held_out, about, record = load_images()
     images = images[: s.train_limit]
     context.processes.share_of_batch(min(s.batch_size, len(images)))  # refused before a folder is made
-    task = run.split(resume, *images.shape[1:])
+    task = run.task(resume, *images.shape[1:])
     run.say("\n".join(filter(None, (about, task.about))))
     cvae = build(task, s)
-    if run.init is not None:
-        run.begin_with(run.init, cvae)
-    state = run.claim(task, record, resume, overwrite)
-    if run.is_finished(state):
+    last = run.open(cvae, record, resume, overwrite)
+    if last is None:
         run.say(f"{run.folder} is finished: nothing is left to do")
         return
-    last = state.last
     train, validation = (ImageSet(part, task, context.device) for part in (images, held_out))
     digits = held_out[:NUM_DIGITS].clone()
     del images, held_out  # the image sets hold all that is needed
     x = ImageSet(digits, task, context.device).batch(slice(None)).x
     baseline = cvae.to(context.device).baseline_net
-    if last.get("phase") != "cvae":
-        if resume:
-            run.load_start(cvae)
+    if last.get("phase") != "cvae":  # else its weights are among the CVAE's
         phase = Phase(
             "baseline", baseline.requires_grad_(True), log_likelihood, s.baseline_epochs, train, validation, samples=0,
             noise=lambda *_: (),
@@ -211,8 +197,6 @@ def train_run(run: Run, load_images: Callable[[], TrainImages], resume: bool, ov
         )  # fmt: skip
         fit(phase, run, last)
         baseline.requires_grad_(False)
-    else:
-        run.load_last(last, cvae)  # the baseline among it
     baseline.eval()
     for image_set in (train, validation):  # its guesses are computed once: it is frozen now
         image_set.set_guesses(baseline, context.half)
@@ -224,7 +208,7 @@ def train_run(run: Run, load_images: Callable[[], TrainImages], resume: bool, ov
         picture=lambda model: completions(digits, task, baseline(x).sigmoid(), model.completions(x, eps)),
     )  # fmt: skip
     progress = fit(phase, run, last)
-    context.processes.on_main(partial(run.finish, progress, draw_all))
+    run.finish(progress, draw_all)
     run.say(f"{run.folder}: trained. Next: {called('eval.py')}, or tensorboard --logdir {quoted(run.folder.parent)}")
 
 
@@ -232,21 +216,17 @@ def train_run(run: Run, load_images: Callable[[], TrainImages], resume: bool, ov
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options, given = parse(argv, __doc__)
-    processes = Processes()
-    with Interruption() as interruption, processes.one_voice():
+    resume, init = options.resume is not None, options.init and find_run(options.init, options.runs)
+    with Interruption() as interruption, Processes().one_voice():
         runs = plan(options, given)
-        device = resolve_device(runs[0][1].device, processes.local_rank, processes.local_count)
-        with prepare(device), processes.connected(device):
-            for folder, _ in runs if options.resume is None else []:  # before the first one is begun
-                processes.on_main(partial(refuse_existing, folder, options.overwrite))
-            load_images = once_for_all([s for _, s in runs], device, processes, interruption, options.quiet)
-            for folder, settings in runs:
-                wanted = settings.precision if options.resume is None else read_precision(folder)
-                context = Context(device, processes=processes).with_precision(wanted)
-                init = None if options.init is None else find_run(options.init, options.runs)
-                with Run(folder, settings, context, interruption, options.quiet, init) as run:
-                    run.words = options.words
-                    train_run(run, load_images, options.resume is not None, options.overwrite)
+        with opened(runs[0][1].device) as context:
+            for folder, _ in () if resume else runs:  # before the first one is begun
+                context.processes.on_main(partial(refuse_existing, folder, options.overwrite))
+            load_images = shared_images([s for _, s in runs], context, interruption, options.quiet)
+            for folder, s in runs:
+                here = context.with_precision(RunFolder(folder).precision if resume else s.precision)
+                with Run(folder, s, here, interruption, options.quiet, init, options.words) as run:
+                    train_run(run, load_images, resume, options.overwrite)
     return 0
 
 

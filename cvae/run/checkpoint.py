@@ -28,11 +28,7 @@ def packed(content: Mapping[str, Any]) -> bytes:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read what `save` wrote, its tensors into the CPU's memory; nothing in the file is run.
-
-    Raises:
-        DataError: it is missing, damaged, of another format, or holds more than tensors and plain values.
-    """
+    """Read what `save` wrote, its tensors into the CPU's memory; nothing in the file is run. Raises DataError."""
     content = unpickled(path, "is damaged, or no checkpoint of this program")
     if not isinstance(content, dict) or type(content.get("format")) is not int or content["format"] != FORMAT:
         raise DataError(f"{path}: is not a checkpoint of format {FORMAT}, which this version reads; train anew")
@@ -41,10 +37,7 @@ def load(path: Path) -> dict[str, Any]:
 
 def unpickled(path: Path, problem: str) -> Any:
     """Return what `torch.save` wrote, if it is tensors and plain values; else raise DataError, with the problem."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+    content = read(path)
     with taken_for_damage(f"{path}: {problem}", Exception):  # a damaged file may fail anywhere in the reader
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
@@ -56,6 +49,23 @@ def kinds(state: object) -> dict[str, tuple[torch.Size, torch.dtype]] | None:
     return {name: (tensor.shape, tensor.dtype) for name, tensor in state.items()}
 
 
+def read(path: Path) -> bytes:
+    """Return the content of a file. Raises DataError, naming it."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+@contextmanager
+def telling_of_disk(problem: str, end: str = "") -> Iterator[None]:
+    """Raise DiskError, with the problem and the reason, for what the system says within the block."""
+    try:
+        yield
+    except OSError as error:
+        raise DiskError(f"{problem} ({error.strerror or error}){end}") from None
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file, wholly or not at all. Raises DiskError; then what stood there is intact."""
     with atomic_file(path) as file:
@@ -64,24 +74,23 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that appears at `path` at the end of the block, wholly or not at all, on the disk and not in a cache.
+    """Open a file that appears at `path` at the end of the block, on the disk and not only in a cache.
 
     Until then it has a name of its own beside it, so that two writers do not meet. Raises DiskError.
     """
     temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(6)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except BaseException as error:
-        with suppress(OSError):  # the disk may be read-only, or gone
-            temporary.unlink(missing_ok=True)
-        if not isinstance(error, OSError):
+    with telling_of_disk(f"{path}: cannot be written", "; what stood there is intact"):
+        try:
+            with open(temporary, "xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):  # the disk may be read-only, or gone
+                temporary.unlink(missing_ok=True)
             raise
-        raise DiskError(f"{path}: cannot be written ({error.strerror or error}); what stood there is intact") from None
+    sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

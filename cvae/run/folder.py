@@ -1,4 +1,4 @@
-"""Run folders: found, read, and made; each is held by one training at a time.
+"""Run folders: found and read, made and begun anew; each is held by one training at a time.
 
 A run folder holds `config.json` (settings, images, machine, when it was resumed where), `metrics.jsonl` (a line per
 epoch and phase), TensorBoard's events, `last.pt` (everything to go on from), `best.pt` (the best weights) and, once it
@@ -7,6 +7,7 @@ with, if they are another run's. A run that is passed on has `model.safetensors`
 """
 
 import json
+import math
 import os
 import reprlib
 import secrets
@@ -15,6 +16,7 @@ import shutil
 import sys
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,33 +24,47 @@ from typing import Any
 from filelock import BaseFileLock, FileLock, Timeout
 
 from cvae.data.tasks import MASKS, FixedMask, is_picture, make_task
-from cvae.errors import DataError, DiskError, UsageError
+from cvae.errors import DataError, UsageError, taken_for_damage
 from cvae.model.networks import NETWORKS
 from cvae.model.objectives import OBJECTIVES
-from cvae.run.checkpoint import write_atomically
+from cvae.run import checkpoint
+from cvae.run.checkpoint import telling_of_disk
 from cvae.settings import LARGEST_SIDE, PRECISIONS, Settings
 
 CONFIG, METRICS, SUMMARY, OBSERVED = "config.json", "metrics.jsonl", "summary.json", "observed.png"
 BEST, LAST, INIT, EVENTS, LOCK = "best.pt", "last.pt", "init.pt", "events.out.tfevents.", ".lock"
-WEIGHTS = "model.safetensors"
-COMPLETIONS, LEARNING, CURVES = "completions.png", "learning.gif", "curves.png"
+WEIGHTS, COMPLETIONS, LEARNING, CURVES = "model.safetensors", "completions.png", "learning.gif", "curves.png"
 FILES = (SUMMARY, COMPLETIONS, LEARNING, CURVES, LAST, BEST, WEIGHTS, INIT, METRICS, OBSERVED, CONFIG)
-"""Files of a run, its events apart; `config.json`, by which a run is known, is removed last and written last."""
+"""The files of a run but its events; `config.json`, by which it is known, is moved and written last."""
 
 REFERENCE, PACKAGE = "reference", Path(__file__).resolve().parents[1]
 COME_WITH = (PACKAGE.parent / "runs", PACKAGE)
-"""Folders that may hold the folder of the runs that come with the program: of a clone, of the installed package."""
+"""Where the folder of the runs that come with the program may be: in a clone, in the installed package."""
 
 CHOICES: dict[str, Collection[str]] = {"network": NETWORKS, "objective": OBJECTIVES}
 """Settings that are names of something in the code, each with the table in which it is found."""
 
 
-class RunFolder:
-    """A run on the disk; its `config.json` is read once. All properties raise DataError, naming the file.
+@dataclass
+class Progress:
+    """How far a phase has come; `best_loss` is the lowest validation loss, minus the objective, in nats per image."""
 
-    Attributes:
-        path: The folder.
-    """
+    epoch: int = 0
+    best_epoch: int = 0
+    best_loss: float = math.inf
+    seconds: float = 0.0
+
+    def is_over(self, epochs: int, patience: int, unbent: int = 0) -> bool:
+        """Return whether the phase has had its epochs, or `patience` of them without improvement.
+
+        unbent: The last epochs without bent images, which are worth the most: patience begins anew with them.
+        """
+        begin = max(0, epochs - unbent) if unbent else 0
+        return self.epoch >= epochs or self.epoch - max(self.best_epoch, begin) >= patience
+
+
+class RunFolder:
+    """A run on the disk; its `config.json` is read once. Whatever cannot be read raises DataError, naming the file."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -56,10 +72,9 @@ class RunFolder:
     @cached_property
     def config(self) -> dict[str, Any]:
         """All that `config.json` says."""
-        file = self.path / CONFIG
-        if not os.path.isfile(file):
+        if not os.path.isfile(self.path / CONFIG):
             raise DataError(f"{self.path} is no run folder: it has no {CONFIG}")
-        config = read_json(file)
+        config = read_json(self.path / CONFIG)
         return config if isinstance(config, dict) else {}
 
     @cached_property
@@ -98,17 +113,41 @@ class RunFolder:
 
     @property
     def is_passed_on(self) -> bool:
-        """Whether it has published weights in the place of checkpoints: it can be evaluated, and not go on."""
-        checkpoints = [os.path.lexists(self.path / name) for name in (BEST, LAST)]
-        return os.path.isfile(self.path / WEIGHTS) and not any(checkpoints)
+        """Whether it has published weights in the place of checkpoints: it can be evaluated, and cannot go on."""
+        return os.path.isfile(self.path / WEIGHTS) and not os.path.lexists(self.path / BEST)
 
     def metrics(self, size: int | None = None) -> list[dict[str, Any]]:
-        """Return the lines of `metrics.jsonl`; a last line that is still being written is left out.
+        """Return the whole lines in the first `size` bytes of `metrics.jsonl`, None: in all."""
+        content = checkpoint.read(self.path / METRICS)
+        if size is not None and len(content) < size:
+            raise DataError(f"{self.path / METRICS}: is cut off")
+        lines = content[:size].split(b"\n")[:-1]  # the last one is still being written
+        with taken_for_damage(f"{self.path / METRICS}: is damaged", ValueError, TypeError):
+            return [dict(json.loads(line)) for line in lines]
 
-        Args:
-            size: The bytes to read; None: all.
+    def last(self) -> dict[str, Any]:
+        """Return the checkpoint to go on from, {} before the first one, unless going on from it would lose something.
+
+        `best.pt` may be missing where the last weights are the best, and an epoch may be logged that is not saved yet.
         """
-        return read_metrics(self.path / METRICS, size)
+        path = self.path / LAST
+        if not os.path.lexists(path):
+            logged = self.metrics() if os.path.lexists(self.path / METRICS) else []
+            if len(logged) > 1 or any(os.path.lexists(self.path / name) for name in (BEST, SUMMARY, WEIGHTS)):
+                raise DataError(f"{path}: is missing, and the run is past its first epoch")
+            return {}
+        last = checkpoint.load(path)
+        with taken_for_damage(f"{path}: is no checkpoint of a training", KeyError, TypeError, AttributeError):
+            progress, size = Progress(**last["progress"]), last["log"].get(METRICS, 0)
+            is_last_best = progress.best_epoch in (0, progress.epoch)
+            epoch = last["phase"], progress.best_epoch, progress.best_loss
+        if len(self.metrics()) - len(self.metrics(size)) > 1:
+            raise DataError(f"{self.path / METRICS}: has later epochs than {LAST}")
+        if not is_last_best:
+            best = checkpoint.load(self.path / BEST)
+            if (best.get("phase"), best.get("epoch"), best.get("loss")) != epoch:
+                raise DataError(f"{self.path / BEST}: is of another epoch than the best one of {LAST}")
+        return last
 
 
 def find_run(run: str | Path, runs: str | Path) -> Path:
@@ -119,18 +158,13 @@ def find_run(run: str | Path, runs: str | Path) -> Path:
     """
     path, below = Path(run), Path(runs) / run
     known = [place / path for place in COME_WITH] if path.parts[:1] == (REFERENCE,) else []
-    for folder in (path, below, *known):
-        if os.path.isdir(folder):
-            return folder
-    return below if len(path.parts) <= 1 else path
+    default = below if len(path.parts) <= 1 else path
+    return next((folder for folder in (path, below, *known) if os.path.isdir(folder)), default)
 
 
 def quoted(path: Path) -> str:
     """Return a path as it is to be pasted into a shell."""
     return shlex.quote(str(path))
-
-
-# What is read
 
 
 def known_settings(values: object, file: Path) -> Settings:
@@ -149,43 +183,23 @@ def known_settings(values: object, file: Path) -> Settings:
 def known_record(images: Any, file: Path) -> dict[str, Any]:
     """Return what a file says of images. Raises DataError if it does not say their size."""
     sides = [images.get(side) for side in ("height", "width")] if isinstance(images, dict) else [None]
-    if not all(type(side) is int and 2 <= side <= LARGEST_SIDE for side in sides):
+    parts = [images.get(part) for part in ("train", "validation", "test")] if isinstance(images, dict) else []
+    sizes_known = all(type(side) is int and 2 <= side <= LARGEST_SIDE for side in sides)
+    if not sizes_known or not all(isinstance(part, dict | None) for part in parts):
         raise DataError(f"{file}: does not say the size of the images; train anew with this version")
-    if not all(isinstance(images.get(part), dict | None) for part in ("train", "validation", "test")):
-        raise DataError(f"{file}: does not say what the images are; train anew with this version")
     return images  # type: ignore[no-any-return]
 
 
 def read_json(path: Path) -> Any:
     """Return what a JSON file says. Raises DataError, naming the file, if it cannot be read."""
-    try:
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: is no valid JSON ({error})") from None
-
-
-def read_metrics(path: Path, size: int | None = None) -> list[dict[str, Any]]:
-    """Return the whole lines in the first `size` bytes of a `metrics.jsonl`. Raises DataError."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
-    if size is not None and len(content) < size:
-        raise DataError(f"{path}: is cut off")
-    records = []
-    for number, line in enumerate(content[:size].split(b"\n")[:-1], start=1):
-        try:
-            records.append(dict(json.loads(line)))
-        except (ValueError, TypeError, RecursionError):
-            raise DataError(f"{path}, line {number}: is no record of an epoch") from None
-    return records
+    content = checkpoint.read(path)
+    with taken_for_damage(f"{path}: is no valid JSON", ValueError, RecursionError):
+        return json.loads(content)
 
 
 def write_json(path: Path, value: object) -> None:
     """Write a JSON file atomically. Raises DiskError."""
-    write_atomically(path, as_json(value))
+    checkpoint.write_atomically(path, as_json(value))
 
 
 def as_json(value: object) -> bytes:
@@ -201,34 +215,27 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
     with suppress(OSError):
         if not os.path.lexists(path) or all(name.startswith(".") for name in os.listdir(path)):
             return
-    if not is_run(path):
+    config: Any = {}
+    with suppress(DataError):
+        config = RunFolder(path).config
+    is_damaged_run = os.path.isfile(path / CONFIG) and os.path.isfile(path / METRICS)
+    if not isinstance(config.get("settings"), dict) and not is_damaged_run:
         raise UsageError(f"{path} is no run folder and is left as it is; choose another --name")
     if not overwrite:
         raise UsageError(f"{path} exists already: --resume {quoted(path)} goes on with it, --overwrite starts it anew")
 
 
-def is_run(path: Path) -> bool:
-    """Return whether a folder is that of a run, by its `config.json`, or by the metrics beside a damaged one."""
-    with suppress(DataError):
-        if isinstance(RunFolder(path).config.get("settings"), dict):
-            return True
-    return os.path.isfile(path / CONFIG) and os.path.isfile(path / METRICS)
-
-
 def hold(folder: Path, warn: Callable[[str], None]) -> BaseFileLock | None:
     """Return the lock on a folder, until it is released or the process ends, however it ends.
 
-    None where the file system has no locks: `warn` is told in one line. The file of the lock stays where it is; that
-    it is there says nothing.
+    None where the file system has no locks: `warn` is told in one line. The file of the lock stays where it is.
 
     Raises:
-        UsageError: another process holds the folder.
-        DiskError: it is not writable.
+        UsageError: Another process holds the folder.
+        DiskError: It is not writable.
     """
-    try:
+    with telling_of_disk(f"{folder}: cannot be written to"):
         open(folder / LOCK, "a").close()
-    except OSError as error:
-        raise DiskError(f"{folder}: cannot be written to ({error.strerror or error})") from None
     hard: dict[str, Any] = {} if sys.platform == "win32" else {"fallback_to_soft": False}
     lock = FileLock(folder / LOCK, thread_local=False, preserve_lock_file=True, **hard)
     try:
@@ -245,35 +252,41 @@ def hold(folder: Path, warn: Callable[[str], None]) -> BaseFileLock | None:
 def create_run(
     path: Path, files: Mapping[str, bytes], overwrite: bool, warn: Callable[[str], None]
 ) -> BaseFileLock | None:
-    """Make a run folder, or with `overwrite` begin the one that is there anew.
+    """Make a run folder, or with `overwrite` begin the one that is there anew; return the lock on it, as `hold` does.
 
     Whatever fails, and wherever the process is killed, there is the old run, whole, or the new one, or a free folder.
     What somebody else has put into the folder stays.
 
     Args:
-        path: The folder, or a link to it.
+        path: The folder.
         files: What is in it from the beginning, by name; `config.json` is one of them.
         overwrite: Whether an old run may be replaced.
         warn: As `hold` takes it.
 
-    Returns:
-        The lock on it, as `hold` returns it.
-
     Raises:
-        UsageError: something is there that must not be replaced, or a training holds the folder.
-        DiskError: it cannot be written.
+        UsageError: Something is there that must not be replaced, or a training holds the folder.
+        DiskError: It cannot be written.
     """
     is_new = not os.path.isdir(path)
-    try:
+    with telling_of_disk(f"{path}: cannot be made"):
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DiskError(f"{path}: cannot be made ({error.strerror or error})") from None
     lock = hold(path, warn)
+    stage, names = path / f".new-{secrets.token_hex(6)}", sorted(files, key=FILES.index)
     try:
-        settle(path)
-        refuse_existing(path, overwrite)
-        _replace(path, files)
-    except BaseException as error:
+        with telling_of_disk(f"{path}: cannot be written to", "; what stood there is intact"):
+            settle(path)
+            refuse_existing(path, overwrite)
+            (stage / "old").mkdir(parents=True)
+            for name in names:
+                checkpoint.write_atomically(stage / name, files[name])
+            for file in [*path.glob(EVENTS + "*"), *(path / name for name in FILES)]:
+                if os.path.lexists(file):
+                    os.rename(file, stage / "old" / file.name)
+            for name in names:
+                os.rename(stage / name, path / name)
+        checkpoint.sync_folder(path)
+        shutil.rmtree(stage, ignore_errors=True)
+    except BaseException:
         with suppress(OSError):
             settle(path)
             if is_new:
@@ -281,28 +294,8 @@ def create_run(
                 path.rmdir()
         if lock is not None:
             lock.release()
-        if isinstance(error, OSError):
-            reason = error.strerror or error
-            raise DiskError(f"{path}: cannot be written to ({reason}); what stood there is intact") from None
         raise
     return lock
-
-
-def _replace(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Put the files of a new run in the place of an old one's, which are moved aside first and removed at last."""
-    stage = folder / f".new-{secrets.token_hex(6)}"
-    (stage / "old").mkdir(parents=True)
-    for name in sorted(files, key=FILES.index):
-        with open(stage / name, "wb") as file:
-            file.write(files[name])
-            file.flush()
-            os.fsync(file.fileno())
-    for path in [*folder.glob(EVENTS + "*"), *(folder / name for name in FILES)]:
-        if os.path.lexists(path):
-            os.rename(path, stage / "old" / path.name)
-    for name in sorted(files, key=FILES.index):
-        os.rename(stage / name, folder / name)
-    shutil.rmtree(stage, ignore_errors=True)
 
 
 def settle(folder: Path) -> None:
@@ -312,11 +305,10 @@ def settle(folder: Path) -> None:
     """
     for stage in folder.glob(".new-*"):
         if os.path.isfile(stage / CONFIG):
-            for path in sorted((stage / "old").iterdir(), key=lambda path: path.name == CONFIG):
-                os.rename(path, folder / path.name)
-            if not os.path.lexists(folder / CONFIG):  # there was no old run, and no other file
-                for name in (OBSERVED, INIT):
-                    (folder / name).unlink(missing_ok=True)
+            for file in sorted((stage / "old").iterdir(), key=lambda file: file.name == CONFIG):
+                os.rename(file, folder / file.name)
+            for name in (OBSERVED, INIT) if not os.path.lexists(folder / CONFIG) else ():  # there was no run before
+                (folder / name).unlink(missing_ok=True)
         shutil.rmtree(stage)
 
 
@@ -346,3 +338,8 @@ def read_split(path: Path) -> FixedMask:
 def read_precision(path: Path) -> str:
     """Return `RunFolder(path).precision`."""
     return RunFolder(path).precision
+
+
+def read_metrics(path: Path, size: int | None = None) -> list[dict[str, Any]]:
+    """Return `RunFolder(path.parent).metrics()`."""
+    return RunFolder(path.parent).metrics(size)

@@ -1,34 +1,68 @@
-"""How a run was begun, and each time it was resumed: what `config.json` keeps of it."""
+"""What `config.json` keeps of how a run was begun and resumed: versions, revision, hardware, changed settings."""
 
+import platform
+import subprocess
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
+import torch
+
+from cvae.context import Context
 from cvae.settings import Settings
 
 Config = dict[str, Any]
 
 
-def resumptions(config: Config) -> list[Config]:
-    """The records of the times that the run was resumed, the last one at the end."""
-    found = config.get("resumed")
-    return [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
+def describe_machine(context: Context, words: Sequence[str]) -> Config:
+    """Return what a run's numbers and times may depend on beside its settings; words: the command's arguments."""
+    device = context.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    count = context.processes.count
+    return {
+        "git_revision": _git_revision(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "device": {"type": device.type, "name": name, "threads": torch.get_num_threads(), "processes": count},
+        "precision": context.precision,
+        "command": ["train.py", *words],
+    }
 
 
-def last_machine(config: Config) -> Config:
-    """What the run was trained on last, as `describe_machine` gave it."""
-    return [config, *resumptions(config)][-1]
+def differences(config: Config, now: Config) -> list[str]:
+    """Return what may change the bits of a training: a machine other than the one that a run was on last."""
+    last = [config, *config.get("resumed", [])][-1]
+    before, here = ({**each.get("device", {}), "torch": each.get("versions", {}).get("torch")} for each in (last, now))
+    counted = [name for name in here if (name, here["type"]) != ("threads", "cuda")]
+    return [f"{name} {here[name]} in place of {before.get(name)}" for name in counted if here[name] != before.get(name)]
 
 
 def changes(config: Config, settings: Settings) -> dict[str, list[Any]]:
-    """The settings that are others now than they were, by name: each as it was and as it is."""
+    """Return the settings that are others now than they were, by name: each as it was and as it is."""
     before = Settings.from_dict(config["settings"]).to_dict()
     return {name: [before[name], value] for name, value in settings.to_dict().items() if value != before[name]}
 
 
 def resumed(config: Config, settings: Settings, last: dict[str, Any], machine: Config) -> Config:
-    """The configuration of a run that goes on from its last checkpoint, {} for none: how it was begun stays in it.
-
-    machine: as `describe_machine` gives it.
-    """
-    where = {"phase": last.get("phase", "baseline"), "epoch": last.get("progress", {}).get("epoch", 0)}
+    """Return the configuration of a run that goes on from its last checkpoint, {} for none; its beginning stays."""
+    where = {"phase": last.get("phase", "baseline"), "epoch": last["progress"]["epoch"] if last else 0}
     record = {**where, "changed": changes(config, settings), **machine}
-    return {**config, "settings": settings.to_dict(), "resumed": [*resumptions(config), record]}
+    return {**config, "settings": settings.to_dict(), "resumed": [*config.get("resumed", []), record]}
+
+
+def processor() -> str:
+    """Return the processor's name, where Linux tells it."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def _git_revision() -> str | None:
+    """Return the commit of the source, `+` behind it where the source was changed since; None without git."""
+    here = str(Path(__file__).resolve().parent)
+    git = ["git", "-C", here, "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
+    with suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip() or None
+    return None

@@ -1,18 +1,20 @@
-"""The command line of a training: which runs it is to make or to go on with, with which settings."""
+"""The command line of a training: which runs it is to make or to go on with, with which settings, on which images."""
 
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from cvae.data.masks import MASKS
-from cvae.data.sources import named
-from cvae.errors import UsageError
-from cvae.run.folder import CHOICES, find_run, read_settings
-from cvae.run.state import advice
+from cvae.context import Context, Interruption
+from cvae.data.parts import Reading
+from cvae.data.sources import TrainImages, load_train, named
+from cvae.data.tasks import MASKS
+from cvae.errors import DataError, Interrupted, UsageError
+from cvae.run.folder import CHOICES, RunFolder, find_run
 from cvae.settings import PRESETS, Settings, add_flags, flag, with_preset
 
 MOVABLE = ("epochs", "data", "data_root", "device")
@@ -20,37 +22,30 @@ MOVABLE = ("epochs", "data", "data_root", "device")
 
 
 def parse(argv: Sequence[str] | None, manual: str | None) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """The command line, and the settings given on it, by name; `quadrants` is a list still. manual: for --help.
+    """Return the command line, and the settings given on it, by name; `quadrants` is a list still.
 
-    `words` of the first is the command line as it was given.
+    Args:
+        argv: The words of the command line, which are `words` of the result; None: the program's.
+        manual: What --help prints.
     """
     parser = argparse.ArgumentParser(description=manual, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser, {**CHOICES, "observed": MASKS, "preset": PRESETS})
-    parser.add_argument(
-        "--runs", type=user_path, default=Path("runs"), metavar="DIR", help="folder of runs (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--name",
-        help="name of the run's folder (default: q1, q2, q3 or the mask's name); with several runs, -q1, … is added",
-    )
-    parser.add_argument("--resume", type=user_path, metavar="RUN", help="name or folder of a run to go on with")
-    parser.add_argument(
-        "--init", type=user_path, metavar="RUN", help="name or folder of a run with whose weights the new one begins"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace the run's folder if it exists")
-    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    add, run = parser.add_argument, {"type": user_path, "metavar": "RUN"}
+    add("--runs", type=user_path, default=Path("runs"), metavar="DIR", help="folder of runs (default: %(default)s)")
+    name = "name of the run's folder (default: q1, q2, q3 or the mask's name); with several runs, -q1, … is added"
+    add("--name", help=name)
+    add("--resume", help="name or folder of a run to go on with", **run)  # type: ignore[arg-type]
+    add("--init", help="name or folder of a run with whose weights the new one begins", **run)  # type: ignore[arg-type]
+    add("--overwrite", action="store_true", help="replace the run's folder if it exists")
+    add("--quiet", action="store_true", help="print nothing but errors")
     argv = sys.argv[1:] if argv is None else argv
     options = parser.parse_args(argv, argparse.Namespace(words=argv))
     if options.resume is not None and (options.name is not None or options.overwrite or options.init is not None):
         parser.error("--resume goes on with a run as it is: leave --name, --overwrite and --init out")
 
     given = {each.name: getattr(options, each.name) for each in fields(Settings) if hasattr(options, each.name)}
-    if "hidden" in given:
-        given["hidden"] = tuple(given["hidden"])
-    if "data" in given:
-        given["data"] = named(given["data"])
-    if "data_root" in given:
-        given["data_root"] = absolute(given["data_root"])
+    changed: dict[str, Callable[[Any], Any]] = {"hidden": tuple, "data": named, "data_root": absolute}
+    given |= {name: change(given[name]) for name, change in changed.items() if name in given}
     if (mask := given.get("observed")) is not None:
         if "quadrants" in given:
             parser.error("--observed and --quadrants both say what is observed: leave one out")
@@ -70,50 +65,73 @@ def parse(argv: Sequence[str] | None, manual: str | None) -> tuple[argparse.Name
 
 
 def user_path(word: str) -> Path:
-    """A path as people write it, ~ expanded: a shell leaves it in --flag=~/path."""
+    """Return a path as people write it, ~ expanded: a shell leaves it in --flag=~/path."""
     return Path(os.path.expanduser(word))
 
 
 def absolute(path: str) -> str:
-    """A path from the root, ~ expanded."""
+    """Return a path from the root, ~ expanded."""
     return os.path.realpath(user_path(path))
 
 
 def plan(options: argparse.Namespace, given: dict[str, Any]) -> list[tuple[Path, Settings]]:
-    """The runs to make or to go on with: their folders and settings. Raises UsageError or DataError."""
+    """Return the folders and the settings of the runs to make or to go on with. Raises UsageError or DataError."""
     quadrants = given.pop("quadrants", None)
     if options.resume is not None:
-        folder = find_run(options.resume, options.runs)
-        with advice(folder):
-            settings = read_settings(folder)
-        if quadrants is not None and settings.observed is not None:
-            raise UsageError(f"{folder} was begun with --observed {settings.observed}; leave --quadrants out")
-        wanted = (
-            given if quadrants is None else given | {"quadrants": quadrants[0] if len(quadrants) == 1 else quadrants}
-        )
-        for name, value in wanted.items():
-            if name not in MOVABLE and value != getattr(settings, name):
-                own = getattr(settings, name)
-                begun = f"without {flag(name)}" if own is None else f"with {flag(name)} {own}"
-                raise UsageError(f"{folder} was begun {begun}, which cannot change now; leave the flag out")
-        return [(folder, replace(settings, **{name: given[name] for name in MOVABLE if name in given}))]
-
+        return [_to_go_on_with(RunFolder(find_run(options.resume, options.runs)), given, quadrants)]
     quadrants = quadrants or [Settings.quadrants]
     if len(set(quadrants)) < len(quadrants):
         raise UsageError("--quadrants names a number twice")
-    name = options.name
+    name, mask = options.name, given.get("observed")
     if name is not None and (not name or name.startswith(".") or Path(name).name != name):
         raise UsageError(f"--name {name!r} is not the plain name of a folder; --runs says where it is to be")
-    suffixes = [f"-q{k}" if len(quadrants) > 1 else "" for k in quadrants]
-    mask = given.get("observed")
-    own = [f"q{k}" if mask is None else Path(mask).stem.lstrip(".") or "mask" for k in quadrants]
-    names = [default if name is None else name + suffix for default, suffix in zip(own, suffixes, strict=True)]
-    found = [(options.runs / name, Settings(quadrants=k, **given)) for name, k in zip(names, quadrants, strict=True)]
-    for folder, _ in found:
-        if any("\ud800" <= letter <= "\udfff" for letter in str(folder)):  # bytes that are no text here
-            raise UsageError(f"{str(folder)!a}: is no text in this system's encoding; choose another --name or --runs")
-        if options.init is not None and os.path.realpath(folder) == os.path.realpath(
-            find_run(options.init, options.runs)
-        ):
+    runs = []
+    for k in quadrants:
+        default = f"q{k}" if mask is None else Path(mask).stem.lstrip(".") or "mask"
+        own = default if name is None else f"{name}-q{k}" if len(quadrants) > 1 else name
+        runs.append((options.runs / own, Settings(quadrants=k, **given)))
+    for folder, _ in runs:
+        if options.init and os.path.realpath(folder) == os.path.realpath(find_run(options.init, options.runs)):
             raise UsageError(f"--init {options.init} is the folder of the new run too; choose another --name")
-    return found
+    return runs
+
+
+def _to_go_on_with(run: RunFolder, given: dict[str, Any], quadrants: list[int] | None) -> tuple[Path, Settings]:
+    """Return the folder and the settings of a run that goes on, if the flags that are given do not contradict it."""
+    settings = run.settings
+    if run.is_passed_on:
+        raise DataError(f"{run.path}: has published weights, for eval.py and --init; it cannot be resumed")
+    if quadrants is not None and settings.observed is not None:
+        raise UsageError(f"{run.path} was begun with --observed {settings.observed}; leave --quadrants out")
+    if quadrants is not None:
+        given["quadrants"] = quadrants[0] if len(quadrants) == 1 else quadrants
+    for name, value in given.items():
+        if name not in MOVABLE and value != (own := getattr(settings, name)):
+            begun = f"without {flag(name)}" if own is None else f"with {flag(name)} {own}"
+            raise UsageError(f"{run.path} was begun {begun}, which cannot change now; leave the flag out")
+    return run.path, replace(settings, **{name: given[name] for name in MOVABLE if name in given})
+
+
+def shared_images(
+    runs: Sequence[Settings], context: Context, interruption: Interruption, quiet: bool
+) -> Callable[[], TrainImages]:
+    """Return what loads the images that these runs share, in all processes; those of several runs are kept.
+
+    It raises Interrupted if a signal comes before they are read; several processes wait for each other, and leave after.
+    """
+    processes = context.processes
+
+    def leave(signal_number: int) -> None:
+        if signal_number:
+            raise Interrupted("interrupted before the training began: nothing was written", signal_number)
+
+    def load() -> TrainImages:
+        images = processes.on_all(partial(load_train, runs[0], reading))
+        leave(processes.maximum(interruption.signal_number))
+        return images
+
+    reading = Reading.on(
+        context.device, processes.local_count, keep=len(runs) > 1, show=processes.is_main and not quiet,
+        check=lambda: leave(interruption.signal_number if processes.count == 1 else 0),
+    )  # fmt: skip
+    return cache(load) if len(runs) > 1 else load

@@ -1,77 +1,73 @@
-"""One training as it runs: what it runs on, where it writes, and what it leaves after each epoch."""
+"""One training as it runs: what it says, what it goes on from, and what it leaves after each epoch."""
 
-import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from filelock import BaseFileLock
 from torch import Tensor, nn
 
 from cvae.console import Bar, called, complain, program, say
 from cvae.context import Context, Interruption
 from cvae.data.mask_pictures import mask_png
-from cvae.data.masks import Split, is_picture, make_split
 from cvae.data.sources import difference
-from cvae.errors import DataError, Interrupted, NonFiniteError, UsageError, first_line
+from cvae.data.tasks import FixedMask, is_picture, make_task
+from cvae.errors import DataError, Interrupted, NonFiniteError, UsageError, first_line, taken_for_damage
 from cvae.model.cvae import CVAE
-from cvae.run import checkpoint
-from cvae.run.checkpoint import kinds
+from cvae.run import checkpoint, history
 from cvae.run.folder import (
     BEST,
     CONFIG,
+    FILES,
     INIT,
     LAST,
     OBSERVED,
     SUMMARY,
+    Progress,
+    RunFolder,
     as_json,
     create_run,
     hold,
     quoted,
-    read_json,
-    read_split,
     write_json,
-)
-from cvae.run.history import changes, last_machine, resumed
-from cvae.run.images import recognised
+)  # fmt: skip
 from cvae.run.load import start_from
 from cvae.run.log import RunLog
-from cvae.run.machine import describe_machine, differences
-from cvae.run.state import Progress, State, advice, fitting, look_at
 from cvae.settings import Settings
 
+Weights = dict[str, Tensor]
 
-@dataclass
+
 class Run:
-    """A run: its folder and settings, and what it runs on."""
+    """A run that is trained. All processes call its methods; the main one alone reads, writes and prints.
 
-    folder: Path
-    settings: Settings
-    context: Context
-    interruption: Interruption
-    quiet: bool = False
-    init: Path | None = None  # the run whose weights it begins with
-    words: Sequence[str] = ()  # of the command line
-    log: RunLog | None = None  # open in the main process
-    lock: BaseFileLock | None = None
-    start: dict[str, Tensor] | None = None  # the weights that it begins with, if they are another run's
-    config: dict[str, Any] = field(default_factory=dict)  # what `config.json` says, or is to say before it begins
-    remarks: list[str] = field(default_factory=list)  # what there is to say if it goes on
-    is_resumed: bool = False
+    Args:
+        folder: Where it is, or is to be.
+        settings: Its settings.
+        context: What it runs on.
+        interruption: Tells of signals.
+        quiet: Whether nothing is printed but warnings and errors.
+        init: The folder of the run whose weights it begins with.
+        words: The arguments of the command.
+    """
+
+    def __init__(
+        self, folder: Path, settings: Settings, context: Context, interruption: Interruption, quiet: bool = False,
+        init: Path | None = None, words: Sequence[str] = (),
+    ):  # fmt: skip
+        self.folder, self.settings, self.context, self.interruption = folder, settings, context, interruption
+        self.quiet, self.init, self.words = quiet, init, words
+        self._held = ExitStack()  # the lock and the log, in the main process
+        self._log: RunLog | None = None
+        self._going_on: Callable[[], None] = lambda: None  # what is written first once a run goes on
 
     def __enter__(self) -> "Run":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Close the log, and let go of the folder."""
-        try:
-            if self.log is not None:
-                self.log.close()
-        finally:
-            if self.lock is not None:
-                self.lock.release()
+        self._held.close()
 
     def say(self, line: str) -> None:
         """Print a line, once for all processes."""
@@ -84,202 +80,196 @@ class Run:
             complain(f"{program('train.py')}: {line}")
 
     def progress_bar(self, where: str, total: int) -> Bar:
-        """A bar over so many images, once for all processes."""
+        """Return a bar over so many images, once for all processes."""
         return Bar(where, total, "img", self.context.processes.is_main and not self.quiet)
 
-    def begin_with(self, other: Path, model: CVAE) -> None:
-        """Put the best weights of another run into a model, before `claim` makes the folder. Raises DataError."""
+    def leave_if_interrupted(self) -> None:
+        """Raise Interrupted, in all processes at once, if a signal came to one of them."""
+        if number := self.context.processes.maximum(self.interruption.signal_number):
+            raise Interrupted(f"interrupted; to go on: {called('train.py')} --resume {quoted(self.folder)}", number)
 
-        def begin() -> tuple[str, dict[str, Any], dict[str, Tensor]]:
-            return *start_from(other, model), model.state_dict()
+    def task(self, resume: bool, height: int, width: int) -> FixedMask:
+        """Return the task of images of this size, or of the run that is resumed. Raises DataError."""
 
-        line, self.config["init"], weights = self.context.processes.on_main(begin)
-        model.load_state_dict(weights)
-        self.start = weights
-        self.say(line)
+        def make() -> FixedMask:  # other machines may see neither the folder nor the picture of a mask
+            return RunFolder(self.folder).task if resume else make_task(self.settings, height, width)
 
-    def load_start(self, model: nn.Module) -> None:
-        """Put the weights into a model that the run began with, where they were another run's. Raises DataError."""
-        start = self.context.processes.on_main(lambda: self.start)
-        if start is not None:
-            with fitting(self.folder, INIT):
-                model.load_state_dict(start)
+        return self.context.processes.on_main(make)
 
-    def split(self, resume: bool, height: int, width: int) -> Split:
-        """The split of images of this size, or that of the run which is resumed. Raises DataError."""
+    def open(self, model: CVAE, images: dict[str, Any], resume: bool, overwrite: bool) -> dict[str, Any] | None:
+        """Hold the folder, made now unless it is resumed, and give the model the weights that it goes on from.
 
-        def read() -> Split:  # other machines may see neither the folder nor the picture of a mask
-            if not resume:
-                return make_split(self.settings, height, width)
-            with advice(self.folder):
-                return read_split(self.folder)
+        A folder that is resumed is not written into before all that is needed was read, here and in `restore`.
 
-        return self.context.processes.on_main(read)
+        Args:
+            model: The model, new.
+            images: What identifies the images, as `data.sources.record` gives it.
+            resume: Whether the run goes on.
+            overwrite: Whether an old run may be replaced.
 
-    def claim(self, split: Split, images: dict[str, Any], resume: bool, overwrite: bool) -> State:
-        """Hold the folder, made now unless it is resumed; returns the state to go on from.
+        Returns:
+            The checkpoint to go on from, {} at the beginning; None if nothing is left to do.
 
-        split: of the images. images: what identifies them, as `data.sources.record` gives it.
-        Where a run is resumed, nothing is written before all that is needed to go on has been looked at, here and in
-        `restore`. Raises UsageError if the folder is taken, DataError if it cannot go on without loss, DiskError.
+        Raises:
+            UsageError: The folder is taken.
+            DataError: The run cannot go on without losing anything.
+            DiskError: The folder cannot be written.
         """
-        first = self.context.processes.on_main(lambda: images)
+        processes = self.context.processes
+        first = processes.on_main(lambda: images)
+        alike = "the first process has {}: each machine needs the same"
+        processes.on_all(partial(_refuse_others, first, images, alike))
+        begin = partial(self._go_on, images) if resume else partial(self._begin, model, images, overwrite)
+        last, weights = processes.on_main(begin)
+        if weights is not None:
+            with left_as_it_is(self.folder, LAST if last else INIT):
+                model.load_state_dict(weights)
+        if last == {}:
+            processes.on_main(partial(self._write_on, last))
+        return last
 
-        def compare() -> None:
-            if differs := difference(first, images):
-                raise DataError(f"the first process has {differs}: each machine needs the same")
+    def _begin(self, model: CVAE, images: dict[str, Any], overwrite: bool) -> tuple[dict[str, Any], Weights | None]:
+        """Make the folder; return no checkpoint, and the weights that the run begins with, if they are another's."""
+        machine = history.describe_machine(self.context, self.words)
+        config, files = {"settings": self.settings.to_dict(), "images": images, **machine}, {}
+        weights = None
+        if self.init is not None:
+            line, config["init"] = start_from(self.init, model)
+            weights = model.state_dict()
+            files[INIT] = checkpoint.packed({"model": weights})
+            self.say(line)
+        if is_picture(self.settings) and isinstance(model.task, FixedMask):
+            files[OBSERVED] = mask_png(model.task.observed)
+        self._hold(create_run(self.folder, {**files, CONFIG: as_json(config)}, overwrite, self.warn))
+        return {}, weights
 
-        def claim() -> State:
-            if resume:
-                return self._open(images)
-            self._create(split, images, overwrite)
-            return State({}, False, [])
+    def _go_on(self, images: dict[str, Any]) -> tuple[dict[str, Any] | None, Weights | None]:
+        """Return the checkpoint and the weights that a run goes on from; None if it is finished."""
+        run, s = RunFolder(self.folder), self.settings
+        self._hold(hold(self.folder, self.warn))
+        _refuse_others(run.record, images, f"{self.folder}: was begun on {{}}; --data says where its own are")
+        machine, config = history.describe_machine(self.context, self.words), {**run.config}
+        config["images"] = {**images, **{part: known for part, known in run.record.items() if known is not None}}
+        with left_as_it_is(self.folder):
+            last = run.last()
+            weights = last.get("model") if last.get("phase") == "cvae" else None
+            if "init" in config and weights is None:
+                weights = checkpoint.load(self.folder / INIT).get("model")
+        if last.get("phase") == "cvae":
+            progress = Progress(**last["progress"])
+            if progress.epoch > s.epochs:
+                raise UsageError(f"{self.folder} has had {progress.epoch} epochs; --epochs cannot be less")
+            is_whole = (run.summary or {}).get("epoch") == progress.epoch and (self.folder / BEST).is_file()
+            if is_whole and progress.is_over(s.epochs, s.patience, s.unbent_epochs):
+                if history.changes(config, s):
+                    write_json(self.folder / CONFIG, history.resumed(config, s, last, machine))
+                return None, None
 
-        self.context.processes.on_all(compare)
-        here = self.context.processes.on_main(claim)
-        if here.last.get("phase") == "cvae" and (epoch := here.last["progress"]["epoch"]) > self.settings.epochs:
-            raise UsageError(f"{self.folder} has had {epoch} epochs; --epochs cannot be less")
-        if self.is_finished(here):
-            self.context.processes.on_main(lambda: self._record_changes(here.last))
-        elif not here.last:
-            self.context.processes.on_main(lambda: self._begin_writing({}))
-        return here
+        def going_on() -> None:
+            if found := history.differences(config, machine):
+                self.say(f"{self.folder}: from here on not bit for bit as it began: {', '.join(found)}")
+            write_json(self.folder / CONFIG, history.resumed(config, s, last, machine))
 
-    def _create(self, split: Split, images: dict[str, Any], overwrite: bool) -> None:
-        if overwrite and os.path.islink(self.folder):
-            self.say(f"{self.folder} is a link: the run is replaced to which it leads, {os.path.realpath(self.folder)}")
-        self.config = {"settings": self.settings.to_dict(), "images": images, **self._machine, **self.config}
-        files = {CONFIG: as_json(self.config)}
-        if is_picture(self.settings):
-            files[OBSERVED] = mask_png(split.observed)
-        if (start := self.start) is not None:
-            files[INIT] = checkpoint.packed({"model": start})
-        self.lock = create_run(self.folder, files, overwrite, self.warn)
+        self._going_on = going_on
+        return last, weights
 
-    def _open(self, images: dict[str, Any]) -> State:
-        self.lock = hold(self.folder, self.warn)
-        state, (images, remarks) = look_at(self.folder), recognised(self.folder, images, self.settings.data)
-        state.remarks.extend(remarks)
-        self.config = read_json(self.folder / CONFIG)
-        if found := differences(last_machine(self.config), self._machine):
-            state.remarks.append(f"{self.folder}: from here on not bit for bit as it began: {', '.join(found)}")
-        if "init" in self.config and state.last.get("phase") != "cvae":
-            with advice(self.folder):
-                self.start = checkpoint.load(self.folder / INIT).get("model")
-                if kinds(self.start) is None:
-                    raise DataError(f"{self.folder / INIT}: does not hold the weights that the run began with")
-        self.config["images"] = images
-        self.remarks, self.is_resumed = state.remarks, True
-        return state
+    def _hold(self, lock: Any) -> None:
+        if lock is not None:
+            self._held.callback(lock.release)
 
-    @cached_property  # it asks git
-    def _machine(self) -> dict[str, Any]:
-        return describe_machine(self.context.device, self.context.precision, self.context.processes.count, self.words)
-
-    def _record_changes(self, last: dict[str, Any]) -> None:
-        """Have the settings in `config.json` that are others than before, if any are."""
-        if changes(self.config, self.settings):
-            self._record_resumption(last)
-
-    def _record_resumption(self, last: dict[str, Any]) -> None:
-        self.config = resumed(self.config, self.settings, last, self._machine)
-        write_json(self.folder / CONFIG, self.config)
-
-    def is_finished(self, state: State) -> bool:
-        """Whether a run in this state has nothing left to do."""
-        return state.is_complete and Progress(**state.last["progress"]).is_over(
-            self.settings.epochs, self.settings.patience, self.settings.unbent_epochs
-        )
+    def _write_on(self, last: dict[str, Any]) -> None:
+        """Begin to write: all that can be wrong was looked at."""
+        self._going_on()
+        for path in [self.folder / SUMMARY, *self.folder.glob(".*.tmp")]:
+            if path.name.removeprefix(".").startswith(FILES):  # a killed process may have left half a file of ours
+                path.unlink(missing_ok=True)
+        if last:
+            self._save_best(last)  # the process may have ended between the two files
+        self._log = RunLog(self.folder, last.get("log", {}))
+        self._held.callback(self._log.close)
+        if not last:
+            self._log.describe(self.settings.to_dict())
 
     def restore(self, last: dict[str, Any], parts: Mapping[str, Any]) -> Progress:
-        """Put the models and the optimizer, by their names in the checkpoint, where it has them.
-
-        Raises DataError if it does not fit them.
-        """
-        with fitting(self.folder, LAST):
+        """Put a checkpoint's states into models and optimizer, by name. Raises DataError if they do not fit."""
+        with left_as_it_is(self.folder, LAST):
             for name, part in parts.items():
                 part.load_state_dict(last[name])
-        self.context.processes.on_main(lambda: self._begin_writing(last))
+        self.context.processes.on_main(partial(self._write_on, last))
         return Progress(**last["progress"])
 
-    def _begin_writing(self, last: dict[str, Any]) -> None:
-        """All that can be wrong has been looked at: open the log, taken back to where the checkpoint was written."""
-        for remark in self.remarks:
-            self.say(remark)
-        if self.is_resumed:
-            self._record_resumption(last)
-        if last:
-            self.save_best(last)  # the process may have ended between the two files
-        self.log = RunLog(self.folder, last.get("log", {}))
-        if not last:
-            self.log.describe(self.settings.to_dict())
+    def save_epoch(
+        self, phase: str, progress: Progress, parts: Mapping[str, Any], record: dict[str, Any],
+        picture: Callable[[Any], Tensor],
+    ) -> None:  # fmt: skip
+        """Write an epoch: the log first, so that `last.pt` can say how much of it there is, and `best.pt` after that.
 
-    def load_last(self, last: dict[str, Any], model: nn.Module) -> None:
-        """Put the checkpoint's weights into a model. Raises DataError if they do not fit it."""
-        with fitting(self.folder, LAST):
-            model.load_state_dict(last["model"])
+        Whatever moment the process is killed in, `last.pt` is whole, what the log has beyond it can be dropped, and a
+        `best.pt` that it is ahead of can be made from it. Arguments as `restore` and `Phase` have them.
+        """
+
+        def save() -> None:
+            assert self._log is not None
+            self._log.epoch(phase, record, picture(parts["average"]))
+            states = {name: part.state_dict() for name, part in parts.items()}
+            last = {"phase": phase, "progress": asdict(progress), **states, "log": self._log.position()}
+            checkpoint.save(self.folder / LAST, last)
+            self._save_best(last)
+
+        self.context.processes.on_main(save)
+
+    def _save_best(self, last: dict[str, Any]) -> None:
+        """Write `best.pt` if the epoch that this checkpoint holds is the best one."""
+        progress = last["progress"]
+        if progress["epoch"] == progress["best_epoch"]:
+            best = {"phase": last["phase"], "epoch": progress["epoch"], "loss": progress["best_loss"]}
+            checkpoint.save(self.folder / BEST, {**best, "model": last["average"]})
 
     def load_best(self, phase: str, progress: Progress, model: nn.Module) -> None:
-        """Put the best weights of the phase trained last into a model.
-
-        Raises NonFiniteError if not one epoch had any, DataError if they cannot be read or do not fit the model.
-        """
+        """Put the best weights of the phase trained last into a model. Raises NonFiniteError if no epoch had any."""
         if progress.best_epoch == 0:
             raise NonFiniteError(
                 f"{phase}: the validation loss was NaN or infinite after each of {progress.epoch} epochs. "
                 "Try a lower --learning-rate, or look at the data"
             )
-        best = self.context.processes.on_main(
-            lambda: checkpoint.load(self.folder / BEST)
-        )  # other machines may not see it
-        with fitting(self.folder, BEST):
-            model.load_state_dict(best["model"])
-
-    def save_epoch(
-        self,
-        phase: str,
-        progress: Progress,
-        parts: Mapping[str, Any],
-        record: dict[str, Any],
-        picture: Callable[[Any], Tensor],
-    ) -> None:
-        """Write an epoch: the log first, so that `last.pt` can say how much of it there is, and `best.pt` after that.
-
-        Whatever moment the process is killed in, `last.pt` is whole, what the log has beyond it can be dropped, and a
-        `best.pt` that it is ahead of can be made from it. parts, picture: as `restore` and `Phase` have them.
-        """
-        assert self.log is not None
-        (self.folder / SUMMARY).unlink(missing_ok=True)  # that of a finished run which goes on with more epochs
-        self.log.epoch(phase, record, picture(parts["average"]))
-        states = {name: part.state_dict() for name, part in parts.items()}
-        content = {"phase": phase, "progress": asdict(progress), **states, "log": self.log.position()}
-        checkpoint.save(self.folder / LAST, content)
-        self.save_best(content)
-
-    def save_best(self, last: dict[str, Any]) -> None:
-        """Write `best.pt` if the epoch that this checkpoint holds is the best one."""
-        progress = last["progress"]
-        if progress["epoch"] == progress["best_epoch"]:
-            content = {"phase": last["phase"], "epoch": progress["epoch"], "loss": progress["best_loss"]}
-            checkpoint.save(self.folder / BEST, {**content, "model": last["average"]})
+        model.load_state_dict(self.context.processes.on_main(lambda: checkpoint.load(self.folder / BEST)["model"]))
 
     def finish(self, progress: Progress, draw: Callable[[Path], Sequence[str]]) -> None:
         """Have the run's figures drawn, and write `summary.json`, by which `eval.py` knows a finished run.
 
-        draw: what draws into a folder, and returns a line about each thing that is missing. Whatever it raises is no
-        more than a warning.
+        Args:
+            progress: What it has come to.
+            draw: Draws into a folder, and returns a line about each thing that is missing; if it fails, that is told.
         """
-        assert self.log is not None
-        try:
-            missing = draw(self.folder)
-        except Exception as error:
-            missing = [f"{self.folder}: its figures are not all drawn ({first_line(error)})"]
-        for line in missing:
-            self.warn(line)
-        self.log.finish(self.settings.to_dict(), {"validation_loss": progress.best_loss, "seconds": progress.seconds})
-        write_json(self.folder / SUMMARY, asdict(progress))
 
-    def leave_if_interrupted(self) -> None:
-        """Raises Interrupted, in all processes at once, if a signal came to one of them."""
-        if number := self.context.processes.maximum(self.interruption.signal_number):
-            raise Interrupted(f"interrupted; to go on: {called('train.py')} --resume {quoted(self.folder)}", number)
+        def write() -> None:
+            assert self._log is not None
+            try:
+                missing = draw(self.folder)
+            except Exception as error:
+                missing = [f"{self.folder}: its figures are not all drawn ({first_line(error)})"]
+            for line in missing:
+                self.warn(line)
+            results = {"validation_loss": progress.best_loss, "seconds": progress.seconds}
+            self._log.finish(self.settings.to_dict(), results)
+            write_json(self.folder / SUMMARY, asdict(progress))
+
+        self.context.processes.on_main(write)
+
+
+@contextmanager
+def left_as_it_is(folder: Path, name: str = "") -> Iterator[None]:
+    """Add what can be done to a DataError, which a state that does not fit a model raises too if it has a file name."""
+    kinds = (KeyError, TypeError, ValueError, AttributeError, RuntimeError) if name else ()
+    try:
+        with taken_for_damage(f"{folder / name}: does not fit the run's settings", *kinds):
+            yield
+    except DataError as error:
+        ways = "--init begins a new one with its weights, --overwrite begins it anew"
+        raise DataError(f"{error}. The run cannot go on and is left as it is: {ways}") from None
+
+
+def _refuse_others(recorded: dict[str, Any], images: dict[str, Any], words: str) -> None:
+    """Raise DataError unless two records are of the same images."""
+    if differs := difference(recorded, images):
+        raise DataError(words.format(differs))
