@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from cvae.context import Context, Interruption
-from cvae.data.parts import Reading
 from cvae.data.sources import TrainImages, load_train, named
 from cvae.data.tasks import MASKS
 from cvae.errors import DataError, Interrupted, UsageError
@@ -117,7 +116,7 @@ def shared_images(
 ) -> Callable[[], TrainImages]:
     """Return what loads the images that these runs share, in all processes; those of several runs are kept.
 
-    It raises Interrupted if a signal comes before they are read; several processes wait for each other, and leave after.
+    It raises Interrupted if a signal comes before they are read, or, with several processes, after that.
     """
     processes = context.processes
 
@@ -125,13 +124,12 @@ def shared_images(
         if signal_number:
             raise Interrupted("interrupted before the training began: nothing was written", signal_number)
 
+    def check() -> None:
+        leave(interruption.signal_number if processes.count == 1 else 0)
+
     def load() -> TrainImages:
-        images = processes.on_all(partial(load_train, runs[0], reading))
+        images = processes.on_all(partial(load_train, runs[0], processes.is_main and not quiet, check))
         leave(processes.maximum(interruption.signal_number))
         return images
 
-    reading = Reading.on(
-        context.device, processes.local_count, keep=len(runs) > 1, show=processes.is_main and not quiet,
-        check=lambda: leave(interruption.signal_number if processes.count == 1 else 0),
-    )  # fmt: skip
     return cache(load) if len(runs) > 1 else load

@@ -36,13 +36,15 @@ def load_tutorial(path: str | Path, quadrants: int = 1, device: torch.device | s
     check_device(device)
     settings, path = Settings(quadrants=quadrants), Path(path)
     weights = unpickled(path, "holds more than tensors, or is damaged: save the state_dict of the CVAE")
-    task, state = make_task(settings, SIDE, SIDE), {}
+    task, state = make_task(settings, SIDE, SIDE), dict[str, Tensor]()
     try:
         for network in ("baseline_net", "prior_net", "recognition_net", "generation_net"):
             names = ("fc1", "fc2", "fc31", "fc32") if f"{network}.fc31.bias" in weights else ("fc1", "fc2", "fc3")
             layers = [(weights[f"{network}.{name}.weight"], weights[f"{network}.{name}.bias"]) for name in names]
             state |= _converted(network, layers, task)
-        first, second, z = (len(weights[f"{n}.bias"]) for n in ("baseline_net.fc1", "baseline_net.fc2", "prior_net.fc31"))
+        first, second, z = (
+            len(weights[f"{n}.bias"]) for n in ("baseline_net.fc1", "baseline_net.fc2", "prior_net.fc31")
+        )
         settings = replace(settings, hidden=(first, second), latent_dim=z)
     except (KeyError, TypeError, ValueError, IndexError, RuntimeError, AttributeError) as error:
         raise DataError(f"{path}: is no CVAE of Pyro's example ({type(error).__name__}: {error})") from None
@@ -61,5 +63,5 @@ def _converted(network: str, layers: list[tuple[Tensor, Tensor]], task: FixedMas
         weight = weight[:, task.order]  # and loc and log-scale become one layer:
     end = [torch.cat(parts) for parts in zip(*last, strict=True)]
     end = end if len(last) == 2 else [part[hidden] for part in end]
-    tensors = zip(("0", "1", "2"), ((weight, bias), second, end), strict=True)
-    return {f"{network}.layers.{i}.{kind}": t for i, layer in tensors for kind, t in zip(("weight", "bias"), layer, strict=True)}
+    names = (f"{network}.layers.{i}.{kind}" for i in range(3) for kind in ("weight", "bias"))
+    return dict(zip(names, (weight, bias, *second, *end), strict=True))

@@ -44,7 +44,7 @@ def run_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Ca
     """`train.py` in this process, on images of 8×8 pixels; returns the run's folder."""
     random = torch.Generator("cpu").manual_seed(0)
     images = torch.randint(256, (120, SIDE, SIDE), dtype=torch.uint8, generator=random)
-    monkeypatch.setattr("cvae.run.images.load_train", lambda *_: source(images[:80], images[80:]))
+    monkeypatch.setattr("cvae.run.plan.load_train", lambda *_: source(images[:80], images[80:]))
     monkeypatch.setattr(evaluation, "load_test", lambda *_: TestImages(images[80:], "", record(test=images[80:])))
 
     def run(name: str, *words: str, code: int = 0) -> Path:

@@ -289,7 +289,7 @@ def test_table_and_figure(device, run_training, tmp_path, capsys):
 def test_memory_is_flat_over_epochs(monkeypatch, tmp_path):
     """After the second epoch of each phase, not a byte more is allocated or reserved."""
     images = torch.randint(256, (400, 28, 28), dtype=torch.uint8)
-    monkeypatch.setattr("cvae.run.images.load_train", lambda *_: source(images[:300], images[300:]))
+    monkeypatch.setattr("cvae.run.plan.load_train", lambda *_: source(images[:300], images[300:]))
     allocated: dict[str, list[tuple[int, int]]] = {}
     train_epoch = train.train_epoch
 
