@@ -72,7 +72,8 @@ def make_toy() -> Callable[..., Toy]:
         torch.manual_seed(seed)
         task = FixedMask(quadrants(num_quadrants, height, width))
         builder = {**NETWORKS, **TEST_NETWORKS}[network] if isinstance(network, str) else network
-        cvae = builder(task, Settings(hidden=tuple(hidden), latent_dim=latent_dim, **settings)).to(dtype)
+        given = {"hidden": tuple(hidden), "latent_dim": latent_dim, "channels": 4, **settings}
+        cvae = builder(task, Settings(**given)).to(dtype)
         spread(cvae, gain)
         # Black, white and grey pixels; whole grey levels, so that uint8 holds them too.
         images = torch.rand(count, height, width).mul(1.6).sub(0.3).clamp(0, 1).mul(255).round().to(dtype) / 255
