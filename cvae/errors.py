@@ -10,6 +10,9 @@ class CvaeError(Exception):
     exit_code = 1
     is_told_elsewhere = False  # by another process of the same job
 
+    def __init__(self, message: str = ""):
+        super().__init__(printable(message))  # the names of files may hold anything
+
 
 class PeerLost(CvaeError):
     """Another of the processes that train together is gone, or they could not meet."""

@@ -29,10 +29,10 @@ def as_images(picture: Picture, task: Task) -> Tensor:
     images = _tensor(picture)
     if images.dtype == torch.bool:
         images = images.float()
-    size = (task.height, task.width)
+    size = [task.height, task.width]
     is_known = images.dtype == torch.uint8 or images.is_floating_point()
-    if not is_known or images.dim() not in (2, 3) or images.shape[-2:] != size:
-        wanted = f"[{size[0]}, {size[1]}] or [B, {size[0]}, {size[1]}], uint8 or floats in [0, 1]"
+    if not is_known or images.dim() not in (2, 3) or list(images.shape[-2:]) != size:
+        wanted = f"{size} or {['B', *size]}, uint8 or floats in [0, 1]".replace("'", "")
         advice = "" if isinstance(picture, Tensor | np.ndarray) else "; cvae.as_digit finds the digit in a photograph"
         raise ValueError(f"pictures for this model are {wanted}, not {described(images)}{advice}")
     return images if images.dim() == 3 else images[None]
@@ -52,7 +52,7 @@ def _tensor(picture: Picture) -> Tensor:
     if isinstance(picture, str | os.PathLike):
         return torch.tensor(read_picture(os.fspath(picture)))
     if isinstance(picture, Image.Image):
-        with naming("the picture"):
+        with naming("the picture", "cannot be read as a picture"):
             return torch.tensor(np.asarray(grey_picture(picture, "the picture", [])))
     if isinstance(picture, np.ndarray) and picture.dtype.kind in "buif":
         return torch.tensor(picture.astype(picture.dtype.newbyteorder("="), copy=False))
@@ -66,11 +66,7 @@ def in_range(pixels: Tensor) -> bool:
 
 
 def as_pixels(name: str, pixels: Tensor, like: Tensor) -> Tensor:
-    """Return pixels as floats in [0, 1], of the type and on the device of another tensor: uint8 divided by 255.
-
-    Raises:
-        ValueError: For floats outside [0, 1], with the name.
-    """
+    """Return pixels as floats in [0, 1], of another tensor's type and device; raise ValueError for floats outside."""
     if not in_range(pixels):
         raise ValueError(f"{name} has to be uint8, or floats in [0, 1], not {described(pixels)}")
     moved = pixels.to(like.device, like.dtype)

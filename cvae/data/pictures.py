@@ -12,36 +12,21 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from cvae.console import Bar
-from cvae.data.readers import GREY, SIXTEEN_BIT, Array, Source, checked, eight_bit, levels, listed, naming, part_named
+from cvae.data.readers import GREY, SIXTEEN_BIT, Array, Source, checked, levels, naming, part_named
 from cvae.errors import DataError
 
 FORMATS = ("PNG", "JPEG", "BMP", "DIB", "GIF", "TIFF", "WEBP", "PPM")
 ORIENTATION = 0x0112  # the EXIF tag
 
 
-# Folders
-
-
 def read_pictures(
-    path: Path, wanted: Collection[str], side: int | None, show: bool = False, check: Callable[[], None] = lambda: None
+    path: Path, wanted: Collection[str], side: int | None, show: bool, check: Callable[[], None]
 ) -> Source | None:
-    """Read the pictures below a folder.
+    """Read the wanted parts of the pictures below a folder; None where there is no folder, or no picture in it.
 
     Where the folder has folders `train` and `test`, these are the parts of the set, and `val` or `validation` too; else
-    the set is not divided, and all other folders, of classes for instance, are alike.
-
-    Args:
-        path: The folder.
-        wanted: The parts to read.
-        side: Height and width that the pictures are scaled to; None: all have to be of one size.
-        show: Whether the user sees a progress bar.
-        check: Called before each picture; what it raises ends the reading.
-
-    Returns:
-        The set, or None where there is no folder, or no picture in it.
-
-    Raises:
-        DataError: For a picture that cannot be read, or is of another size than the first one.
+    the set is not divided, and all other folders, of classes for instance, are alike. side: height and width that all
+    are scaled to; None: they have to be of one size. show, check: as in `load_train`.
     """
     names, others = _walk(path) if path.is_dir() else ([], 0)
     if not names:
@@ -55,17 +40,17 @@ def read_pictures(
         parts = {"all": names}
     elif beside := parts.pop(None, []):
         notes.append(f"{len(beside)} pictures beside train and test passed over, {beside[0]} for one")
-    images = {}
+    source = Source("pictures below", str(path), {}, notes)
     for part, names in parts.items():
         if len(tops := {name.partition(os.sep)[0] for name in names}) > 1 and part != "all":
-            raise DataError(f"{path}: has several folders for one part: {listed(sorted(tops))}")
+            raise DataError(f"{path}: has several folders for one part: {', '.join(sorted(tops))}")
         if part in (*wanted, "all"):
-            images[str(part)] = _read_all([str(path / name) for name in names], side, notes, show, check)
-    return Source("pictures below", str(path), images, notes)
+            source.parts[str(part)] = _read_all([str(path / name) for name in names], side, notes, show, check)
+    return source
 
 
 def pictures_below(folder: str | Path) -> list[str]:
-    """Return the paths in a folder of all pictures below it, sorted, as `read_pictures` takes them."""
+    """Return the paths in a folder of all pictures below it, sorted, as a training takes them."""
     return _walk(folder)[0]
 
 
@@ -74,13 +59,10 @@ def _walk(folder: str | Path) -> tuple[list[str], int]:
     suffixes = {suffix for suffix, form in Image.registered_extensions().items() if form in FORMATS}
     names, others, seen = [], 0, set()
     with naming(folder):
-        for place, folders, files in os.walk(folder, onerror=_raise, followlinks=True):
-            seen.add(os.path.realpath(place))
-            folders[:] = [
-                name
-                for name in folders
-                if name[0] != "." and name != "__MACOSX" and os.path.realpath(os.path.join(place, name)) not in seen
-            ]
+        for place, folders, files in os.walk(folder, onerror=_refuse, followlinks=True):
+            seen.add(os.path.realpath(place))  # a link may lead back
+            folders[:] = [name for name in folders if name[0] != "." and name != "__MACOSX"]
+            folders[:] = [name for name in folders if os.path.realpath(os.path.join(place, name)) not in seen]
             for file in (os.path.join(place, name) for name in files if name[0] != "."):
                 is_picture = os.path.splitext(file)[1].lower() in suffixes and os.path.isfile(file)
                 names += [os.path.relpath(file, folder)] * is_picture
@@ -88,7 +70,7 @@ def _walk(folder: str | Path) -> tuple[list[str], int]:
     return sorted(names, key=lambda name: name.split(os.sep)), others
 
 
-def _raise(error: OSError) -> None:
+def _refuse(error: OSError) -> None:
     raise DataError(f"{error.filename}: cannot be read ({error.strerror})")
 
 
@@ -110,7 +92,7 @@ def _read_all(
 
 
 def resized(images: Tensor, side: int, show: bool, check: Callable[[], None]) -> Tensor:
-    """Return images uint8 `[N, height, width]` scaled to `[N, side, side]`; show, check as in `read_pictures`."""
+    """Return images uint8 `[N, height, width]` scaled to `[N, side, side]`; show, check as in `load_train`."""
     result = np.empty((len(images), side, side), np.uint8)
     with Bar("scaling", len(images), "img", show) as bar:
         for i, image in enumerate(images.numpy()):
@@ -124,19 +106,18 @@ def _scaled(picture: Image.Image, side: int) -> Array:
     return np.asarray(picture.resize((side, side), Image.Resampling.LANCZOS))
 
 
-# Single pictures
-
-
 def read_picture(path: str | Path, side: int | None = None, notes: list[str] | None = None) -> Array:
-    """Return the grey levels of a picture's file, uint8 `[height, width]`.
+    """Return the grey levels of a picture's file.
 
-    The picture is turned as its EXIF orientation says; transparent pixels are black; of several frames the first is
-    taken.
+    It is turned as its EXIF orientation says; transparent pixels are black; of several frames the first is taken.
 
     Args:
         path: The file.
         side: Height and width that the picture is scaled to.
         notes: Takes what was chosen, in words.
+
+    Returns:
+        uint8 `[height, width]`.
 
     Raises:
         DataError: For a file that cannot be read, with its name.
@@ -145,27 +126,26 @@ def read_picture(path: str | Path, side: int | None = None, notes: list[str] | N
         simplefilter("ignore")
         simplefilter("error", Image.DecompressionBombWarning)
         with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
-            grey = grey_picture(image, str(path), [] if notes is None else notes)
+            grey = grey_picture(image, str(path), notes := [] if notes is None else notes)
             if side is None or grey.size == (side, side):
                 return np.asarray(grey)
-            if notes is not None:
-                notes.append("scaled")
+            notes.append("scaled")
             return _scaled(grey, side)
 
 
 def grey_picture(image: Image.Image, name: str, notes: list[str]) -> Image.Image:
-    """Return an open picture in grey levels."""
+    """Return an open picture in grey levels; arguments as of `read_picture`."""
     if getattr(image, "is_animated", False):
         notes.append("the first one of several frames taken")
     if image.getexif().get(ORIENTATION, 1) != 1:
         image = ImageOps.exif_transpose(image)
         notes.append("turned as their EXIF orientation says")
     if image.mode[0] in "IF":
-        values = levels(np.asarray(image)[None], name)[0]
-        if values.dtype == np.uint16 and values.max() < 256:
+        values = np.asarray(image)[None]
+        if image.mode[0] == "I" and values.max() < 256:
             raise DataError(f"{name}: is a 16-bit picture with no level above 255 of 65535; store it with 8 bits")
-        notes.append(SIXTEEN_BIT if values.dtype == np.uint16 else "floats from 0 to 1")
-        image = Image.fromarray(eight_bit(values) if values.dtype == np.uint16 else values)
+        notes.append(SIXTEEN_BIT if image.mode[0] == "I" else "floats from 0 to 1")
+        image = Image.fromarray(levels(values, 65535 if image.mode[0] == "I" else 1, name)[0])
     if image.has_transparency_data:
         image = image.convert("RGBA")
         if image.getchannel("A").getextrema() != (255, 255):

@@ -6,7 +6,7 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from importlib import resources
 from pathlib import Path
@@ -29,10 +29,9 @@ PARTS = {
 """The words in the names of files, folders and arrays that say to which part of a set they belong."""
 
 LABELS = {"y", "label", "labels", "target", "targets"}  # words in the names of arrays that are no images
-GREY = "colour made grey by ITU-R 601"
-SIXTEEN_BIT = "16-bit levels scaled to 8"
+GREY, SIXTEEN_BIT = "colour made grey by ITU-R 601", "16-bit levels scaled to 8"
 AT_ONCE = 1000  # images whose levels are converted at once
-MOST_COMPRESSION = 1100  # more than deflate can do: what announces more is damaged, and is not too large
+MOST_COMPRESSION = 1100  # more than deflate can do: what announces more is damaged, and not too large
 
 IDX_NAME = re.compile(
     r"(?:(?P<set>.+)[-_.])?(?P<part>train|test|t10k)[-_.]"
@@ -71,7 +70,7 @@ def naming(path: object, problem: str = "cannot be read") -> Iterator[None]:
         raise
     except Exception as error:
         reason = (getattr(error, "strerror", None) or first_line(error))[:200]
-        if is_out_of_memory(error) or "out of memory" in reason:
+        if is_out_of_memory(error) or "out of memory" in reason:  # as Pillow says it
             raise UsageError(f"{path}: does not fit into the memory ({reason}); smaller images do (--size)") from None
         raise DataError(f"{path}: {problem} ({reason})") from None
 
@@ -82,37 +81,20 @@ def part_named(name: str) -> str | None:
     return parts.pop() if len(parts) == 1 else None
 
 
-def listed(names: Iterable[object], most: int = 5) -> str:
-    """Return names in one line, the first few of many."""
-    words = [str(name) for name in names]
-    return ", ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")
-
-
-# IDX files
-
-
 def read_idx_set(path: Path, wanted: Collection[str], kind: str = "images") -> Source | None:
-    """Read a set of IDX files.
+    """Read the wanted parts of a set of IDX files, `images` or `labels`; None where there is none.
 
-    Args:
-        path: A folder that holds one set, itself or in a folder below it (torchvision's layout is `MNIST/raw`); or a
-            folder and the name of one of its sets, as in `raw/emnist-letters`.
-        wanted: The parts to read.
-        kind: `images` or `labels`.
-
-    Returns:
-        The set, or None where there is none.
-
-    Raises:
-        DataError: For several sets, and for damaged files.
+    The path is a folder that holds one set, itself or in a folder below it (torchvision's layout is `MNIST/raw`); or a
+    folder and the name of one of its sets, as in `raw/emnist-letters`.
     """
     if path.is_dir():
-        folders = [path] if _idx_files(path) else [place for top in _folders(path) for place in (top, top / "raw")]
+        tops = sorted(top for top in path.iterdir() if top.is_dir())
+        folders = [path] if _idx_files(path) else [place for top in tops for place in (top, top / "raw")]
         sets = [(place / name, files) for place in folders for name, files in _idx_files(place).items()]
     else:
         sets = [(path, files) for name, files in _idx_files(path.parent).items() if name == path.name.lower()]
     if len(sets) > 1:
-        choices = listed(shlex.quote(str(place)) for place, _ in sets)
+        choices = ", ".join(shlex.quote(str(place)) for place, _ in sets)
         raise DataError(f"{path}: holds several sets of images; say which: --data with {choices}")
     for place, files in sets:
         source = Source("IDX files in", str(place), {}, [])
@@ -126,10 +108,6 @@ def read_idx_set(path: Path, wanted: Collection[str], kind: str = "images") -> S
                 raise DataError(f"{files[part, kind]}: has {len(array)} labels for {count} images")
         return source
     return None
-
-
-def _folders(path: Path) -> list[Path]:
-    return sorted(place for place in path.iterdir() if place.is_dir())
 
 
 def _idx_files(folder: Path) -> dict[str, dict[tuple[str, str], Path]]:
@@ -148,9 +126,6 @@ def read_idx(path: Path) -> Array:
     """Return the array in an IDX file, plain, gzip or xz, whatever its name says.
 
     The format: two zero bytes, a type, the number of dimensions, each dimension as a big-endian uint32, the elements.
-
-    Raises:
-        DataError: For a file that is damaged or of another format.
     """
     with naming(path), open(path, "rb") as file:
         unpack = UNPACKERS.get(file.read(2), nullcontext)
@@ -176,27 +151,14 @@ def mnist(part: str, kind: str = "images") -> Tensor:
     """Return the images of the MNIST in the package, part `train` or `t10k`, uint8 `[N, 28, 28]`; or its `labels`."""
     name = f"{part}-{kind}-idx{3 if kind == 'images' else 1}-ubyte.xz"
     with resources.as_file(resources.files("cvae.data") / "mnist" / name) as path:
-        return torch.from_numpy(read_idx(path))
-
-
-# NumPy's files
+        array = torch.from_numpy(read_idx(path))
+    return array if kind == "images" else array.long()
 
 
 def read_arrays(path: Path, wanted: Collection[str]) -> Source | None:
-    """Read the images in an .npz or .npy file; nothing in it is executed.
+    """Read the wanted parts of the images in an .npz or .npy file; None where it is neither. Nothing is executed.
 
-    Arrays are `[N, height, width]`, with one or three channels after them or before height. The parts of the set are
-    known by their names (`x_train`, `test`, `val_images`); of another name there can only be one.
-
-    Args:
-        path: The file.
-        wanted: The parts to read.
-
-    Returns:
-        The set, or None where the file is neither.
-
-    Raises:
-        DataError: For a file without images, and for damaged ones.
+    The parts are known by the names of arrays (`x_train`, `test`, `val_images`); of another name there can only be one.
     """
     if not path.is_file():
         return None
@@ -207,13 +169,12 @@ def read_arrays(path: Path, wanted: Collection[str]) -> Source | None:
         file.seek(0)
         stored = np.load(file if form == ".npz file" else path, mmap_mode="r", allow_pickle=False)
         with stored if form == ".npz file" else nullcontext({"": stored}) as arrays:
-            names = {part: name for name, part in _parts(path, arrays).items() if part in (*wanted, "all")}
-            notes: list[str] = []
-            images = {
-                part: as_images(arrays[name], f"{path}: {name}" if name else str(path), notes)
-                for part, name in names.items()
-            }
-    return Source(form, str(path), images, notes)
+            source = Source(form, str(path), {}, [])
+            for name, part in _parts(path, arrays).items():
+                if part in (*wanted, "all"):
+                    label = f"{path}: {name}" if name else str(path)
+                    source.parts[part] = as_images(arrays[name], label, source.notes)
+    return source
 
 
 def _parts(path: Path, arrays: Mapping[str, Array]) -> dict[str, str]:
@@ -221,11 +182,11 @@ def _parts(path: Path, arrays: Mapping[str, Array]) -> dict[str, str]:
     names = [name for name in arrays if not LABELS.intersection(name.lower().split("_"))]
     parts = {name: part for name in names if (part := part_named(name))}
     if len(set(parts.values())) < len(parts):
-        raise DataError(f"{path}: holds several arrays for one part: {listed(parts)}")
+        raise DataError(f"{path}: holds several arrays for one part: {', '.join(parts)}")
     if not parts:
         parts = {name: "all" for name in names if len(arrays) == 1 or np.ndim(arrays[name]) > 2}
         if len(parts) != 1:
-            held = listed(f"{name} {list(np.shape(arrays[name]))}" for name in arrays) or "nothing"
+            held = ", ".join(f"{name} {list(np.shape(arrays[name]))}" for name in arrays) or "nothing"
             raise DataError(f"{path}: has to hold x_train and x_test, or one array of images; it holds {held}")
     return parts
 
@@ -234,100 +195,68 @@ def _parts(path: Path, arrays: Mapping[str, Array]) -> dict[str, str]:
 
 
 def as_images(array: Array, name: str, notes: list[str]) -> Tensor:
-    """Return an array of images as uint8 `[N, height, width]`, 0 to 255.
+    """Return an array of images as uint8 `[N, height, width]`, 0 to 255; notes takes what was chosen, in words.
 
-    Args:
-        array: `[N, height, width]`, with one or three channels after them or before height; truth values, bytes, whole
-            numbers of 0 to 255 or to 65535, or floats from 0 to 1.
-        name: A name of the array, for messages.
-        notes: Takes what was chosen, in words.
-
-    Raises:
-        DataError: For other shapes and numbers, and for an image of one grey level throughout.
+    array: `[N, height, width]`, with one or three channels after them or before height; truth values, bytes, whole
+    numbers of 0 to 255 or to 65535, or floats from 0 to 1. name: of the array, for messages.
     """
-    match array.shape:
+    match np.shape(array):
         case (_, height, width) | (_, height, width, 1 | 3) | (_, 1 | 3, height, width) if array.size:
-            pass
+            kind = array.dtype.kind
         case shape:
-            wanted = "images are [N, height, width], or with 1 or 3 channels"
-            side = math.isqrt(shape[1]) if len(shape) == 2 else 0
-            advice = f"; reshape them: images.reshape(-1, {side}, {side})" if side and side**2 == shape[1] else ""
-            raise DataError(f"{name}: has the shape {list(shape)}; {wanted}{advice}")
-    if array.dtype.kind not in "buif":
+            wanted = "images are [N, height, width], or with 1 or 3 channels; images.reshape(-1, height, width) helps"
+            raise DataError(f"{name}: has the shape {list(shape)}; {wanted}")
+    if kind not in "buif":
         raise DataError(f"{name}: is of type {str(array.dtype)[:40]}; images are bytes, whole numbers or floats")
-    is_wide = array.dtype.kind in "ui" and array.dtype != np.uint8
-    images = np.empty((len(array), height, width), np.uint16 if is_wide else np.uint8)
+    most = 1 if kind in "bf" else 255 if array.dtype == np.uint8 or (brightest := array.max()) < 256 else 65535
+    if kind == "f" or most > 255:
+        notes.append(SIXTEEN_BIT if most > 255 else "floats from 0 to 1")
+    elif most == 255 and array.dtype != np.uint8:
+        notes.append(f"{array.dtype.name} up to {brightest} taken as levels of 0 to 255")
+    images = np.empty((len(array), height, width), np.uint8)
     for first in range(0, len(array), AT_ONCE):
-        some = levels(array[first : first + AT_ONCE], name, first)
+        some = array[first : first + AT_ONCE]
         if some.ndim == 4:
             some = np.moveaxis(some, 1, 3) if some.shape[2:] == (height, width) else some
-            some = grey(some) if some.shape[3] == 3 else some[..., 0]
-        images[first : first + AT_ONCE] = some
-    words = "floats from 0 to 1" if array.dtype.kind == "f" else ""
-    if is_wide:
-        brightest = images.max()
-        words = f"{array.dtype.name} up to {brightest} taken as levels of 0 to 255" if brightest < 256 else SIXTEEN_BIT
-        images = images.astype(np.uint8) if brightest < 256 else eight_bit(images)
-    notes += [words] * bool(words) + [GREY] * (array.size == 3 * images.size)
+        images[first : first + AT_ONCE] = levels(some, most, name, first)
+    notes += [GREY] * (array.size == 3 * images.size)
     return checked(images, lambda row: f"{name}: image {row}", notes)
 
 
-def checked(images: Array, name: Callable[[int], str], notes: list[str]) -> Tensor:
-    """Return images uint8 `[N, height, width]`, those of levels 0 and 1 as black and white.
+def levels(images: Array, most: int, name: str, first: int = 0) -> Array:
+    """Return grey levels or colours `[N, height, width(, 1 or 3)]` as uint8 `[N, height, width]`.
 
-    Raises:
-        DataError: For an image of one grey level throughout, with its name.
+    most: the largest number allowed; 1 and 65535 become 255. name, first: of the array, for messages, and the index of
+    the first of these images in it.
     """
     flat = images.reshape(len(images), -1)
-    brightest = flat.max(1)
-    constant = np.flatnonzero(flat.min(1) == brightest)
-    if len(constant):
+    low, high = flat.min(1), flat.max(1)
+    for i in np.flatnonzero(~((low >= 0) & (high <= most))):  # NaN too: it compares as false
+        if low[i] != low[i]:
+            raise DataError(f"{name}: image {first + i}: holds NaN; replace it or leave the image out")
+        problem = f"holds numbers from {low[i]:.6g} to {high[i]:.6g}, which have to be from 0 to {most}"
+        raise DataError(f"{name}: image {first + i}: {problem}: shift them, or divide them by 255 or the largest")
+    if images.dtype.kind in "bf":
+        images = np.rint(images.astype(np.float32) * 255)
+    images = images.astype(np.uint16 if most > 255 else np.uint8)
+    if images.ndim == 4:
+        images = images[..., 0] if images.shape[3] == 1 else _grey(images)
+    return ((images.astype(np.uint32) + 128) // 257).astype(np.uint8) if most > 255 else images
+
+
+def _grey(colours: Array) -> Array:
+    """Return colours `[…, 3]`, uint8 or uint16, as luminance by ITU-R 601, rounded as Pillow does it."""
+    luminance: Array = (colours.astype(np.int64) @ np.array([19595, 38470, 7471]) + 0x8000) >> 16
+    return luminance.astype(colours.dtype)
+
+
+def checked(images: Array, name: Callable[[int], str], notes: list[str]) -> Tensor:
+    """Return images uint8 `[N, height, width]`, those of levels 0 and 1 as black and white; refuse constant ones."""
+    low, high = (images.reshape(len(images), -1).min(1), images.reshape(len(images), -1).max(1))
+    if len(constant := np.flatnonzero(low == high)):
         more = f" (and {len(constant) - 1} more)" if len(constant) > 1 else ""
         raise DataError(f"{name(int(constant[0]))}: is of one grey level throughout{more}; leave it out")
-    if brightest.max() == 1:
+    if high.max() == 1:
         notes.append("the brightest level is 1 of 255: taken as black and white, and scaled")
         images *= 255
     return torch.from_numpy(images)
-
-
-def levels(images: Array, name: str, first: int = 0) -> Array:
-    """Return grey levels or colours `[N, …]` of any type as uint8, or as uint16 where they are whole numbers.
-
-    Args:
-        images: Truth values become 0 and 255; floats from 0 to 1 are scaled to 255.
-        name: A name of the whole array, for messages.
-        first: The index in it of the first image.
-
-    Raises:
-        DataError: For numbers out of range, with the image.
-    """
-    if images.dtype.kind == "b":
-        return np.where(images.view(np.uint8), np.uint8(255), np.uint8(0))
-    if images.dtype == np.uint8:
-        return images
-    is_float = images.dtype.kind == "f"
-    largest, flat = 1 if is_float else 0xFFFF, images.reshape(len(images), -1)
-    low, high = flat.min(1), flat.max(1)
-    for i in np.flatnonzero(~((low >= 0) & (high <= largest))):  # NaN too: it compares as false
-        problem = f"numbers from {low[i]:.6g} to {high[i]:.6g}; {'floats' if is_float else 'whole numbers'} have to be "
-        problem += f"from 0 to {largest}: " + (
-            "divide them by 255, or the largest" if low[i] >= 0 else "shift and scale"
-        )
-        problem = "NaN; replace it or leave the image out" if low[i] != low[i] else problem
-        raise DataError(f"{name}: image {first + i}: holds {problem}")
-    return np.rint(images.astype(np.float32) * 255).astype(np.uint8) if is_float else images.astype(np.uint16)
-
-
-def eight_bit(wide: Array) -> Array:
-    """Return uint16 as uint8, `[N, …]`: 65535 becomes 255."""
-    result = np.empty(wide.shape, np.uint8)
-    for first in range(0, len(wide), AT_ONCE):  # not all at once: it takes ten more bytes a pixel
-        result[first : first + AT_ONCE] = (wide[first : first + AT_ONCE].astype(np.uint32) + 128) // 257
-    return result
-
-
-def grey(colours: Array) -> Array:
-    """Return colours `[…, 3]`, uint8 or uint16, as luminance by ITU-R 601, rounded as Pillow does it."""
-    weighted = colours.astype(np.int64) @ np.array([19595, 38470, 7471])
-    luminance: Array = ((weighted + 0x8000) >> 16).astype(colours.dtype)
-    return luminance
