@@ -22,6 +22,7 @@ if __name__ == "__main__":
     before_torch()
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from functools import cache, partial
@@ -30,17 +31,14 @@ from typing import Any
 
 import torch
 
-from cvae import context
 from cvae.console import command, complain, interruptible, program, say
-from cvae.context import Context, Processes
-from cvae.data.images import ImageSet
+from cvae.context import Context, opened
 from cvae.data.sources import load_test, named
 from cvae.errors import DataError, UsageError
-from cvae.model.cvae import noise
 from cvae.report import figures, realism, tables
-from cvae.report.estimates import Sampling, evaluation_precision, result_of
-from cvae.report.results import Column, by_setting
-from cvae.report.selection import Subject, compared, find_runs, open_run, short_names, with_reference
+from cvae.report.evaluation import by_setting, evaluate_run
+from cvae.report.selection import Subject, find_runs, obstacle, open_run, short_names
+from cvae.run.folder import find_run
 from cvae.run.plan import absolute, user_path
 from cvae.settings import Settings
 
@@ -50,43 +48,29 @@ MOST_SAMPLES = 1_000_000
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    run: dict[str, Any] = {"type": user_path, "metavar": "RUN", "default": []}
+    run: dict[str, Any] = {"type": user_path, "metavar": "RUN"}
+    path: dict[str, Any] = {"type": user_path, "metavar": "PATH"}
     add("named", nargs="*", help="run or folder of runs, as a path or a name below runs/ (default: runs/)", **run)
-    add("--runs", nargs="+", action="extend", help="the same; may be repeated", **run)
+    add("--runs", nargs="+", action="extend", default=[], help="the same; may be repeated", **run)
     add("--unfinished", action="store_true", help="evaluate the best weights so far of runs that are not finished")
-    add("--against", type=user_path, metavar="RUN", help="run to compare the others with, image by image")
+    add("--against", help="run to compare the others with, image by image", **run)
     add("--seeds", action="store_true", help="runs that differ in their seeds alone as one column, their mean")
-    numbers: dict[str, Any] = {"type": positive, "nargs": "+", "default": [100, 1000], "metavar": "S"}
-    add("--samples", help="samples of z per image, a row of each estimate for each S (default: 100 1000)", **numbers)
-    precisions = ("auto", "fp32", "bf16")
-    add(
-        "--precision",
-        choices=precisions,
-        default="auto",
-        help="type of matrix products; auto: bf16 on CPUs that have it, else fp32",
-    )
+    words = "samples of z per image, a row of each estimate for each S (default: 100 1000)"
+    add("--samples", type=positive, nargs="+", default=[100, 1000], metavar="S", help=words)
+    words = "type of matrix products; auto: bf16 on CPUs that have it, else fp32"
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help=words)
     add("--format", choices=tables.FORMATS, default="text", help="format of the table (default: %(default)s)")
-    add(
-        "--figure",
-        type=user_path,
-        metavar="PATH",
-        help=f"write completions of ten test images, as the ending says ({', '.join(figures.ENDINGS)}); "
-        "one file per run where there are several",
-    )
-    add(
-        "--samples-to",
-        type=user_path,
-        metavar="DIR",
-        help="write each completion as a PNG file of its own, in a folder per run if there are several; replaces none",
-    )
-    digits = "test images for --figure and --samples-to, counted from 0 (default: the first ten)"
-    add("--digits", type=indices, metavar="N,N,…", help=digits)
+    add("--figure", help="write completions as a picture in the format of its name, one per run of several", **path)
+    words = "write each completion as a PNG file, in a folder per run of several; replaces none"
+    add("--samples-to", type=user_path, metavar="DIR", help=words)
+    words = "test images for --figure and --samples-to, counted from 0 (default: the first ten)"
+    add("--digits", type=indices, metavar="N,N,…", help=words)
     add("--realism", action="store_true", help="measure realism and diversity of completions too: a second table")
     add("--realism-images", type=positive, metavar="N", help="measure on the first N test images only (default: all)")
-    add("--realism-figure", type=user_path, metavar="PATH", help="draw completions of ever more ambiguous images")
+    add("--realism-figure", help="draw completions of ever more ambiguous images", **path)
     add("--data", metavar="PATH", help="where the images of the runs are now, as for train.py")
     add("--data-root", metavar="DIR", help="where torchvision's data sets are now, as for train.py")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:n (default: %(default)s)")
@@ -98,11 +82,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if options.digits and not (options.figure or options.samples_to):
         parser.error("--digits chooses test images for --figure and --samples-to: give one of them")
     try:
-        places = {
-            "data": options.data and named(options.data),
-            "data_root": options.data_root and absolute(options.data_root),
-        }
-        options.moved = {name: place for name, place in places.items() if place}
+        places = (options.data and named(options.data), options.data_root and absolute(options.data_root))
+        options.moved = {name: place for name, place in zip(("data", "data_root"), places, strict=True) if place}
         Settings(**options.moved)
         for figure in filter(None, (options.figure, options.realism_figure)):
             figures.ending(figure)
@@ -112,125 +93,115 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def positive(word: str) -> int:
-    """A positive whole number, within reason."""
+    """Read a positive whole number, within reason."""
     if not (word.isascii() and word.isdecimal() and 1 <= int(word[:20]) <= MOST_SAMPLES):
         raise argparse.ArgumentTypeError(f"has to be from 1 to {MOST_SAMPLES}, not {word!r}; runs are named before it")
     return int(word)
 
 
 def indices(word: str) -> list[int]:
-    """Whole numbers with commas between them, each once; whether there are such images is seen later."""
+    """Read whole numbers with commas between them, each once."""
     try:
-        return list(dict.fromkeys(int(each) for each in word.split(",")))
+        return list(dict.fromkeys(map(int, word.split(","))))
     except ValueError:
         raise argparse.ArgumentTypeError(
             f"has to be numbers with commas between them, as 3,17,42, not {word!r}"
         ) from None
 
 
-def open_runs(
-    options: argparse.Namespace, device: torch.device, processes: Processes
-) -> tuple[dict[str, Subject], list[str]]:
-    """The runs to be evaluated, by their names in the table, and a line about each that all processes leave out."""
+def open_runs(options: argparse.Namespace, context: Context) -> tuple[dict[str, Subject], dict[str, str], list[str]]:
+    """Read all that is needed of the runs.
+
+    Returns:
+        The runs by their names in the table; for each that is compared with another one, the name of that; and a line
+        about each that is left out or cannot be compared.
+    """
+    processes, against = context.processes, options.against and find_run(options.against, RUNS)
     folders, problems = processes.on_main(partial(find_runs, options.named + options.runs, RUNS))
-    if options.against is not None:
-        folders = processes.on_main(partial(with_reference, folders, options.against, RUNS))
+    if against and os.path.realpath(against) not in map(os.path.realpath, folders):
+        folders.insert(0, against)
     load_images = cache(partial(load_test, show=processes.is_main))  # once for the runs that share them
-    found = []
+    subjects = []
     for folder in folders:
         try:
-            opening = partial(open_run, folder, options.unfinished, options.moved, device, load_images)
-            found.append(processes.on_all(opening))
+            opening = partial(open_run, folder, options.unfinished, options.moved, context.device, load_images)
+            subjects.append(processes.on_all(opening))
         except DataError as error:
-            own = str(error).startswith(str(folder))  # it says already which run it is about
-            problems.append(str(error) if own else f"{folder}: {error}")
-    return dict(zip(short_names([subject.folder for subject in found]), found, strict=True)), problems
+            problems.append(str(error) if str(error).startswith(str(folder)) else f"{folder}: {error}")
+    runs = dict(zip(short_names([subject.folder for subject in subjects]), subjects, strict=True))
+    compared: dict[str, str] = {}
+    reference = [name for name, run in runs.items() if against and os.path.samefile(run.folder, against)]
+    if against and not reference:
+        raise DataError("\n".join([*problems, f"--against {options.against}: cannot be evaluated"]))
+    for name, run in runs.items() if against else ():
+        if reason := obstacle(run, runs[reference[0]]):
+            problems.append(f"{run.folder}: cannot be compared with {runs[reference[0]].folder}: {reason}")
+        elif name != reference[0]:
+            compared[name] = reference[0]
+    return runs, compared, problems
 
 
-def draw(subject: Subject, figure: Path | None, samples: list[Path], options: argparse.Namespace) -> None:
-    """Write a run's figure, and its samples to these files, as far as they are asked for.
-
-    The noise for an image is the same whichever others are drawn beside it.
-    """
-    model, split, device = subject.model, subject.model.split, next(subject.model.parameters()).device
-    digits = chosen(subject, options)
-    images = subject.test.images[digits]
-    x = ImageSet(images, split, device).batch(slice(None)).x
-    random = [context.generator(device, options.seed, "figure", digit) for digit in digits]
-    eps = torch.cat([noise(NUM_SAMPLES, 1, model, each) for each in random], dim=1)
-    guess = model.baseline_net(x).sigmoid()
-    rows = figures.completion_rows(images, split, guess, model.completions(x, eps))
-    if figure is not None:
-        figures.write_picture(figure, figures.as_picture(figures.draw_rows(rows)))
-    figures.write_pieces(samples, rows)
-
-
-def chosen(subject: Subject, options: argparse.Namespace) -> list[int]:
-    """Which test images of a run are drawn."""
-    return options.digits or list(range(min(NUM_DIGITS, len(subject.test.images))))
-
-
-def draw_all(subjects: dict[str, Subject], options: argparse.Namespace) -> list[str]:
-    """Write the figures and samples that are asked for; a line about each. Raises UsageError and DiskError."""
-    if not (options.figure or options.samples_to):
-        return []
-    several = len(subjects) > 1
-    drawings = []
-    for name, subject in subjects.items():
-        name = name.replace("/", "-")
-        figure, folder = options.figure, options.samples_to
-        if several:
-            figure = figure and figure.with_stem(f"{figure.stem}-{name}")
-            folder = folder and folder / name
-        samples = figures.name_pieces(folder, name, chosen(subject, options), NUM_SAMPLES) if folder else []
-        drawings.append((subject, figure, samples))
-        if bad := [digit for digit in options.digits or () if not 0 <= digit < len(subject.test.images)]:
-            last = len(subject.test.images) - 1
-            raise UsageError(f"--digits {bad[0]}: the test images of {subject.folder} are numbered 0 to {last}")
-        figures.refuse_to_replace(samples)
-    lines = []
-    for subject, figure, samples in drawings:
-        draw(subject, figure, samples, options)
-        lines += [f"figure: {figure}"] if figure else []
-        lines += [f"samples: {samples[0].parent}"] if samples else []
+def draw_all(runs: dict[str, Subject], options: argparse.Namespace) -> list[str]:
+    """Write the figures and samples that are asked for, unless one has to be refused; return a line about each."""
+    drawings, lines = [], []
+    for name, run in runs.items() if options.figure or options.samples_to else ():
+        name, count, figure, folder = name.replace("/", "-"), len(run.test.images), options.figure, options.samples_to
+        if len(runs) > 1:
+            figure, folder = figure and figure.with_stem(f"{figure.stem}-{name}"), folder and folder / name
+        digits = options.digits or range(min(NUM_DIGITS, count))
+        if bad := [digit for digit in digits if not 0 <= digit < count]:
+            raise UsageError(f"--digits {bad[0]}: the test images of {run.folder} are numbered 0 to {count - 1}")
+        pieces = figures.name_pieces(folder, name, digits, NUM_SAMPLES) if folder else []
+        figures.refuse_to_replace(pieces)
+        drawings.append((run, list(digits), figure, pieces))
+    for run, digits, figure, pieces in drawings:
+        rows = completions(run, digits, options.seed)
+        if figure:
+            figures.write_picture(figure, figures.as_picture(figures.draw_rows(rows)))
+            lines.append(f"figure: {figure}")
+        if pieces:
+            figures.write_pieces(pieces, rows)
+            lines.append(f"samples: {pieces[0].parent}")
     return lines
+
+
+def completions(run: Subject, digits: list[int], seed: int) -> figures.Rows:
+    """Complete test images; the noise for one is the same whichever others are drawn beside it."""
+    images, model, context = run.test.images[digits], run.model, Context(next(run.model.parameters()).device)
+    random = [context.generator(seed, "figure", digit) for digit in digits]
+    completed = [model.complete(image, NUM_SAMPLES, each) for image, each in zip(images, random, strict=True)]
+    guess = model.guess(model.task.batch(model.task.rows(images.to(context.device)))).sigmoid()
+    return figures.completion_rows(images, model.task, guess, model.task.asked(torch.cat(completed, dim=1)))
 
 
 @command("eval.py")
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
+    """Evaluate runs and print their table; return the exit code."""
     options = parse(argv)
-    processes = Processes()
-    with processes.one_voice(), interruptible():
-        device = context.resolve_device(options.device, processes.local_rank, processes.local_count)
-        with context.prepare(device), processes.connected(device):
-            subjects, problems = open_runs(options, device, processes)
-            against = compared(subjects, options.against, RUNS, problems)
-            here = Context(device, processes=processes)
-            cases, more = realism.open_cases(subjects if options.realism else {}, options.realism_images, here)
-            problems += more
-            if processes.is_main:
-                for line in problems:
-                    complain(f"{program('eval.py')}: {line}")
-                if options.format == "text":
-                    for line in dict.fromkeys(subject.test.about for subject in subjects.values()):
-                        say(line)
-            drawn = processes.on_main(partial(draw_all, subjects, options))
-            how = Sampling(options.samples, options.seed, evaluation_precision(options.precision, device))
-            found = {name: result_of(name, subject, how, processes) for name, subject in subjects.items()}
-            judged = {name: realism.judge(name, case, options.seed, here) for name, case in cases.items()}
-            if processes.is_main and found:
-                results = [each._replace(against=found.get(against.get(name, ""))) for name, each in found.items()]
-                columns = by_setting(results) if options.seeds else [Column((result,)) for result in results]
-                beside = realism.records(found, judged) if options.realism else {}
-                table = tables.render(columns, options.format, beside)
-                if judged and options.format in ("text", "markdown"):
-                    table += realism.render(judged, subjects, options.format)
-                if options.format == "text":
-                    table = "\n".join(["", table, *drawn, ""] if drawn else ["", table])
-                say(table, end="")
-                if options.realism_figure:
-                    realism.draw_all(cases, judged, options.realism_figure, options.seed, here)
+    with interruptible(), opened(options.device, "fp32") as context:
+        if options.precision != "auto" or context.device.type == "cpu":
+            context = context.with_precision(options.precision)
+        is_main, is_text = context.processes.is_main, options.format == "text"
+        runs, compared, problems = open_runs(options, context)
+        cases, more = realism.open_cases(runs if options.realism else {}, options.realism_images, context)
+        problems += more
+        if is_main:
+            for line in problems:
+                complain(f"{program('eval.py')}: {line}")
+            for line in dict.fromkeys(run.test.about for run in runs.values() if is_text):
+                say(line)
+        drawn = context.processes.on_main(partial(draw_all, runs, options))
+        found = {name: evaluate_run(name, run, options.samples, options.seed, context) for name, run in runs.items()}
+        judged = {name: realism.judge(name, case, options.seed, context) for name, case in cases.items()}
+        if is_main and found:
+            columns = [run._replace(against=found.get(compared.get(name, ""))) for name, run in found.items()]
+            beside = realism.records(found, judged) if options.realism else {}
+            table = tables.render(by_setting(columns) if options.seeds else columns, options.format, beside)
+            if judged and options.format in ("text", "markdown"):
+                table += realism.render(judged, runs, options.format)
+            say("\n".join(["", table, *drawn, ""] if drawn else ["", table]) if is_text else table, end="")
+            if options.realism_figure:
+                realism.draw_all(cases, judged, options.realism_figure, options.seed, context)
     return DataError.exit_code if problems else 0
 
 

@@ -15,9 +15,7 @@ from statistics import mean, stdev
 from start import ROOT
 
 from cvae.report.realism import COLUMNS, ROWS
-from cvae.report.records import Record
-from cvae.report.results import SMALL
-from cvae.report.tables import LABELS, TUTORIAL, Cells, ess_cell, laid_out
+from cvae.report.tables import LABELS, TUTORIAL, Cells, Record, laid_out, number, rows
 
 REFERENCE = ROOT / "runs" / "reference"
 QUADRANTS = (1, 2, 3)
@@ -51,19 +49,11 @@ def found(record: Record, key: str, samples: str | None = None) -> Record:
     return record[key] if samples is None else record["by_samples"][samples][key]  # type: ignore[no-any-return]
 
 
-def cell(estimate: Record, digits: int = 2, sign: str = "") -> str:
-    """A mean and its standard error; a dash where there is none."""
-    value, error = estimate["mean"], estimate["stderr"]
-    if value is None:
-        return "–"
-    return f"{value:{sign}.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
-
-
 def summary(records: dict[str, Record]) -> Cells:
     """The two bounds of −log p(y|x) that tell models apart, for each preset and number of quadrants."""
 
     def of_all(preset: str, *what: str) -> list[str]:
-        return [cell(found(records[name(preset, k)], *what)) for k in QUADRANTS]
+        return [number(found(records[name(preset, k)], *what)) for k in QUADRANTS]
 
     published = [str(TUTORIAL[k][1]) for k in QUADRANTS]
     return [
@@ -90,16 +80,8 @@ def tutorial_rows(records: dict[str, Record]) -> Cells:
 
 
 def likelihoods(runs: Sequence[Record], samples: Sequence[str]) -> Cells:
-    """The rows of `eval.py`'s table for these runs, without a header."""
-    rows = [[LABELS[key], *(cell(run[key]) for run in runs)] for key in ("nn_nll", "cvae_neg_elbo")]
-    for key in ("cvae_mc_nll", "cvae_is_nll"):
-        rows += [[LABELS[key].format(int(s)), *(cell(found(run, key, s)) for run in runs)] for s in samples]
-    rows.append([LABELS["gap"], *(cell({"mean": run["gap"], "stderr": run["gap_stderr"]}) for run in runs)])
-    for s in samples:
-        effective = [found(run, "ess", s) for run in runs]
-        cells = ["–" if e["median"] is None else ess_cell(e["median"], e[f"below_{SMALL}"]) for e in effective]
-        rows.append([LABELS["ess"].format(int(s)), *cells])
-    return rows
+    """The rows of `eval.py`'s table for these runs, without a header and the active units."""
+    return rows(runs, list(map(int, samples)))[:-1]
 
 
 def of_presets(records: dict[str, Record], quadrants: int) -> Cells:
@@ -149,7 +131,7 @@ def objectives(records: dict[str, Record]) -> Cells:
         label = LABELS[key].format(int(MANY))
         others = [run["against"] for run in runs[1:]]
         minus = [other[key] if key == "cvae_neg_elbo" else found(other, key, MANY) for other in others]
-        rows.append([f"{label}, minus `elbo`'s", "–", *(cell(each, 3, "+") for each in minus)])
+        rows.append([f"{label}, minus `elbo`'s", "–", *(number(each, "+.3f") for each in minus)])
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Which runs are evaluated, what is read of them before, and what they are called."""
+"""The runs that a command is about: their folders, what an evaluation needs of them, their names in a table."""
 
 import os
 from collections import Counter
@@ -11,30 +11,21 @@ import torch
 
 from cvae.console import called
 from cvae.data.sources import TestImages, difference
-from cvae.errors import DataError, UsageError
+from cvae.errors import DataError
 from cvae.model.cvae import CVAE
-from cvae.run.folder import (
-    BEST,
-    CONFIG,
-    LAST,
-    METRICS,
-    SUMMARY,
-    find_run,
-    quoted,
-    read_metrics,
-    read_record,
-    read_settings,
-)
+from cvae.run.folder import BEST, CONFIG, LAST, SUMMARY, RunFolder, find_run, quoted
 from cvae.run.load import load
 from cvae.settings import Settings
 
-OF_THE_IMAGES = ("data", "data_root", "size", "transpose", "targets")  # settings that say which the test images are
+OF_THE_IMAGES = ("data", "data_root", "size", "transpose", "targets")  # settings that the test images depend on
 
 
 class Subject(NamedTuple):
-    """A run to be evaluated, with all that can be missing or wrong read: before the first number is computed.
+    """A run to be evaluated, with all of it read that can be missing or wrong.
 
-    settings: with the place of the images as it is now. epochs: how many an unfinished run has had.
+    Attributes:
+        settings: Its settings, with the place of the images as it is now.
+        epochs: The number of epochs that an unfinished run has had; None for a finished one.
     """
 
     folder: Path
@@ -45,57 +36,29 @@ class Subject(NamedTuple):
 
 
 def find_runs(words: Sequence[Path], runs: Path) -> tuple[list[Path], list[str]]:
-    """The folders of the runs that are named, each once, and a line about each name that there is no run of.
+    """Find runs, each once, in the order of the words.
 
-    words: each a run or a folder of runs, as a path or as a name below the folder `runs`; none: all runs below it.
+    Args:
+        words: Runs and folders of runs, as paths or as names below `runs`; none: all runs there.
+        runs: The folder of runs.
+
+    Returns:
+        Their folders, and a line about each word that stands for no run.
     """
-    found: dict[str, Path] = {}
+    folders: dict[str, Path] = {}
     problems = []
-    for folder in [find_run(word, runs) for word in words] or [runs]:
-        try:
-            own = [folder] if _is_run(folder) else _runs_below(folder)
-        except OSError as error:
-            problems.append(f"{folder}: cannot be read ({error.strerror or error})")
-            continue
-        if not own:
-            missing = "has no run in it" if os.path.isdir(folder) else "there is no such folder"
-            problems.append(f"{folder}: {missing}; {called('train.py')} trains a run")
-        for run in own:
-            found.setdefault(os.path.realpath(run), run)
-    return list(found.values()), problems
+    for place in [find_run(word, runs) for word in words] or [runs]:
+        below = [place] if _has_run(place) else [path for path in sorted(place.glob("[!.]*")) if _has_run(path)]
+        for folder in below:
+            folders.setdefault(os.path.realpath(folder), folder)
+        if not below:
+            problem = "has no run in it" if os.path.isdir(place) else "there is no such folder"
+            problems.append(f"{place}: {problem}; {called('train.py')} trains a run")
+    return list(folders.values()), problems
 
 
-def with_reference(folders: list[Path], run: Path, runs: Path) -> list[Path]:
-    """The folders, that of the run which they are compared with among them, and first if it was not.
-
-    run: its path, or its name below the folder `runs`. Raises UsageError if there is no such run.
-    """
-    folder = find_run(run, runs)
-    if not _is_run(folder):
-        raise UsageError(f"--against {run}: there is no such run")
-    is_there = os.path.realpath(folder) in map(os.path.realpath, folders)
-    return folders if is_there else [folder, *folders]
-
-
-def _is_run(folder: Path) -> bool:
-    """Whether there is anything of a run in a folder."""
+def _has_run(folder: Path) -> bool:
     return any(os.path.isfile(folder / name) for name in (CONFIG, BEST, LAST, SUMMARY))
-
-
-def _runs_below(folder: Path) -> list[Path]:
-    """The runs right below a folder, by name; hidden ones are half made or removed."""
-    if not os.path.isdir(folder):
-        return []
-    names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
-    return [folder / name for name in names if _is_run(folder / name)]
-
-
-def _epochs_so_far(folder: Path) -> int:
-    """How many epochs the CVAE of a run has had. Raises DataError if there is no saying."""
-    epochs = [record.get("epoch") for record in read_metrics(folder / METRICS) if record.get("phase") == "cvae"]
-    if not epochs or type(epochs[-1]) is not int:
-        raise DataError(f"{folder / METRICS}: has no epoch of the CVAE, whose weights are there")
-    return epochs[-1]
 
 
 def open_run(
@@ -105,66 +68,46 @@ def open_run(
     device: torch.device,
     load_images: Callable[[Settings], TestImages],
 ) -> Subject:
-    """All that is read of a run. Raises DataError where it cannot be evaluated.
+    """Read what the evaluation of a run needs. Raises DataError if it cannot be evaluated.
 
-    unfinished: whether a run that is not finished can be. moved: settings that say where its images are now.
-    load_images: called with settings that are the same for runs on the same images.
+    Args:
+        folder: The folder of the run, or of published weights.
+        unfinished: Whether a run that is not finished is taken as it is.
+        moved: Settings that say where the images are now.
+        device: The model's device.
+        load_images: Called with settings that are equal for runs on the same images.
     """
-    settings = replace(read_settings(folder), **moved)
-    is_finished = os.path.isfile(folder / SUMMARY)
+    run = RunFolder(folder)
+    settings, is_finished = replace(run.settings, **moved), run.is_passed_on or run.summary is not None
     if not (is_finished or unfinished):
-        way = f"{called('train.py')} --resume {quoted(folder)} goes on with it, and --unfinished evaluates it as it is"
+        way = f"{called('train.py')} --resume {quoted(folder)} goes on with it, --unfinished evaluates it as it is"
         raise DataError(f"{folder}: is not finished; {way}")
     model = load(folder, device)
-    epochs = None if is_finished else _epochs_so_far(folder)
+    epochs = [line.get("epoch") for line in ([] if is_finished else run.metrics()) if line.get("phase") == "cvae"]
     test = load_images(Settings(**{name: getattr(settings, name) for name in OF_THE_IMAGES}))
-    if (other := difference(read_record(folder), test.record)) is not None:
+    if (other := difference(run.record, test.record)) is not None:
         raise DataError(f"{folder}: was begun on {other}; --data says where its own are")
-    return Subject(folder, settings, model, test, epochs)
+    return Subject(folder, settings, model, test, epochs[-1] if epochs else None)
 
 
-def compared(subjects: dict[str, Subject], run: Path | None, runs: Path, problems: list[str]) -> dict[str, str]:
-    """The name of the run that each of the others is compared with, by name; a line is added about each that cannot be.
-
-    run: the one that others are compared with, if any, as `with_reference` has found it. Raises DataError if it is not
-    among the subjects: it was left out.
-    """
-    if run is None:
-        return {}
-    folder = find_run(run, runs).resolve()
-    reference = next((name for name, subject in subjects.items() if subject.folder.resolve() == folder), None)
-    if reference is None:
-        raise DataError("\n".join([*problems, f"--against {run}: cannot be evaluated"]))
-    found = {}
-    for name, subject in subjects.items():
-        if name == reference:
-            continue
-        if reason := _difference(subject, subjects[reference]):
-            problems.append(f"{subject.folder}: cannot be compared with {subjects[reference].folder}: {reason}")
-        else:
-            found[name] = reference
-    return found
-
-
-def _difference(subject: Subject, other: Subject) -> str | None:
-    """Why the estimates of two runs cannot be compared image by image; None where they can."""
-    if not torch.equal(subject.test.images, other.test.images):
+def obstacle(subject: Subject, reference: Subject) -> str | None:
+    """Return why two runs cannot be compared image by image; None where they can."""
+    images, task, other = subject.test.images, subject.model.task, reference.model.task
+    if not torch.equal(images, reference.test.images):
         return "the test images are others"
-    return None if torch.equal(subject.model.split.observed, other.model.split.observed) else "the mask is another"
+    is_same = task.x_dim == other.x_dim and torch.equal(task.rows(images), other.rows(images))
+    return None if is_same else "the mask is another"
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
-    """A name for each run: that of its folder, and where several have it, as many folders above it as tell them apart.
+    """Return a name for each run: its folder's, with as many folders above it as tell it from the others.
 
-    They differ with hyphens for the slashes too, as parts of file names.
+    With hyphens in the place of slashes, as parts of file names, they differ too.
     """
     parts = [Path(os.path.abspath(folder)).parts for folder in folders]
-    lengths = [1] * len(parts)
-    while True:
-        names = ["/".join(part[-length:]) for part, length in zip(parts, lengths, strict=True)]
+    names = [part[-1] for part in parts]
+    for length in range(2, 1 + max(map(len, parts), default=0)):
         counts = Counter(name.replace("/", "-") for name in names)
-        alike = [i for i, name in enumerate(names) if counts[name.replace("/", "-")] > 1 and lengths[i] < len(parts[i])]
-        if not alike:
-            return names
-        for i in alike:
-            lengths[i] += 1
+        together = zip(parts, names, strict=True)
+        names = ["/".join(p[-length:]) if counts[name.replace("/", "-")] > 1 else name for p, name in together]
+    return names

@@ -1,13 +1,22 @@
-"""The table of conditional log-likelihoods, as text, Markdown, JSON or CSV."""
+"""The table of conditional log-likelihoods in four forms: text, Markdown, JSON, CSV. docs/table.md explains them."""
 
+import csv
+import io
+import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from statistics import mean, stdev
+from typing import Any
 
-from cvae.model.likelihood import ELBO_SAMPLES, LEAST_VARIANCE, estimate
-from cvae.report.records import Record, as_csv, as_json, record
-from cvae.report.results import OF_RECOGNITION, SMALL, Column, Result, Row
+from cvae.data.tasks import mask_name
+from cvae.errors import printable
+from cvae.model.likelihood import estimate
+from cvae.report.evaluation import Evaluation, Values
+
+Cells = list[list[str]]
+Record = dict[str, Any]
 
 FORMATS = ("text", "markdown", "json", "csv")
-
 LABELS = {
     "nn_nll": "NN (baseline)",
     "cvae_neg_elbo": "CVAE (−ELBO)",
@@ -17,153 +26,180 @@ LABELS = {
     "ess": "Effective samples of S = {:,}",
     "active_units": "Active units of z",
 }
-SAMPLED = ("cvae_mc_nll", "cvae_is_nll", "ess")  # what there is for each number of samples S
-
-# Pyro's tutorial on the CVAE, its table of results: published figures, by the number of quadrants.
+SAMPLED = ("cvae_mc_nll", "cvae_is_nll", "ess")  # quantities that depend on the number of samples S
+SMALL = 5  # effective samples: with fewer the estimate is what a few samples make of it
 TUTORIAL = {1: (100.4, 71.8), 2: (61.9, 51.0), 3: (25.4, 24.2)}
+"""The published table of Pyro's tutorial on the CVAE: NN and CVAE by the number of quadrants."""
 MNIST = "6d87418db22cc8025d05968bec9bd5c3932904b23485740db143a061a2c9d161"
 """The SHA-256 of the pixels of MNIST's test images, wherever they come from."""
 
-Cells = list[list[str]]
 
-NOTHING: Mapping[str, Record] = {}
+def render(runs: Sequence[Evaluation], form: str, beside: Mapping[str, Record] | None = None) -> str:
+    """Return the table of runs with the same numbers of samples, in one of `FORMATS`.
 
-
-def render(columns: Sequence[Column], form: str, beside: Mapping[str, Record] = NOTHING) -> str:
-    """The table in one of `FORMATS`, of columns with the same numbers of samples S.
-
-    All numbers but the gap are negative log-likelihoods in nats per image. JSON and CSV have a record for each run, its
-    own, whatever other runs are in its column, and what there is of it in `beside`, by its name.
+    JSON and CSV have a record for each run by itself, with more entries from `beside`, by the names of the runs.
     """
     if form in ("text", "markdown"):
-        return _table(columns, form)
-    results = [result for column in columns for result in column.results]
-    records = [{**record(result), **beside.get(result.run, {})} for result in results]
-    return as_json(records) if form == "json" else as_csv(records)
+        mark = "[{}] {}" if form == "text" else "{}. {}"
+        notes = "\n".join(mark.format(i, note) for i, note in enumerate(_notes(runs), start=1))
+        return "\n\n".join([*(laid_out(cells, form) for cells in _blocks(runs)), notes]) + "\n"
+    records = [record(one) | (beside or {}).get(one.name, {}) for run in runs for one in run.seeds or (run,)]
+    if form == "json":
+        return json.dumps(records, indent=2) + "\n"
+    lines, buffer = [dict(_flat(each)) for each in records], io.StringIO()
+    writer = csv.DictWriter(buffer, dict.fromkeys(name for line in lines for name in line), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return buffer.getvalue()
 
 
-def _rows(samples: Sequence[int], *keys: str) -> Iterator[Row]:
-    """The rows of these quantities: one each, or one for each S."""
-    for key in keys:
-        yield from (Row(key, s) for s in (samples if key in SAMPLED else [None]))
+def record(run: Evaluation) -> Record:
+    """Return what JSON says of a run; None for what cannot be known, or would say nothing."""
+    s, values, gap, recognises = run.settings, run.values, _entry(run.values, "gap"), ("kl", 1) in run.values
+    against = None
+    if run.against is not None:
+        minus = {row: values[row] - run.against.values[row] for row in values if row in run.against.values}
+        against = {"run": run.against.name, **_entries(minus, run.samples, SAMPLED[:2]), "gap": _entry(minus, "gap")}
+    return {
+        "run": run.name,
+        "seed": s.seed,
+        "quadrants": s.quadrants if s.observed is None else None,
+        "observed": mask_name(s),
+        "targets": s.targets,
+        "unfinished_at_epoch": run.epochs,
+        "network": s.network,
+        "objective": s.objective,
+        "precision": run.precision,
+        "samples": run.samples[-1],
+        "images": len(values["nn_nll", 0]),
+        **_entries(values, run.samples, SAMPLED),
+        "floor": _entry(values, "floor"),
+        "gap": gap["mean"],
+        "gap_stderr": gap["stderr"],
+        "kl": [_entry(values, "kl", 1 + i) for i in range(len(run.units))] if recognises else None,
+        "active_units": [active for active, _ in run.units] if recognises else None,
+        "units": [count for _, count in run.units],
+        "against": against,
+    }
 
 
-def _blocks(columns: Sequence[Column]) -> list[Cells]:
-    """The table, and that of the differences if there are any: the header and the rows of each, as strings."""
-    samples = columns[0].first.samples
-    first = [["nats per image, lower is better", *(column.heading for column in columns)]]
-    first += [[_label(row), *(_cell(column, row) for column in columns)] for row in _rows(samples, *LABELS)]
-    pairs = [(column, found) for column in columns if (found := _reference(column, columns)) is not None]
-    if not pairs:
-        return [first]
-    differences = [[f"minus {pairs[0][1].name}, below zero is better", *(column.heading for column, _ in pairs)]]
-    for row in _rows(samples, *(key for key in LABELS if key not in ("ess", "active_units"))):
-        differences.append([_label(row), *(_difference(*pair, row) for pair in pairs)])
-    return [first, differences]
+def _entries(values: Values, samples: Sequence[int], sampled: Sequence[str]) -> Record:
+    """Return the entries in nats; those of `sampled` at the largest S, and then at each."""
+    return {
+        **{key: _entry(values, key) for key in ("nn_nll", "cvae_neg_elbo")},
+        **{key: _entry(values, key, samples[-1]) for key in sampled},
+        "by_samples": {str(s): {key: _entry(values, key, s) for key in sampled} for s in samples},
+    }
 
 
-def _label(row: Row) -> str:
-    return LABELS[row.key].format(row.samples)
+def _entry(values: Values, key: str, s: int = 0) -> Record:
+    """Return mean and standard error; of effective samples the median, and the share of images below `SMALL`."""
+    names, per_image = ("median", f"below_{SMALL}") if key == "ess" else ("mean", "stderr"), values.get((key, s))
+    if per_image is None:
+        return dict.fromkeys(names)
+    is_ess = key == "ess"
+    parts = (per_image.median().item(), (per_image < SMALL).double().mean().item()) if is_ess else estimate(per_image)
+    return {name: None if math.isnan(part) else part for name, part in zip(names, parts, strict=True)}
 
 
-def _reference(column: Column, columns: Sequence[Column]) -> Column | None:
-    """The column that one is compared with: the one that has the run of `Result.against`; None for that one itself."""
-    against = column.first.against
-    found = (other for other in columns if any(against and result.run == against.run for result in other.results))
-    return next((other for other in found if other is not column), None)
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the columns of CSV: each value under the names that lead to it; lists are counted from 1."""
+    if not isinstance(value, dict | list):
+        yield name, value
+        return
+    for key, part in value.items() if isinstance(value, dict) else enumerate(value, start=1):
+        yield from _flat(part, f"{name}_{key}" if name else str(key))
 
 
-def _cell(column: Column, row: Row) -> str:
-    if not column.first.has(row.key):
-        return "–"
-    if row.key == "active_units":
-        counts = ", ".join("+".join(str(active) for active, _ in result.units) for result in column.results)
-        return f"{counts} of {sum(count for _, count in column.first.units)}"
-    if row.key == "ess":
-        found = [result.effective_samples(row.samples or 0) for result in column.results]
-        median, few = (sum(numbers) / len(found) for numbers in zip(*found, strict=True))
-        return ess_cell(median, few)
-    mean, stderr = estimate(column.values(row))
-    spread = column.spread(row)
-    return f"{mean:.2f} ± {stderr:.2f}" + ("" if spread is None else f", seeds ± {spread:.2f}")
+def _blocks(runs: Sequence[Evaluation]) -> list[Cells]:
+    """Return the cells of the table, and those of the differences if there are any, each with its header."""
+    samples, records = runs[0].samples, [record(run) | {"seeds": [*map(record, run.seeds)]} for run in runs]
+    blocks = [[["nats per image, lower is better", *map(_heading, runs)], *rows(records, samples)]]
+    compared = [(run, found["against"]) for run, found in zip(runs, records, strict=True) if found["against"]]
+    if compared:
+        header = [
+            f"minus {printable(compared[0][1]['run'])}, below zero is better",
+            *(_heading(run) for run, _ in compared),
+        ]
+        keys = [key for key in LABELS if key not in ("ess", "active_units")]
+        blocks.append([header, *rows([against for _, against in compared], samples, keys, "+.3f")])
+    return blocks
 
 
-def ess_cell(median: float, few: float) -> str:
-    """Effective samples: the median over the images, and the share of the images below SMALL."""
-    return f"{median:.1f}, {few:.1%} below {SMALL}"
+def _heading(run: Evaluation) -> str:
+    """Return a run's name, and what its numbers depend on."""
+    marks = [mask_name(run.settings)]
+    marks += [] if run.settings.targets == "grey" else ["binarized"]
+    marks += [] if run.epochs is None else [f"epoch {run.epochs} so far"]
+    marks += [f"{len(run.seeds)} seeds"] if len(run.seeds) > 1 else []
+    return f"{printable(run.name)} ({', '.join(marks)})"
 
 
-def _difference(column: Column, reference: Column, row: Row) -> str:
-    if not (column.first.has(row.key) and reference.first.has(row.key)):
-        return "–"
-    mean, stderr = estimate(column.values(row) - reference.values(row))
-    return f"{mean:+.3f} ± {stderr:.3f}"
+def rows(
+    records: Sequence[Record], samples: Sequence[int], keys: Sequence[str] = tuple(LABELS), form: str = ".2f"
+) -> Cells:
+    """Return the rows of these quantities, a cell for each record."""
+    each = [(key, s) for key in keys for s in (samples if key in SAMPLED else (0,))]
+    return [[LABELS[key].format(s), *(_cell(record, key, str(s), form) for record in records)] for key, s in each]
 
 
-def _notes(columns: Sequence[Column]) -> list[str]:
-    runs = [column.first for column in columns]
-    counts = sorted({len(run.per_image.nn_nll) for run in runs})
-    notes = [
-        f"± is the standard error over the {' or '.join(map(str, counts))} test images. −ELBO is estimated with "
-        f"{ELBO_SAMPLES} samples of z per image, Monte Carlo and importance sampling with S."
-        + " Matrix products are in bfloat16 (--precision)."
-        * any(run.precision == "bf16" for run in runs)
-    ]
-    if several := [column for column in columns if len(column.results) > 1]:
-        names = "; ".join(f"{column.name}: seeds {_seeds(column)}" for column in several)
-        notes.append(
-            f"Runs that differ in their seeds alone are one column, their mean; seeds ± is the standard deviation "
-            f"between them, and no standard error. {names}."
-        )
-    if any(run.against is not None for run in runs):
-        notes.append(
-            "Differences are taken image by image, between means over the seeds where there are several; ± is their "
-            "own standard error over the images."
-        )
-    if grey := [column for column in columns if column.first.is_grey]:
-        floors = ", ".join(f"{column.values(Row('floor')).mean():.1f} for {column.name}" for column in grey)
-        notes.append(
-            "Grey levels under a Bernoulli are no normalised density; their own entropy is a floor under every row "
-            f"but the gap: {floors}."
-        )
-    known_runs = {run.settings.quadrants: run.observed for run in runs if _is_of_the_tutorial(run)}
-    example = " (with one quadrant of MNIST and 100 samples, about 82 where importance sampling gives 64)"
-    notes.append(
-        "Monte Carlo and importance sampling lie above −log p(y|x) in expectation: the smaller of the two is the one "
-        f"to quote. For a well trained run it is importance sampling{example * (1 in known_runs)}. Its effective "
-        "samples, the square of the sum of the weights over the sum of their squares: the median over the images, and "
-        f"how many images have less than {SMALL}, so that a few samples make the estimate."
+def _cell(record: Record, key: str, s: str, form: str) -> str:
+    """Return a quantity of a record; `seeds` in it has the records of the runs, if they are several."""
+    seeds = record.get("seeds") or [record]
+    if key == "active_units":
+        counts = [each[key] for each in seeds]
+        return f"{', '.join('+'.join(map(str, c)) for c in counts)} of {sum(record['units'])}" if counts[0] else "–"
+    if key == "ess":
+        found = zip(*(each["by_samples"][s][key].values() for each in seeds), strict=True)
+        median, few = (None if parts[0] is None else mean(parts) for parts in found)
+        return "–" if median is None else f"{median:.1f}, {few:.1%} below {SMALL}"
+    spread = [_found(each, key, s)["mean"] for each in seeds]
+    return number(_found(record, key, s), form) + (
+        f", seeds ± {stdev(spread):.2f}" if len(seeds) > 1 and spread[0] else ""
     )
-    notes.append(f"Active: the mean of q(z|x,y) has a variance over the images above {LEAST_VARIANCE}; by level of z.")
-    if not all(run.has(key) for run in runs for key in OF_RECOGNITION):
-        notes.append("–: the run's objective trains no recognition network, which these estimates take z from.")
-    if known_runs:
-        figures = ((*TUTORIAL[quadrants], observed) for quadrants, observed in sorted(known_runs.items()))
-        tutorial = "; ".join(f"NN {nn}, CVAE {cvae} for {observed}" for nn, cvae, observed in figures)
-        notes.append(
-            f"The tutorial's published table on MNIST: {tutorial}. Its CVAE row is a −ELBO; it stopped early "
-            "on the test images."
+
+
+def _found(record: Record, key: str, s: str) -> Record:
+    if key == "gap" and "gap_stderr" in record:
+        return {"mean": record["gap"], "stderr": record["gap_stderr"]}
+    entry: Record = record["by_samples"][s][key] if key in SAMPLED else record[key]
+    return entry
+
+
+def number(entry: Record, form: str = ".2f") -> str:
+    """Return mean and standard error in this form; a dash where there is no mean."""
+    if entry["mean"] is None:
+        return "–"
+    return f"{entry['mean']:{form}}" + ("" if entry["stderr"] is None else f" ± {entry['stderr']:{form.lstrip('+')}}")
+
+
+def _notes(runs: Sequence[Evaluation]) -> list[str]:
+    """Return what has to be known beside the numbers."""
+    counts = " or ".join(map(str, sorted({len(run.values["nn_nll", 0]) for run in runs})))
+    half = " Matrix products are in bfloat16 (--precision)." * any(run.precision == "bf16" for run in runs)
+    notes = [f"± is the standard error over the {counts} test images.{half} docs/table.md explains the rows."]
+    if several := [run for run in runs if len(run.seeds) > 1]:
+        seeds = (
+            f"{printable(run.name)}: seeds {', '.join(str(one.settings.seed) for one in run.seeds)}" for run in several
         )
+        notes.append(
+            f"Columns of several seeds are means over them, seeds ± the deviation between them. {'; '.join(seeds)}."
+        )
+    grey = [run for run in runs if run.settings.targets == "grey"]
+    if grey:
+        floors = ", ".join(f"{run.values['floor', 0].mean():.1f} for {printable(run.name)}" for run in grey)
+        notes.append(
+            "Grey levels under a Bernoulli are no normalised density; their own entropy is a floor under every row but "
+            f"the gap: {floors}."
+        )
+    if known := {run.settings.quadrants for run in grey if run.images == MNIST and run.settings.observed is None}:
+        figures = "; ".join("NN {}, CVAE {} for {} quadrants".format(*TUTORIAL[k], k) for k in sorted(known))
+        notes.append(f"The tutorial's published table on MNIST: {figures}. Its CVAE row is a −ELBO.")
     return notes
 
 
-def _is_of_the_tutorial(run: Result) -> bool:
-    """Whether the tutorial's figures are of the same: quadrants of MNIST in grey levels."""
-    return run.images == MNIST and run.settings.observed is None and run.is_grey
-
-
-def _seeds(column: Column) -> str:
-    return ", ".join(str(result.settings.seed) for result in column.results)
-
-
-def _table(columns: Sequence[Column], form: str) -> str:
-    mark = "[{}] {}" if form == "text" else "{}. {}"
-    notes = "\n".join(mark.format(i, note) for i, note in enumerate(_notes(columns), start=1))
-    return "\n\n".join([*(laid_out(cells, form) for cells in _blocks(columns)), notes]) + "\n"
-
-
 def laid_out(cells: Cells, form: str) -> str:
-    """Cells, the header's first, as the lines of a table, `text` or `markdown`; numbers to the right."""
+    """Return cells, the header's first, as the lines of a table, `text` or `markdown`; numbers to the right."""
     header, *rows = cells
     if form == "markdown":
         rule = ["---", *["---:"] * (len(header) - 1)]
