@@ -174,51 +174,31 @@ def quadrants(count: int, height: int = 28, width: int = 28) -> Tensor:
     return (lower & left, left.expand(height, width).clone(), ~lower | left)[count - 1]
 
 
-def rows(first: float, last: float, height: int, width: int) -> Tensor:
-    """Return the mask of the rows between two shares of the height, cut by floor division."""
-    index = torch.arange(height)[:, None]
-    return ((index >= int(first * height)) & (index < int(last * height))).expand(height, width).clone()
+def _in_middle(index: Tensor, side: int) -> Tensor:
+    """Return whether rows or columns are in the middle half: (side + 1) // 4 are left out at both ends."""
+    return (index >= (side + 1) // 4) & (index < side - (side + 1) // 4)
 
 
-def columns(first: float, last: float, height: int, width: int) -> Tensor:
-    """Return the mask of the columns between two shares of the width, cut by floor division."""
-    return rows(first, last, width, height).T.contiguous()
-
-
-def center(height: int, width: int) -> Tensor:
-    """Return the mask of the middle half of the rows and columns: (side + 1) // 4 pixels are left out at both ends."""
-    above, left = (height + 1) // 4, (width + 1) // 4
-    given = torch.zeros(height, width, dtype=torch.bool)
-    given[above : height - above, left : width - left] = True
-    return given
-
-
-def border(height: int, width: int) -> Tensor:
-    """Return the mask of all that `center` leaves out."""
-    return ~center(height, width)
-
-
-def checkerboard(height: int, width: int) -> Tensor:
-    """Return the mask of the pixels whose row and column, counted from 0, have an even sum."""
-    return (torch.arange(height)[:, None] + torch.arange(width)) % 2 == 0
-
-
-def every_second_row(height: int, width: int) -> Tensor:
-    """Return the mask of rows 0, 2, 4, …."""
-    return (torch.arange(height)[:, None] % 2 == 0).expand(height, width).clone()
-
-
-MASKS: dict[str, Callable[[int, int], Tensor]] = {
-    "left": partial(columns, 0, 0.5),
-    "right": partial(columns, 0.5, 1),
-    "top": partial(rows, 0, 0.5),
-    "bottom": partial(rows, 0.5, 1),
-    "center": center,
-    "border": border,
-    "checkerboard": checkerboard,
-    "every-second-row": every_second_row,
+RULES: dict[str, Callable[[Tensor, Tensor, int, int], Tensor]] = {
+    "left": lambda row, column, height, width: column < width // 2,
+    "right": lambda row, column, height, width: column >= width // 2,
+    "top": lambda row, column, height, width: row < height // 2,
+    "bottom": lambda row, column, height, width: row >= height // 2,
+    "center": lambda row, column, height, width: _in_middle(row, height) & _in_middle(column, width),
+    "border": lambda row, column, height, width: ~(_in_middle(row, height) & _in_middle(column, width)),
+    "checkerboard": lambda row, column, height, width: (row + column) % 2 == 0,
+    "every-second-row": lambda row, column, height, width: row % 2 == 0,
 }
-"""Makers of masks, by name: height, width → bool `[height, width]`, True = given. Halves are cut as `quadrants` are."""
+"""What each mask by name gives: of row indices `[height, 1]`, column indices `[width]`, height and width → bool."""
+
+
+def _mask(name: str, height: int, width: int) -> Tensor:
+    mask = RULES[name](torch.arange(height)[:, None], torch.arange(width), height, width)
+    return mask.expand(height, width).clone()
+
+
+MASKS: dict[str, Callable[[int, int], Tensor]] = {name: partial(_mask, name) for name in RULES}
+"""Makers of masks, by name: height, width → bool `[height, width]`, True = given."""
 
 
 def is_picture(s: Settings) -> bool:
@@ -250,10 +230,8 @@ def make_task(s: Settings, height: int, width: int, picture: Path | None = None)
         observed, about = read_mask(picture or Path(str(s.observed)), height, width, exact=picture is not None)
         return FixedMask(observed, mask_name(s), about)
     try:
-        mask = (
-            quadrants(s.quadrants, height, width) if s.observed is None else s.chosen("observed", MASKS)(height, width)
-        )
-        return FixedMask(mask, mask_name(s))
+        make = partial(quadrants, s.quadrants) if s.observed is None else s.chosen("observed", MASKS)
+        return FixedMask(make(height, width), mask_name(s))
     except ValueError as error:
         raise DataError(f"images of {height}×{width} pixels cannot be split: {error}") from None
 
