@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -51,9 +51,7 @@ WHOLE, X_ONLY = "classifier.safetensors", "classifier-x.safetensors"  # their na
 class Classifier(nn.Module):
     """p(class | the pixels of a mask): a convolutional network of 90,000 weights that sees these pixels, others black.
 
-    Args:
-        observed: bool `[height, width]`, True = seen; kept with the weights.
-        num_classes: K.
+    observed: bool `[height, width]`, True = seen; kept with the weights. num_classes: K.
     """
 
     observed: Tensor
@@ -61,9 +59,12 @@ class Classifier(nn.Module):
     def __init__(self, observed: Tensor, num_classes: int):
         super().__init__()
         self.register_buffer("observed", observed)
-        halvings = (_halving(1, 16, 5), _halving(16, 32, 3), _halving(32, 64, 3))
+        halving = [
+            nn.Sequential(nn.Conv2d(*planes, size, 2, size // 2, bias=False), nn.BatchNorm2d(planes[1]), nn.ReLU())
+            for planes, size in (((1, 16), 5), ((16, 32), 3), ((32, 64), 3))
+        ]
         pooling = nn.AdaptiveAvgPool2d(4)  # changes nothing of images of 28×28
-        self.convolutions = nn.Sequential(*halvings, pooling, nn.Flatten())
+        self.convolutions = nn.Sequential(*halving, pooling, nn.Flatten())
         self.hidden = nn.Linear(64 * 4 * 4, FEATURES)
         self.last = nn.Linear(FEATURES, num_classes)
 
@@ -78,20 +79,7 @@ class Classifier(nn.Module):
         return logits
 
 
-def _halving(inner: int, outer: int, size: int) -> nn.Sequential:
-    """Return a convolution that halves both sides, normalised over the batch."""
-    convolution = nn.Conv2d(inner, outer, size, stride=2, padding=size // 2, bias=False)
-    return nn.Sequential(convolution, nn.BatchNorm2d(outer), nn.ReLU())
-
-
-class Judges(NamedTuple):
-    """The two classifiers of a run, on its device, frozen, in evaluation mode."""
-
-    whole: Classifier
-    x_only: Classifier
-
-
-def masks(task: FixedMask) -> dict[str, Tensor]:
+def masks_of(task: FixedMask) -> dict[str, Tensor]:
     """Return what the two classifiers of a run see, bool `[height, width]`, by the names of their files."""
     return {WHOLE: torch.ones_like(task.observed), X_ONLY: task.observed}
 
@@ -101,12 +89,12 @@ def training(record: Mapping[str, Any], targets: str) -> dict[str, str]:
     return {"images": record["train"]["sha256"], "targets": targets}
 
 
-def read(path: Path, observed: Tensor, trained_on: Mapping[str, str]) -> Classifier:
+def read(path: Path, observed: Tensor, source: Mapping[str, str]) -> Classifier:
     """Return the classifier in a file, frozen. Raises DataError if it is not of this mask and training, or damaged."""
     try:
         with safe_open(path, "pt") as file:
             metadata, state = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if not (trained_on.items() <= metadata.items() and torch.equal(state["observed"], observed)):
+        if not (source.items() <= metadata.items() and torch.equal(state["observed"], observed)):
             raise DataError(f"{path}: is of another mask, or of other images or targets")
         classifier = Classifier(observed, len(state["last.bias"]))
         classifier.load_state_dict(state)
@@ -117,139 +105,106 @@ def read(path: Path, observed: Tensor, trained_on: Mapping[str, str]) -> Classif
     return classifier.requires_grad_(False).eval()
 
 
-def packaged(observed: Tensor, trained_on: Mapping[str, str]) -> Classifier | None:
+def packaged(observed: Tensor, source: Mapping[str, str]) -> Classifier | None:
     """Return the classifier of this mask and training that comes with the package, if there is one."""
     for path in sorted(PACKAGED.glob("*.safetensors")):
         with suppress(DataError):
-            return read(path, observed, trained_on)
+            return read(path, observed, source)
     return None
 
 
-def open_judges(folder: Path, device: torch.device) -> Judges:
-    """Open the classifiers of a run. Raises DataError, with the command that trains them, if one is missing or bad."""
-    run, judges = RunFolder(folder), []
+def open_judges(folder: Path, device: torch.device) -> list[Classifier]:
+    """Return the classifiers of a run, of whole images and of x, on a device, frozen, in evaluation mode.
+
+    Raises DataError, with the command that trains them, if one is missing or bad.
+    """
+    run = RunFolder(folder)
     if not run.record.get("train"):
         raise DataError(f"{folder}: does not say what its training images are; train anew")
-    trained_on = training(run.record, run.settings.targets)
-    for name, observed in masks(run.task).items():
-        try:
-            judges.append(packaged(observed, trained_on) or read(folder / name, observed, trained_on))
-        except DataError as error:
-            words = f"python -m cvae.report.classifier {quoted(folder)}"
-            raise DataError(f"{error}; {words} trains the classifiers of the run, in a few minutes") from None
-    return Judges(*(judge.to(device) for judge in judges))
+    source, files = training(run.record, run.settings.targets), masks_of(run.task).items()
+    try:
+        judges = [packaged(observed, source) or read(folder / name, observed, source) for name, observed in files]
+    except DataError as error:
+        words = f"python -m cvae.report.classifier {quoted(folder)}"
+        raise DataError(f"{error}; {words} trains the classifiers of the run, in a few minutes") from None
+    return [judge.to(device) for judge in judges]
 
 
-class Labelled(NamedTuple):
-    """The images of some settings, uint8 `[N, height, width]`, and their classes, int64 `[N]`."""
-
-    train: Tensor
-    classes: Tensor
-    held_out: Tensor
-    held_out_classes: Tensor
-    record: dict[str, Any]
-    targets: str
-
-
-def load_labelled(s: Settings) -> Labelled:
-    """Read the images that the settings name. Raises DataError if there are none, or they have no labels."""
-    classes, held_out_classes = (load_labels(s, part) for part in ("train", "validation"))
-    train, held_out, _, record = load_train(s, show=True)
-    return Labelled(train, classes, held_out, held_out_classes, record, s.targets)
-
-
-def fit(data: Labelled, observed: Tensor, device: torch.device) -> Classifier:
-    """Train a classifier that sees the pixels of a mask, on images bent a little, and drawn as the targets say.
-
-    All randomness comes from one seed, whatever that of the run.
-    """
-    pixels, classes = data.train.to(device), data.classes.to(device)
+def _fit(images: Tensor, classes: Tensor, num_classes: int, observed: Tensor, binary: bool) -> Classifier:
+    """Train a classifier on images on the device, uint8 `[N, height, width]`; all randomness is of one seed."""
     context.seed_dropout("classifier")  # and the first weights
-    classifier = Classifier(observed, 1 + int(torch.cat([data.classes, data.held_out_classes]).max())).to(device)
+    classifier = Classifier(observed, num_classes).to(images.device)
     optimizer = torch.optim.AdamW(classifier.parameters(), RATE, weight_decay=DECAY)
-    size = min(BATCH, len(pixels))
-    steps = len(pixels) // size
+    size = min(BATCH, len(images))
+    steps = len(images) // size
     schedule = OneCycleLR(optimizer, RATE, total_steps=steps * EPOCHS)
     with Bar("classifier", steps * EPOCHS * size, "img") as bar:
         for epoch in range(EPOCHS):
-            order = context.permutation(len(pixels), "classifier", epoch).to(device)
+            order = context.permutation(len(images), "classifier", epoch).to(images.device)
             for step, rows in enumerate(order[: steps * size].split(size)):
                 key = ("classifier", epoch, step)
-                images = bent(pixels[rows], BEND, *key)
-                images = binarized(images, *key) if data.targets == "binary" else images
-                loss = cross_entropy(classifier(images / 255), classes[rows])
+                batch = bent(images[rows], BEND, *key)
+                batch = binarized(batch, *key) if binary else batch
+                loss = cross_entropy(classifier(batch / 255), classes[rows])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 schedule.step()
                 bar.update(size)
-    return classifier.eval()
+    return classifier.requires_grad_(False).eval()
 
 
-@torch.inference_mode()
-def examine(classifier: Classifier, images: Tensor, classes: Tensor) -> tuple[float, float]:
-    """Return the share of images, uint8 `[N, height, width]`, that are classified right, and −log p(class) in nats."""
-    parts = images.to(classifier.observed.device).split(1000)
-    logits = torch.cat([classifier(part / 255) for part in parts]).cpu()
-    return (logits.argmax(-1) == classes).double().mean().item(), cross_entropy(logits, classes).item()
+def make(masks: Mapping[Path, Tensor], s: Settings, device: torch.device, run: RunFolder | None = None) -> None:
+    """Train classifiers of these masks, write each to its file, and say how good it is on the validation images.
 
-
-def make(path: Path, data: Labelled, observed: Tensor, device: torch.device) -> None:
-    """Train a classifier, write it, and say how good it is on the validation images. Raises DiskError."""
-    started = time.perf_counter()
-    classifier = fit(data, observed, device)
-    right, nats = examine(classifier, data.held_out, data.held_out_classes)
-    state = {name: tensor.cpu().contiguous() for name, tensor in classifier.state_dict().items()}
-    metadata = {**training(data.record, data.targets), "format": "pt"}
-    write_atomically(path, safetensors.torch.save(state, metadata))
-    seen, seconds = f"{int(observed.sum())} of {observed.numel()} pixels", time.perf_counter() - started
-    scores = f"{right:.2%} of {len(data.held_out):,} validation images right, {nats:.4f} nats per image"
-    say(f"{path}: sees {seen}; {scores}; {seconds:.0f} s")
-
-
-def make_for(folder: Path, moved: dict[str, Any], device: torch.device) -> None:
-    """Train the classifiers of a run that the package does not have. Raises DataError and DiskError."""
-    run = RunFolder(folder)
-    data = load_labelled(replace(run.settings, **moved))
-    if (other := difference(run.record, data.record)) is not None:
-        raise DataError(f"{folder}: was begun on {other}; --data says where its own are")
-    for name, observed in masks(run.task).items():
-        if packaged(observed, training(data.record, data.targets)):
-            say(f"{folder / name}: is not needed, the package has such a classifier")
-        else:
-            make(folder / name, data, observed, device)
+    s: The settings that say what the images are. run: A run that they are for, which needs none that the package has.
+    Raises DataError where the images cannot be read, have no labels, or are not those of the run, and DiskError.
+    """
+    classes, held_out_classes = (load_labels(s, part) for part in ("train", "validation"))
+    images, held_out, _, record = load_train(s, show=True)
+    if run is not None and (other := difference(run.record, record)) is not None:
+        raise DataError(f"{run.path}: was begun on {other}; --data says where its own are")
+    source, num_classes = training(record, s.targets), 1 + int(max(classes.max(), held_out_classes.max()))
+    for path, observed in masks.items():
+        started = time.perf_counter()
+        if run is not None and packaged(observed, source):
+            say(f"{path}: is not needed, the package has such a classifier")
+            continue
+        classifier = _fit(images.to(device), classes.to(device), num_classes, observed, s.targets == "binary")
+        logits = torch.cat([classifier(part.to(device) / 255) for part in held_out.split(1000)]).cpu()
+        state = {name: tensor.cpu().contiguous() for name, tensor in classifier.state_dict().items()}
+        write_atomically(path, safetensors.torch.save(state, {**source, "format": "pt"}))
+        right = (logits.argmax(-1) == held_out_classes).double().mean()
+        scores = f"{right:.2%} of {len(held_out):,} validation images right"
+        nats = f"{cross_entropy(logits, held_out_classes):.4f} nats per image"
+        seen, seconds = f"{int(observed.sum())} of {observed.numel()} pixels", time.perf_counter() - started
+        say(f"{path}: sees {seen}; {scores}, {nats}; {seconds:.0f} s")
 
 
 @command("cvae.report.classifier")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m cvae.report.classifier",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m cvae.report.classifier", description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add("runs", nargs="*", type=user_path, metavar="RUN", help="run, as a path or a name below runs/")
     add("--to", type=user_path, metavar="FOLDER", help="without a run: where those of MNIST are written")
-    add("--data", type=named, metavar="PATH", help="where the images of the runs are now, as for train.py")
+    place = "where the images of the runs are now, as for train.py"
+    add("--data", type=lambda word: Settings(data=named(word)).data, metavar="PATH", help=place)
     add("--data-root", type=absolute, metavar="DIR", help="where torchvision's data sets are now, as for train.py")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:n (default: %(default)s)")
     options = parser.parse_args(argv)
     if bool(options.runs) == (options.to is not None):
         parser.error("name runs, or with --to the folder for the classifiers of MNIST")
     moved = {name: place for name in ("data", "data_root") if (place := getattr(options, name)) is not None}
-    try:
-        Settings(**moved)
-    except ValueError as error:
-        parser.error(str(error))
     with context.opened(options.device, "fp32") as opened:
-        for run in options.runs:
-            make_for(find_run(run, Path("runs")), moved, opened.device)
+        for run in (RunFolder(find_run(word, Path("runs"))) for word in options.runs):
+            masks = {run.path / name: observed for name, observed in masks_of(run.task).items()}
+            make(masks, replace(run.settings, **moved), opened.device, run)
         if options.to is not None:
-            data = load_labelled(Settings())
-            for count, name in enumerate(("mnist", "mnist-q1", "mnist-q2", "mnist-q3")):
-                observed = quadrants(count) if count else torch.ones(28, 28, dtype=torch.bool)
-                make(options.to / f"{name}.safetensors", data, observed, opened.device)
+            masks = {options.to / f"mnist-q{count}.safetensors": quadrants(count) for count in (1, 2, 3)}
+            masks[options.to / "mnist.safetensors"] = torch.ones(28, 28, dtype=torch.bool)
+            make(masks, Settings(), opened.device)
     return 0
 
 

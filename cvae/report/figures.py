@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
 
 from cvae.data.given import in_range
@@ -54,10 +54,8 @@ def completion_rows(images: Tensor, task: Task, guess: Tensor, samples: Tensor |
     x = task.batch(task.rows(images)).x
     name = task.name if len(task.name) <= LONGEST_NAME else task.name[: LONGEST_NAME - 1] + "…"
     rows = [(f"input: {name}" if name else "input", as_given(images, task)), ("truth", colour(images))]
-    rows.append(("NN", colour(task.compose(x, guess.detach().cpu().float()))))
-    for i, y in enumerate(() if samples is None else samples.detach().cpu().float(), start=1):
-        rows.append((f"CVAE {i}", colour(task.compose(x, y))))
-    return rows
+    made = {"NN": guess} | {f"CVAE {i}": y for i, y in enumerate(() if samples is None else samples, start=1)}
+    return rows + [(label, colour(task.compose(x, y.detach().cpu().float()))) for label, y in made.items()]
 
 
 def as_given(images: Tensor, task: Task) -> Tensor:
@@ -77,14 +75,13 @@ def draw_rows(rows: Rows, tile: int = TILE) -> Tensor:
 
     Small images are magnified by a whole number, to about `tile` screen pixels; large ones are shrunk to LARGEST_TILE.
     """
-    font = ImageFont.load_default(size=FONT_SIZE)
     scaled = [_scaled(as_bytes(images), tile) for _, images in rows]
-    count = max(map(len, scaled))
     height, width = (max(images.shape[side] for images in scaled) for side in (-2, -1))
-    tiles = torch.full((len(rows), count, 3, max(height, FONT_SIZE), width), 255, dtype=torch.uint8)
+    tiles = torch.full((len(rows), max(map(len, scaled)), 3, max(height, FONT_SIZE), width), 255, dtype=torch.uint8)
     for place, images in zip(tiles, scaled, strict=True):
         place[: len(images), :, : images.shape[-2], : images.shape[-1]] = images
-    grid = to_pil_image(make_grid(tiles.flatten(0, 1), nrow=count, padding=GAP, pad_value=255))
+    grid = as_picture(make_grid(tiles.flatten(0, 1), nrow=tiles.shape[1], padding=GAP, pad_value=255))
+    font = ImageFont.load_default(size=FONT_SIZE)
     margin = max(int(font.getlength(label)) for label, _ in rows) + GAP
     picture = Image.new("RGB", (margin + grid.width, grid.height), PAPER)
     picture.paste(grid, (margin, 0))
@@ -105,15 +102,11 @@ def _scaled(images: Tensor, tile: int) -> Tensor:
 def show(pictures: Tensor) -> Image.Image:
     """Return grey pictures beside each other as one Pillow image, which a notebook shows.
 
-    Args:
-        pictures: uint8, or floats in [0, 1]: `[H, W]`, `[N, H, W]`, or `[S, B, H, W]` as `model.complete` gives them,
-            of which each of the B makes a row with its S completions.
-
-    Raises:
-        ValueError: For others.
+    pictures: uint8, or floats in [0, 1]; `[H, W]`, `[N, H, W]`, or `[S, B, H, W]` as `model.complete` gives them, which
+    makes a row of S completions for each of the B. Raises ValueError for others.
     """
-    levels = pictures.dtype == torch.uint8 or pictures.is_floating_point()
-    if not 2 <= pictures.dim() <= 4 or not pictures.numel() or not levels or not in_range(pictures):
+    known = pictures.dtype == torch.uint8 or pictures.is_floating_point()
+    if not (known and 2 <= pictures.dim() <= 4 and pictures.numel() and in_range(pictures)):
         wanted = "uint8 or floats in [0, 1], [H, W], [N, H, W] or [S, B, H, W]"
         raise ValueError(f"pictures to be shown are {wanted}, not {described(pictures)}")
     rows = pictures.transpose(0, 1) if pictures.dim() == 4 else pictures.reshape(1, -1, *pictures.shape[-2:])
@@ -122,19 +115,17 @@ def show(pictures: Tensor) -> Image.Image:
 
 def as_bytes(images: Tensor) -> Tensor:
     """Return images of any shape, in [0, 1] or uint8, as uint8 on the CPU."""
-    return images if images.dtype == torch.uint8 else images.mul(255).round().to("cpu", torch.uint8)
+    return images.cpu() if images.dtype == torch.uint8 else images.mul(255).round().to("cpu", torch.uint8)
 
 
 def as_picture(image: Tensor) -> Image.Image:
     """Return colours `[3, height, width]`, in [0, 1] or uint8, as a Pillow image."""
-    picture: Image.Image = to_pil_image(as_bytes(image))
-    return picture
+    return Image.fromarray(as_bytes(image).permute(1, 2, 0).contiguous().numpy())
 
 
 def as_tensor(picture: Image.Image) -> Tensor:
     """Return a Pillow image in colours as uint8 `[3, height, width]`."""
-    pixels: Tensor = pil_to_tensor(picture)
-    return pixels
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
 def ending(path: Path) -> str:
@@ -166,9 +157,8 @@ def name_pieces(folder: Path, run: str, numbers: Sequence[int], samples: int) ->
 
 def refuse_to_replace(paths: Sequence[Path]) -> None:
     """Raise UsageError if there is something already where one of these files is to be written."""
-    for path in paths:
-        if os.path.lexists(path):
-            raise UsageError(f"{path} exists already and is left as it is; choose another folder")
+    if there := [path for path in paths if os.path.lexists(path)]:
+        raise UsageError(f"{there[0]} exists already and is left as it is; choose another folder")
 
 
 def make_folders(paths: Sequence[Path]) -> None:
@@ -183,7 +173,5 @@ def make_folders(paths: Sequence[Path]) -> None:
 def write_pieces(paths: Sequence[Path], rows: Rows) -> None:
     """Write each image of the rows to a file, pixel for pixel; grey but for the inputs. Raises DiskError."""
     make_folders(paths)
-    images = [(label, image) for label, row in rows for image in row] if paths else []
-    for path, (label, image) in zip(paths, images, strict=True):
-        picture = as_picture(image)
-        write_picture(path, picture if label.startswith("input") else picture.convert("L"))
+    for path, image in zip(paths, (image for _, row in rows for image in row), strict=False):
+        write_picture(path, as_picture(image) if path.stem.endswith("-input") else as_picture(image).convert("L"))

@@ -34,15 +34,10 @@ def frequencies(logits: Tensor) -> Tensor:
 
 
 def log_score(frequency: Tensor, classes: Tensor, samples: int) -> Tensor:
-    """Return −log (n_k + 1/K) / (S + 1) of the true class k, nats `[B]`; lower is better.
+    """Return −log (n_k + 1/K) / (S + 1) of the true class k, nats `[B]`, from `frequencies`; lower is better.
 
-    A class that never came has some probability, and none has all. Source: the logarithmic score of Good 1952; the
-    Dirichlet prior of Perks 1947, whose counts sum to one.
-
-    Args:
-        frequency: f_k of S completions, `[B, K]`.
-        classes: The true classes, int64 `[B]`.
-        samples: S, also of a point prediction, which counts as S equal ones.
+    A class that never came has some probability, and none has all. A point prediction counts as S equal ones.
+    Source: the logarithmic score of Good 1952; the Dirichlet prior of Perks 1947, whose counts sum to one.
     """
     count = frequency.gather(-1, classes[:, None])[:, 0] * samples
     return -((count + 1 / frequency.shape[-1]) / (samples + 1)).log()
@@ -78,14 +73,11 @@ def squared_errors(completions: Tensor, y: Tensor) -> Tensor:
 
 
 def density_and_coverage(real: Tensor, fake: Tensor, neighbours: int = NEIGHBOURS) -> tuple[Tensor, Tensor]:
-    """Return density per fake image `[M]` and coverage per real image `[N]`; their means are the measures.
+    """Return density per fake image `[M]` and coverage per real one `[N]`, from features `[M, F]` and `[N, F]`, N > k.
 
     The ball about a real image reaches to its k-th nearest other one. density_j = the number of balls that fake j is
-    in, / k; coverage_i = 1 if any fake is in the ball of i, else 0. Source: Naeem et al. 2020, also of k = 5.
-
-    Args:
-        real, fake: Features, `[N, F]` and `[M, F]`.
-        neighbours: k, less than N.
+    in, / k; coverage_i = 1 if any fake is in the ball of i, else 0. Their means are the measures. Source: Naeem et al.
+    2020, also of k = 5.
     """
     density, covered = torch.zeros(len(fake), dtype=torch.float64, device=fake.device), []
     for rows in real.split(ROWS_AT_ONCE):

@@ -22,12 +22,14 @@ from cvae.errors import DataError
 from cvae.model.cvae import CVAE, NOISE_IMAGES
 from cvae.model.likelihood import Estimate, estimate
 from cvae.report import measures
-from cvae.report.classifier import Judges, open_judges
+from cvae.report.classifier import Classifier, open_judges
 from cvae.report.figures import INK, PAPER, as_picture, as_tensor, completion_rows, draw_rows, write_picture
 from cvae.report.selection import Subject
 from cvae.report.tables import laid_out
 
 COMPLETIONS = 50  # of each image, S
+SHOWN, COMPLETIONS_SHOWN, SIDE = 10, 6, 84  # images and completions of each in the picture; their size, screen pixels
+OTHER, TRUE = (150, 165, 190), (200, 60, 40)  # the colours of a class's bar, and of the true one's
 
 COLUMNS = {
     "nn": "NN", "nn_drawn": "NN, drawn", "cvae": "CVAE", "cvae_drawn": "CVAE, drawn", "truth": "truth",
@@ -37,41 +39,28 @@ COLUMNS = {
 `x_only`, the class probabilities of the classifier that sees x alone."""
 
 ROWS = {
-    "validity": "validity",
-    "confidence": "confidence",
-    "log_score": "log score of the class, nats",
-    "entropy": "entropy of the classes, nats",
-    "correlation": "… correlated with x only's",
-    "energy_score": "energy score",
-    "mse": "mean squared error",
-    "best_mse": f"… best of {COMPLETIONS}",
-    "density": "density",
-    "coverage": "coverage",
-}
+    "validity": "validity", "confidence": "confidence", "log_score": "log score of the class, nats",
+    "entropy": "entropy of the classes, nats", "correlation": "… correlated with x only's",
+    "energy_score": "energy score", "mse": "mean squared error", "best_mse": f"… best of {COMPLETIONS}",
+    "density": "density", "coverage": "coverage",
+}  # fmt: skip
+"""What is measured, as docs/realism.md explains it."""
 
-NOTES = (
+NOTE = (
     f"{COMPLETIONS} completions of each image; ± is the standard error over the images. NN and CVAE are pixel means; "
-    "drawn: each pixel drawn from them, black or white. x only: the classifier that sees the observed pixels alone.",
-    "Validity: the share of completions that the classifier of whole images takes for the true class; that of the "
-    "truth is its accuracy on these test images. Confidence: its probability of the class that it takes them for.",
-    "Log score: of the true class under the frequencies of the classes among the completions, lower is better; none "
-    "can be expected to do better than the best classifier of x. The entropy of these frequencies is right where it is "
-    "that of x only, image by image: high where x does not settle the class.",
-    "Energy score and squared errors: of the hidden pixels, lower is better. Density and coverage: of the classifier's "
-    "features, of one completion an image; those of the truth are what other true images have in expectation.",
+    "drawn: each pixel drawn from them, black or white; x only: the classifier that sees the observed pixels alone. "
+    "Lower is better for the log score, the energy score and the errors. All measures are explained in docs/realism.md."
 )
-
-SHOWN, COMPLETIONS_SHOWN, SIDE = 10, 8, 84  # images and completions of each in the picture; their size, screen pixels
-OTHER, TRUE = (150, 165, 190), (200, 60, 40)  # the colours of a class's bar, and of the true one's
 
 
 class Case(NamedTuple):
-    """All that is needed to judge a run: its images, uint8, and their classes, int64 `[N]`, and the two classifiers."""
+    """All that is needed to judge a run: its images, uint8, their classes, int64 `[N]`, and the two classifiers."""
 
     model: CVAE
     images: Tensor
     classes: Tensor
-    judges: Judges
+    whole: Classifier
+    x_only: Classifier
 
 
 Judged = dict[tuple[str, str], Tensor]
@@ -81,9 +70,9 @@ Judged = dict[tuple[str, str], Tensor]
 def open_cases(
     subjects: Mapping[str, Subject], limit: int | None, context: Context
 ) -> tuple[dict[str, Case], list[str]]:
-    """Open what judging the runs needs, by their names; returns a line too about each that cannot be judged.
+    """Return what is needed to judge runs, by their names, and a line about each that cannot be judged.
 
-    limit: as many test images are judged at most, the first ones.
+    limit: The number of test images to judge, the first ones; None: all. All processes leave out the same runs.
     """
     cases, problems = {}, []
     for name, subject in subjects.items():
@@ -95,20 +84,19 @@ def open_cases(
 
 
 def _open_case(subject: Subject, limit: int | None, device: torch.device) -> Case:
-    judges = open_judges(subject.folder, device)
+    whole, x_only = open_judges(subject.folder, device)
     classes, images = load_labels(subject.settings, "test")[:limit], subject.test.images[:limit]
     if len(images) <= measures.NEIGHBOURS:
         raise DataError(f"{subject.folder}: {len(images)} test images are too few; density and coverage need 6")
-    if (most := int(classes.max())) >= judges.whole.last.out_features:
+    if (most := int(classes.max())) >= whole.last.out_features:
         raise DataError(f"{subject.folder}: the test images have a class {most}, which the training images have not")
-    return Case(subject.model, images, classes, judges)
+    return Case(subject.model, images, classes, whole, x_only)
 
 
 @torch.inference_mode()
 def judge(name: str, case: Case, seed: int, context: Context) -> Judged:
     """Measure the completions of a run's images; each process computes its share. Noise comes from seed and place."""
-    starts = range(0, len(case.images), NOISE_IMAGES)
-    portions, processes = [], context.processes
+    starts, processes, portions = range(0, len(case.images), NOISE_IMAGES), context.processes, []
     with Bar(f"{name}: realism", len(case.images) // processes.count, "img", processes.is_main) as bar:
         for start in starts[processes.share(len(starts))] or [len(case.images)]:
             rows = slice(start, start + NOISE_IMAGES)
@@ -120,36 +108,33 @@ def judge(name: str, case: Case, seed: int, context: Context) -> Judged:
 
 def _measured(case: Case, images: Tensor, classes: Tensor, random: torch.Generator) -> Judged:
     """Return the measures of some images; none of these makes empty ones."""
-    task, whole = case.model.task, case.judges.whole
+    task = case.model.task
+    judged: Judged = {}
     x, y, *_ = task.batch(task.rows(images))
     guess = case.model.baseline_net(x).sigmoid()[None]
     means = task.asked(case.model.complete(images, COMPLETIONS, random))
     drawn = [torch.bernoulli(each.expand_as(means), generator=random) for each in (guess, means)]
-    judged = {}
     for who, completed in zip(COLUMNS, (guess, drawn[0], means, drawn[1], y[None]), strict=False):
-        pictures = task.compose(x, completed)
-        features = whole.features(pictures.flatten(0, 1))
-        logits = whole.last(features).unflatten(0, completed.shape[:2])
+        features = case.whole.features(task.compose(x, completed).flatten(0, 1))
         errors = measures.squared_errors(completed, y)
-        judged[who, "features"] = features[: len(images)].T
-        judged |= {(who, key): value for key, value in _of_classes(logits, classes).items()}
-        judged[who, "energy_score"] = measures.energy_score(completed, y)
+        judged |= _of_classes(who, case.whole.last(features).unflatten(0, completed.shape[:2]), classes)
         judged |= {(who, "mse"): errors.mean(0), (who, "best_mse"): errors.amin(0)}
-    logits = case.judges.x_only(task.compose(x, y)).double()
-    known = {
-        "log_score": cross_entropy(logits, classes, reduction="none"),
-        "entropy": measures.entropy(logits.softmax(-1)),
-    }
-    return judged | {("x_only", key): value for key, value in {**_of_classes(logits[None], classes), **known}.items()}
+        judged[who, "energy_score"] = measures.energy_score(completed, y)
+        judged[who, "features"] = features[: len(images)].T
+    logits = case.x_only(task.compose(x, y)).double()
+    judged |= _of_classes("x_only", logits[None], classes)
+    judged["x_only", "log_score"] = cross_entropy(logits, classes, reduction="none")
+    judged["x_only", "entropy"] = measures.entropy(logits.softmax(-1))
+    return judged
 
 
-def _of_classes(logits: Tensor, classes: Tensor) -> dict[str, Tensor]:
+def _of_classes(who: str, logits: Tensor, classes: Tensor) -> Judged:
     frequency = measures.frequencies(logits)
     return {
-        "validity": measures.validity(logits, classes),
-        "confidence": measures.confidence(logits),
-        "log_score": measures.log_score(frequency, classes, COMPLETIONS),
-        "entropy": measures.entropy(frequency),
+        (who, "validity"): measures.validity(logits, classes),
+        (who, "confidence"): measures.confidence(logits),
+        (who, "log_score"): measures.log_score(frequency, classes, COMPLETIONS),
+        (who, "entropy"): measures.entropy(frequency),
     }
 
 
@@ -161,7 +146,7 @@ def estimates(judged: Judged) -> dict[tuple[str, str], Estimate]:
     """
     found = {(who, name): estimate(values) for (who, name), values in judged.items() if name != "features"}
     truth = judged["truth", "features"].T.contiguous()
-    for who in (who for who in COLUMNS if who != "x_only"):
+    for who in list(COLUMNS)[:-1]:
         density, coverage = torch.ones(1), torch.tensor(measures.coverage_of_the_truth(len(truth)))
         if who != "truth":
             density, coverage = measures.density_and_coverage(truth, judged[who, "features"].T.contiguous())
@@ -173,29 +158,26 @@ def estimates(judged: Judged) -> dict[tuple[str, str], Estimate]:
 
 def records(runs: Iterable[str], judged: Mapping[str, Judged]) -> dict[str, dict[str, Any]]:
     """Return what the records of these runs have more, by their names: null for a run that was not judged."""
-    return {run: {"realism": _record(judged[run]) if run in judged else None} for run in runs}
-
-
-def _record(judged: Judged) -> dict[str, Any]:
-    found = estimates(judged)
-    record: dict[str, Any] = {"images": judged["truth", "features"].shape[-1], "completions": COMPLETIONS}
-    for who in COLUMNS:
-        whose = {row: found[who, row]._asdict() for row in ROWS if (who, row) in found}
-        record[who] = {row: {part: None if math.isnan(v) else v for part, v in e.items()} for row, e in whose.items()}
-    return record
+    found: dict[str, dict[str, Any]] = {run: {"realism": None} for run in runs}
+    for run, values in judged.items():
+        record: dict[str, Any] = {"images": len(values["x_only", "entropy"]), "completions": COMPLETIONS}
+        for (who, name), parts in sorted(estimates(values).items(), key=lambda item: list(ROWS).index(item[0][1])):
+            numbers = {part: None if math.isnan(number) else number for part, number in parts._asdict().items()}
+            record.setdefault(who, {})[name] = numbers
+        found[run]["realism"] = record
+    return found
 
 
 def render(judged: Mapping[str, Judged], subjects: Mapping[str, Subject], form: str) -> str:
     """Return the tables to read, as `text` or `markdown`, one for each run; both mappings are by the runs' names."""
-    mark, blocks = "[{}] {}" if form == "text" else "{}. {}", []
+    blocks = []
     for name, values in judged.items():
-        found, count = estimates(values), values["truth", "features"].shape[-1]
+        found, count = estimates(values), len(values["x_only", "entropy"])
         cells = [[f"{name} ({subjects[name].model.task.name}), {count:,} images", *COLUMNS.values()]]
         for row, label in ROWS.items():
             cells.append([label, *(_cell(found.get((who, row)), 4 if "mse" in row else 3) for who in COLUMNS)])
         blocks.append(laid_out(cells, form) + "\n")
-    notes = "\n".join(mark.format(i, note) for i, note in enumerate(NOTES, start=1))
-    return "\n".join(["", *blocks, notes]) + "\n"
+    return "\n".join(["", *blocks, NOTE, ""])
 
 
 def _cell(found: Estimate | None, digits: int) -> str:
@@ -225,20 +207,18 @@ def draw(case: Case, ambiguity: Tensor, seed: int, context: Context) -> Image.Im
     guess, completions by the CVAE, and how often each class is among 50 of them. The true class is red. The noise of an
     image is the same whichever others are drawn beside it.
     """
-    numbers, task, model = chosen(ambiguity), case.model.task, case.model
+    numbers, model, task = chosen(ambiguity), case.model, case.model.task
     images, classes = case.images[numbers], case.classes[numbers].tolist()
     x, y, *_ = task.batch(task.rows(images.to(context.device)))
     random = [context.generator(seed, "realism figure", number) for number in numbers]
-    completed = [model.complete(image, COMPLETIONS, each) for image, each in zip(images, random, strict=True)]
-    pictures = torch.cat(completed, dim=1)
-    rows = completion_rows(images, task, model.baseline_net(x).sigmoid(), task.asked(pictures[:COMPLETIONS_SHOWN]))
-    known = case.judges.x_only(task.compose(x, y)).softmax(-1)
-    came = measures.frequencies(case.judges.whole(pictures.flatten(0, 1)).unflatten(0, pictures.shape[:2]))
-    words = [f"{each:.2f}" for each in ambiguity[numbers]]
-    charts = torch.stack([_chart(*each) for each in zip(known, classes, words, strict=True)])
-    rows.insert(2, ("x only", charts / 255))
-    charts = torch.stack([_chart(*each, "") for each in zip(came, classes, strict=True)])
-    return as_picture(draw_rows([*rows, (f"of {COMPLETIONS}", charts / 255)], SIDE))
+    made = torch.cat([model.complete(*pair[:1], COMPLETIONS, pair[1]) for pair in zip(images, random, strict=True)], 1)
+    rows = completion_rows(images, task, model.baseline_net(x).sigmoid(), task.asked(made[:COMPLETIONS_SHOWN]))
+    known = case.x_only(task.compose(x, y)).softmax(-1)
+    came = measures.frequencies(case.whole(made.flatten(0, 1)).unflatten(0, made.shape[:2]))
+    words = [f"{entropy:.2f}" for entropy in ambiguity[numbers]]
+    rows.insert(2, ("x only", torch.stack(list(map(_chart, known, classes, words)))))
+    rows.append((f"of {COMPLETIONS}", torch.stack(list(map(_chart, came, classes, [""] * len(numbers))))))
+    return as_picture(draw_rows(rows, SIDE))
 
 
 def _chart(shares: Tensor, true: int, words: str) -> Tensor:

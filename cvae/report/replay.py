@@ -4,21 +4,17 @@
     python -m cvae.report.replay runs other/run    # runs and folders of runs; where none is named, all below runs/
 
 Into each run's folder: `learning.gif`, the same validation images with the same noise after each epoch, the baseline's
-guess first; `completions.png`, the images after the best epoch. A training leaves these files when it is finished. They
-are made from what it has logged, its TensorBoard events and `metrics.jsonl`: of older runs too, and of one that is not
-finished as far as it has come. Exit codes: 0 done, 2 usage, 3 a run or a part of its log is missing or damaged, 5 disk.
+guess first; `completions.png`, the images after the best epoch. A training leaves them when it is finished. They are
+made from TensorBoard's events and `metrics.jsonl`: of a run that is not finished, as far as it has come. Exit codes:
+0 done, 2 usage, 3 a run or a part of its log is missing or damaged, 5 disk.
 """
-
-if __name__ == "__main__":
-    from cvae.console import before_torch
-
-    before_torch()
 
 import argparse
 import io
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -32,8 +28,7 @@ from cvae.run.folder import COMPLETIONS, LEARNING, METRICS, RunFolder
 from cvae.run.log import read_pictures
 from cvae.run.plan import user_path
 
-RUNS = Path("runs")
-WIDTH, HEADER = 560, 28  # of a frame at least, so that the longest line fits; of that line's height: screen pixels
+WIDTH, HEADER = 560, 28  # the least of a frame, so that the longest line fits; the height of that line: screen pixels
 FRAME_MS, LAST_FRAME_MS = 250, 4000
 MOST_FRAMES = 100  # of a longer training, every second epoch is shown, or every third, …
 GREYS = 32  # of the palette: a quarter of the bytes that 256 take
@@ -46,7 +41,7 @@ Epoch = tuple[str, int]
 def read_losses(folder: Path) -> dict[Epoch, tuple[str, float]]:
     """Return what is minimised in each epoch of a run, in order: its name, and the loss on the validation images.
 
-    The loss is in nats per image, NaN where it is not finite. Raises DataError if there is no epoch.
+    The loss is in nats per image, infinite where it is no number. Raises DataError if there is no epoch.
     """
     losses = {}
     for record in RunFolder(folder).metrics():
@@ -54,51 +49,37 @@ def read_losses(folder: Path) -> dict[Epoch, tuple[str, float]]:
         phase, epoch, value = record.get("phase"), record.get("epoch"), record.get(name)
         if phase in ("baseline", "cvae") and type(epoch) is int and name:
             words = name.removeprefix("validation_").replace("_", " ")
-            losses[phase, epoch] = f"-{words}", -value if type(value) is float else math.nan
+            losses[phase, epoch] = f"-{words}", -value if type(value) is float else math.inf
     if not losses:
         raise DataError(f"{folder / METRICS}: has no epoch yet, of which there would be something to draw")
     return dict(sorted(losses.items()))
 
 
 def draw_all(folder: Path) -> list[str]:
-    """Write the figures of a run, and return a line about each thing that is missing in them.
+    """Write the figures of a run, and return a line if something is missing in them.
 
     Raises DataError if it has had no epoch, or its metrics cannot be read, and DiskError.
     """
-    losses, logged = read_losses(folder), read_pictures(folder)
-    pictures = {epoch: picture for epoch in losses if (picture := _decoded(logged.get(epoch, b""))) is not None}
-    if not pictures:
-        return [f"{folder}: its events have no pictures; {LEARNING} and {COMPLETIONS} are not drawn"]
-    first, *rest = frames(losses, pictures)
-    buffer, durations = io.BytesIO(), [FRAME_MS] * len(rest) + [LAST_FRAME_MS]
-    first.save(buffer, "GIF", save_all=True, append_images=rest, duration=durations, loop=0)
-    write_atomically(folder / LEARNING, buffer.getvalue())
-    shown, lines = f"{len(pictures)} of {len(losses)} epochs", []
-    if len(pictures) < len(losses):
-        lines.append(f"{folder}: its events have pictures of {shown}; others are not shown")
+    losses, logged, pictures = read_losses(folder), read_pictures(folder), {}
+    for epoch in losses:
+        with suppress(Exception):  # a damaged picture may fail anywhere in the reader
+            pictures[epoch] = Image.open(io.BytesIO(logged.get(epoch, b"")), formats=("PNG",)).convert("RGB")
+    if pictures:
+        first, *rest = frames(losses, pictures)
+        buffer, durations = io.BytesIO(), [FRAME_MS] * len(rest) + [LAST_FRAME_MS]
+        first.save(buffer, "GIF", save_all=True, append_images=rest, duration=durations, loop=0)
+        write_atomically(folder / LEARNING, buffer.getvalue())
     last, _ = max(losses)
-    best = min(
-        (epoch for epoch in losses if epoch[0] == last),
-        key=lambda epoch: math.inf if math.isnan(losses[epoch][1]) else losses[epoch][1],
-    )
+    best = min((epoch for epoch in losses if epoch[0] == last), key=lambda epoch: losses[epoch][1])
     if best in pictures:
         write_picture(folder / COMPLETIONS, pictures[best])
-    else:
-        lines.append(f"{folder}: its events have no picture of the best epoch; {COMPLETIONS} is not drawn")
-    return lines
+    if len(pictures) == len(losses):
+        return []
+    found = f"{folder}: its events have pictures of {len(pictures)} of {len(losses)} epochs"
+    return [f"{found}; {LEARNING} shows these, and {COMPLETIONS} is {'' if best in pictures else 'not '}drawn"]
 
 
-def _decoded(png: bytes) -> Image.Image | None:
-    """Return the picture in a PNG file; None for a damaged one, which may fail anywhere in the reader."""
-    try:
-        return Image.open(io.BytesIO(png), formats=("PNG",)).convert("RGB")
-    except Exception:
-        return None
-
-
-def frames(
-    losses: Mapping[Epoch, tuple[str, float]], pictures: Mapping[Epoch, Image.Image]
-) -> Iterator[Image.Image]:  # fmt: skip
+def frames(losses: Mapping[Epoch, tuple[str, float]], pictures: Mapping[Epoch, Image.Image]) -> Iterator[Image.Image]:
     """Yield the pictures in one size and palette, each below a line that says which epoch it is, and how good."""
     width = max(WIDTH, *(picture.width for picture in pictures.values()))
     height = HEADER + max(picture.height for picture in pictures.values())
@@ -125,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     words = "run or folder of runs, as a path or a name below runs/ (default: runs/)"
     parser.add_argument("runs", nargs="*", type=user_path, metavar="RUN", help=words)
-    folders, problems = find_runs(parser.parse_args(argv).runs, RUNS)
+    folders, problems = find_runs(parser.parse_args(argv).runs, Path("runs"))
     for folder in folders:
         try:
             problems += (missing := draw_all(folder))
