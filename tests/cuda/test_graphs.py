@@ -1,0 +1,193 @@
+"""A training step as one CUDA graph: on a GPU, and on the CPU with a graph that is emulated."""
+
+import math
+
+import pytest
+import torch
+from simulation import Emulation
+from support.steps import BATCH, Training, assert_equal, cases, make_training, state
+from torch import Tensor
+
+from cvae.training.graphed import GraphedStep
+from train import train_epoch
+
+IN_PRECISION = pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+
+
+def graphed(training: Training) -> GraphedStep:
+    """Its step, to be captured; a failure fails the test."""
+
+    def refuse(line: str) -> None:
+        raise AssertionError(line)
+
+    return GraphedStep(training.step, refuse)
+
+
+def take(training: Training, epochs: range, in_graph: bool = True) -> None:
+    take_step = graphed(training) if in_graph else training.step
+    for number in epochs:
+        train_epoch(training.phase, training.run, training.step, take_step, number)
+
+
+@cases
+@IN_PRECISION
+def test_graphed_epochs_equal_eager_ones(device, network, objective, precision):
+    """Bit for bit: the images are drawn anew in each epoch, the rate and the free nats change in each step."""
+    states = []
+    for in_graph in (False, True):
+        training = make_training(
+            network, objective, precision, device=device, targets="binary", bend=0.5, unbent_epochs=6, clip=1.0
+        )
+        before = training.step.weights.vector.clone()
+        take(training, range(1, 4), in_graph)
+        assert not torch.equal(before, training.step.weights.vector)
+        states.append(state(training))
+    assert_equal(*states)
+
+
+@pytest.mark.parametrize("network", ["deep", "regularised"])
+@IN_PRECISION
+def test_graph_after_a_restart_goes_on_as_before(device, network, precision):
+    undisturbed, resumed = (make_training(network, "elbo", precision, device=device) for _ in range(2))
+    take(undisturbed, range(1, 3), in_graph=False)
+    with torch.no_grad():
+        resumed.step.weights.vector.add_(1.0)
+    resumed.model.load_state_dict(undisturbed.model.state_dict())
+    resumed.step.average.model.load_state_dict(undisturbed.step.average.model.state_dict())
+    resumed.step.optimizer.load_state_dict(undisturbed.step.optimizer.state_dict())
+    resumed.step.weights.refresh()
+    for training in (undisturbed, resumed):
+        take(training, range(3, 5))
+    assert_equal(state(resumed), state(undisturbed))
+
+
+@IN_PRECISION
+def test_bad_steps_are_skipped_in_the_graph(device, precision):
+    """NaN, and in float16 an overflow, which halves the scale; nothing else stays of them."""
+    training = make_training("tutorial", "elbo", precision, device=device)
+    take_step, rows = graphed(training), torch.arange(BATCH, device=device)
+    eps = training.phase.noise(BATCH, training.run.context.generator(0))[0]
+    for _ in range(20):
+        take_step(rows, eps)
+    before, optimizer = state(training), training.step.optimizer
+    skipped = optimizer.skipped()
+    take_step(rows, eps * math.nan)
+    assert optimizer.skipped() == skipped | {"skipped_steps": 1}
+    kept = [name for name in before if "counts" not in name and "scale" not in name]
+    after = state(training)
+    assert_equal({name: after[name] for name in kept}, {name: before[name] for name in kept})
+    if precision == "fp16":
+        optimizer.scale.fill_(2.0**60)
+        for _ in range(3):
+            take_step(rows, eps)
+        assert optimizer.scale == 2.0**57
+        after = state(training)
+        assert_equal({name: after[name] for name in kept}, {name: before[name] for name in kept})
+        optimizer.scale.fill_(2.0**4)
+    take_step(rows, eps)
+    assert not torch.equal(state(training)["optimizer.moments"], before["optimizer.moments"])
+
+
+# What a capture means, by the emulation
+
+
+class Sum:
+    """A step that adds its input to a sum on the device."""
+
+    def __init__(self) -> None:
+        self.sum = torch.zeros(3)
+        self.streams: list[object] = []
+
+    def __call__(self, x: Tensor) -> None:
+        self.streams.append(torch.cuda.current_stream())
+        self.sum.add_(x * 2)
+
+
+def test_warm_up_capture_and_replay(emulation: Emulation):
+    """Three steps as they are, on the stream of the capture; then replays of one capture, with each call's inputs.
+
+    Each graph has a stream of its own, and the inputs may be freed after each call.
+    """
+    for _ in range(2):
+        step, warnings = Sum(), []
+        take_step = GraphedStep(step, warnings.append)
+        for i in range(10):
+            take_step(torch.full((3,), float(i)))
+            assert emulation.current_stream is emulation.default_stream
+            assert torch.equal(step.sum, torch.full((3,), float(i * (i + 1))))
+        stream = emulation.captured_on[-1]
+        assert step.streams == [stream] * (GraphedStep.WARM_UP + 1)
+        assert stream.waited_for == [emulation.default_stream] * 3
+        assert emulation.default_stream.waited_for[-3:] == [stream] * 3
+        assert not warnings
+    assert emulation.replays == 2 * (10 - GraphedStep.WARM_UP)
+    assert len({*emulation.captured_on, emulation.default_stream}) == 3
+
+
+@pytest.mark.parametrize("ends_badly", [False, True], ids=["within", "at its end"])
+def test_failed_capture_goes_on_without(emulation: Emulation, ends_badly):
+    """Every step is taken once, on the stream that was the current one; one warning names the first of the errors."""
+    step, warnings = Sum(), []
+    take_step = GraphedStep(step, warnings.append)
+    emulation.ends_badly = ends_badly
+    emulation.fails = lambda func: not ends_badly and func.overloadpacket is torch.ops.aten.add_
+    for i in range(10):
+        take_step(torch.full((3,), float(i)))
+        assert emulation.current_stream is emulation.default_stream
+        assert torch.equal(step.sum, torch.full((3,), float(i * (i + 1))))
+    assert step.streams[GraphedStep.WARM_UP + 1 :] == [emulation.default_stream] * 7
+    assert (len(emulation.captured_on), emulation.replays) == (1, 0)  # it is not tried again
+    (line,) = warnings
+    assert "\n" not in line
+    assert ("failed due to a previous error" if ends_badly else "not permitted when stream is capturing") in line
+
+
+@pytest.mark.parametrize("failing", ["convolution", "convolution_backward", "sigmoid", "cat", "_fused_adamw_", "copy_"])
+@IN_PRECISION
+def test_failed_capture_leaves_nothing_behind(emulation: Emulation, failing, precision):
+    """Wherever in the step it fails, halfway through the gradients too: the steps are those of a training without."""
+    states = []
+    for in_graph in (False, True):
+        training, warnings = make_training("deep", "elbo", precision), []
+        emulation.fails = lambda func: func.overloadpacket.__name__ == failing
+        take_step = GraphedStep(training.step, warnings.append) if in_graph else training.step
+        for number in range(1, 4):
+            train_epoch(training.phase, training.run, training.step, take_step, number)
+        assert len(warnings) == in_graph
+        states.append(state(training))
+    assert_equal(*states)
+
+
+def test_errors_of_another_kind_are_not_hidden(emulation: Emulation):
+    """A mistake in the program is no reason to go on without a graph."""
+
+    def step(x: Tensor) -> None:
+        if emulation.captured_on:
+            raise TypeError("a mistake")
+
+    take_step = GraphedStep(step, print)
+    for _ in range(GraphedStep.WARM_UP):
+        take_step(torch.ones(3))
+    with pytest.raises(TypeError, match="a mistake"):
+        take_step(torch.ones(3))
+
+
+def test_emulation_shows_what_a_graph_would_not_do(emulation: Emulation):
+    """A step that makes a new tensor of its result, keeps a number on the host, or waits for the device."""
+    results = {"new": torch.zeros(3), "host": 0, "in place": torch.zeros(3)}
+
+    def step(x: Tensor) -> None:
+        results["new"] = results["new"] + x
+        results["host"] += 1
+        results["in place"] += x
+
+    take_step = GraphedStep(step, print)
+    for _ in range(10):
+        take_step(torch.ones(3))
+    assert (results["in place"].tolist(), results["new"].tolist(), results["host"]) == ([10.0] * 3, [4.0] * 3, 4)
+    for reads in (lambda t: t.sum().item(), lambda t: t[t > 0], lambda t: bool(t.any())):
+        warnings: list[str] = []
+        take_step = GraphedStep(reads, warnings.append)
+        for _ in range(5):
+            take_step(torch.ones(3))
+        assert len(warnings) == 1
