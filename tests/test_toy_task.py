@@ -19,7 +19,7 @@ from cvae.model.cvae import CVAE, noise
 from cvae.model.likelihood import active_units, evaluate
 from cvae.model.networks import build
 from cvae.model.objectives import log_likelihood, objective
-from cvae.run.folder import read_metrics
+from cvae.run.folder import RunFolder
 from cvae.settings import Settings
 from cvae.training.phase import Phase
 from train import fit
@@ -106,7 +106,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     model = build(train.task, s)
     baseline, nothing = model.baseline_net.requires_grad_(True), torch.zeros(3, 4, 4, dtype=torch.uint8)
     with make_run(s, folder=folder) as run:
-        run.claim(train.task, record(train=train.images, validation=images), resume=False, overwrite=False)
+        run.open(model, record(train=train.images, validation=images), resume=False, overwrite=False)
         parts = "baseline", baseline, log_likelihood, s.baseline_epochs, train, validation
         fit(Phase(*parts, samples=0, noise=lambda *_: (), picture=lambda _: nothing), run, {})
         baseline.requires_grad_(False)
@@ -115,7 +115,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         parts = "cvae", model, objective(s), s.epochs, train, validation
         draw = lambda count, random: (noise(2, count, model, random),)  # noqa: E731
         fit(Phase(*parts, samples=2, noise=draw, picture=lambda _: nothing), run, {})
-    return Trained(model.eval(), train, validation, read_metrics(folder / "metrics.jsonl"))
+    return Trained(model.eval(), train, validation, RunFolder(folder).metrics())
 
 
 def likelihoods(model: CVAE, images: ImageSet) -> dict[str, Tensor]:
