@@ -22,7 +22,6 @@ if __name__ == "__main__":
     before_torch()
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from functools import cache, partial
@@ -118,7 +117,7 @@ def open_runs(options: argparse.Namespace, context: Context) -> tuple[dict[str, 
     """
     processes, against = context.processes, options.against and find_run(options.against, RUNS)
     folders, problems = processes.on_main(partial(find_runs, options.named + options.runs, RUNS))
-    if against and os.path.realpath(against) not in map(os.path.realpath, folders):
+    if against and against.resolve() not in [folder.resolve() for folder in folders]:
         folders.insert(0, against)
     load_images = cache(partial(load_test, show=processes.is_main))  # once for the runs that share them
     subjects = []
@@ -130,7 +129,7 @@ def open_runs(options: argparse.Namespace, context: Context) -> tuple[dict[str, 
             problems.append(str(error) if str(error).startswith(str(folder)) else f"{folder}: {error}")
     runs = dict(zip(short_names([subject.folder for subject in subjects]), subjects, strict=True))
     compared: dict[str, str] = {}
-    reference = [name for name, run in runs.items() if against and os.path.samefile(run.folder, against)]
+    reference = [name for name, run in runs.items() if against and run.folder.resolve() == against.resolve()]
     if against and not reference:
         raise DataError("\n".join([*problems, f"--against {options.against}: cannot be evaluated"]))
     for name, run in runs.items() if against else ():

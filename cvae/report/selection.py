@@ -100,14 +100,10 @@ def obstacle(subject: Subject, reference: Subject) -> str | None:
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
-    """Return a name for each run: its folder's, with as many folders above it as tell it from the others.
-
-    With hyphens in the place of slashes, as parts of file names, they differ too.
-    """
+    """Return a name for each run: its folder's, with as many folders above it as tell it from the others."""
     parts = [Path(os.path.abspath(folder)).parts for folder in folders]
     names = [part[-1] for part in parts]
     for length in range(2, 1 + max(map(len, parts), default=0)):
-        counts = Counter(name.replace("/", "-") for name in names)
-        together = zip(parts, names, strict=True)
-        names = ["/".join(p[-length:]) if counts[name.replace("/", "-")] > 1 else name for p, name in together]
+        counts, pairs = Counter(names), zip(names, parts, strict=True)
+        names = ["/".join(part[-length:]) if counts[name] > 1 else name for name, part in pairs]
     return names
