@@ -1,42 +1,59 @@
-"""The conditional log-likelihood over a set of images: right values and errors, and none that depends on shares."""
+"""Estimates over a set of images: their values, and that they depend on nothing but the image, seed and S."""
 
 import math
 
-import numpy as np
 import pytest
 import torch
-from reference.networks import TEST_NETWORKS
-from reference.quadrature import integrate, log_evidence
+from reference.quadrature import bernoulli, integrate, log_evidence
+from torch.distributions import Bernoulli
 
+from cvae.context import Context, Processes
 from cvae.data.images import ImageSet
+from cvae.data.tasks import FixedMask, quadrants
+from cvae.model import likelihood
+from cvae.model.cvae import CVAE, NOISE_IMAGES, SAMPLES_AT_ONCE, Draw, Latent
+from cvae.model.densities import Gaussian
 from cvae.model.likelihood import (
-    IMAGES_AT_ONCE,
-    SAMPLES_AT_ONCE,
+    ACTIVITY_AT_ONCE,
     Likelihoods,
+    active_units,
     effective_sample_size,
     estimate,
     evaluate,
-    joined,
+    variance_of_means,
 )
-from cvae.model.objectives import log_mean_exp
 
-COUNT = 3 * IMAGES_AT_ONCE + 10
-CHANGED = COUNT - 5
+COUNT = 3 * NOISE_IMAGES + 4
+CONTEXT = Context(torch.device("cpu"))
+ROUNDING = 1e-4  # nats: 27 logits of about 1, each a sum of some ten numbers in float32, through three layers
+
+
+class Weighted(FixedMask):
+    """A task in which a third of the pixels asked for do not count, in each image others."""
+
+    def batch(self, rows):
+        batch = super().batch(rows)
+        return batch._replace(weight=(rows[..., self.x_dim :].int() % 3 > 0).float())
 
 
 @pytest.fixture
-def toy(make_toy):
-    return make_toy(latent_dim=1, count=COUNT, gain=1.3, dtype=torch.float32)
+def make(make_toy):
+    """Make a model in float32, and an image set of it."""
+
+    def make(network="tutorial", task=FixedMask, latent_dim=1, gain=1.3, **more):
+        toy = make_toy(latent_dim=latent_dim, count=COUNT, gain=gain, dtype=torch.float32, network=network, **more)
+        toy.cvae.task = task(toy.task.observed)
+        return toy.cvae.eval(), ImageSet(toy.images.mul(255).round().to(torch.uint8), toy.cvae.task)
+
+    return make
 
 
-def levels(images):
-    return images.mul(255).round().to(torch.uint8)
+def joined(portions):
+    return Likelihoods(*(torch.cat(values, dim=-1) for values in zip(*portions, strict=True)))
 
 
-def likelihoods(toy, images=None, samples=(7,), seed=3, **more):
-    """`evaluate` in one piece."""
-    image_set = ImageSet(levels(toy.images if images is None else images), toy.split)
-    return joined(evaluate(toy.cvae, image_set, samples, seed, **more))
+def likelihoods(model, images, samples=(7,), seed=3, context=CONTEXT):
+    return joined(evaluate(model, images, samples, seed, context))
 
 
 def assert_equal(ours, theirs):
@@ -44,108 +61,120 @@ def assert_equal(ours, theirs):
         assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
 
 
+# Values
+
+
+@pytest.mark.parametrize("task", [FixedMask, Weighted])
 @pytest.mark.parametrize("network", ["tutorial", "paper"])
-def test_values_match_quadrature(make_toy, network):
+def test_values_match_quadrature(make, network, task):
     """Both estimates of −log p(y|x), image by image, within five of their exact standard errors and their bias."""
-    toy = make_toy(latent_dim=1, count=COUNT, gain=1.3, dtype=torch.float32, network=network)
-    samples = 20 * SAMPLES_AT_ONCE + 7
-    found, exact = likelihoods(toy, samples=[samples]), integrate(toy.cvae, toy.x, toy.y)
-    for name, variance in (("cvae_is_nll", exact.is_variance), ("cvae_mc_nll", exact.mc_variance)):
-        stderr = (variance / samples).sqrt()
-        error = getattr(found, name)[0] + exact.log_evidence - 0.5 * variance / samples
-        assert (error.abs() < 5 * stderr + 1e-5).all(), name
-        assert stderr.mean() < 0.05
-    assert found.cvae_neg_elbo.mean().item() == pytest.approx(-exact.elbo.mean().item(), abs=0.1)
-    assert found.cvae_neg_elbo.mean() > found.cvae_is_nll.mean()
-
-
-def test_several_levels_match_quadrature(make_toy):
-    """Both estimates of −log p(y|x) agree with an integral over two levels of z."""
-    network = TEST_NETWORKS["two smooth levels"]
-    toy = make_toy(3, latent_dim=2, count=COUNT, gain=1.0, dtype=torch.float32, network=network)
-    found, exact = likelihoods(toy, samples=[4000]), log_evidence(toy.cvae, toy.x, toy.y, 61)
-    torch.testing.assert_close(log_evidence(toy.cvae, toy.x, toy.y, 41), exact, rtol=1e-5, atol=0)
-    for values in (found.cvae_is_nll, found.cvae_mc_nll):
-        error = values[0] + exact
-        assert error.abs().max() < 0.1
-        assert error.mean().abs() < 0.003
-    assert (found.cvae_neg_elbo + exact).mean() > 0.1  # a bound, which is not tight here
-
-
-def test_one_sample_is_the_elbo_in_expectation(toy):
-    """S = 1: over the images, the estimate by importance sampling deviates from the exact −ELBO by chance alone."""
-    exact = integrate(toy.cvae, toy.x, toy.y)
-    deviations = torch.cat([likelihoods(toy, samples=[1], seed=seed).cvae_is_nll[0] + exact.elbo for seed in range(24)])
+    model, images = make(network, task, seed=1)
+    samples, batch = 10 * SAMPLES_AT_ONCE + 7, images.batch(slice(None))
+    found, exact = likelihoods(model, images, [samples]), integrate(model, batch)
+    tame = (exact.is_variance < 1) & (exact.mc_variance < 1)  # for others, weights that are rarely drawn make the mean
+    assert tame.sum() > COUNT / 2
+    for values, variance in ((found.cvae_is_nll, exact.is_variance), (found.cvae_mc_nll, exact.mc_variance)):
+        error = values[0] + exact.log_evidence - 0.5 * variance / samples
+        assert (error.abs() < 5 * (variance / samples).sqrt() + ROUNDING)[tame].all()
+    torch.testing.assert_close(found.kl[0], exact.log_likelihood - exact.elbo, rtol=1e-4, atol=1e-4)
+    deviations = (found.cvae_neg_elbo + exact.elbo)[tame]
     stderr = deviations.std() / math.sqrt(len(deviations))
-    assert deviations.mean().abs() < 4 * stderr
-    assert 8 * stderr < (exact.log_evidence - exact.elbo).mean()  # what twenty samples would all but close
-
-
-def test_baseline_and_floor_match_their_formulas(toy):
-    found, y = likelihoods(toy), toy.y.double()
-    guess = torch.sigmoid(toy.cvae.baseline_net(toy.x).detach().double())
-    expected = -(y * guess.log() + (1 - y) * (1 - guess).log()).sum(1)
-    torch.testing.assert_close(found.nn_nll, expected, rtol=1e-6, atol=0)
-    entropy = torch.distributions.Bernoulli(y).entropy().sum(1)
-    torch.testing.assert_close(found.floor, entropy, rtol=1e-6, atol=1e-6)
-    assert all((values > found.floor).all() for values in (found.nn_nll, found.cvae_neg_elbo))
+    assert deviations.mean().abs() < 4 * stderr < (exact.log_evidence - exact.elbo)[tame].mean()
+    torch.testing.assert_close(found.nn_nll, -bernoulli(batch, model.baseline_net(batch.x)), rtol=0, atol=ROUNDING)
+    weight = 1 if batch.weight is None else batch.weight.double()
+    floor = (Bernoulli(batch.y.double()).entropy() * weight).sum(1)
+    torch.testing.assert_close(found.floor, floor, rtol=0, atol=ROUNDING)
+    expected = samples / (1 + exact.is_variance)  # (Σw)² / Σw² tells the variance of the weights
+    torch.testing.assert_close(found.ess[0][tame], expected[tame], rtol=0.2, atol=0)
     assert all(values.dtype == torch.float64 and values.shape[-1] == COUNT for values in found)
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 5])
-def test_shares_joined_are_the_whole(toy, ranks):
-    """Any number of processes, even more than there are portions."""
-    whole = likelihoods(toy)
+def test_several_levels_match_quadrature(make):
+    model, images = make("two smooth levels", latent_dim=2, gain=1.0)
+    found, exact = likelihoods(model, images, [2000]), log_evidence(model, images.batch(slice(None)), 41)
+    for values in (found.cvae_is_nll, found.cvae_mc_nll):
+        error = values[0] + exact
+        assert error.std() < 0.15
+        assert error.mean().abs() < 4 * error.std() / math.sqrt(COUNT)
+    assert (found.cvae_neg_elbo + exact).mean() > 0.1  # a bound, which is not tight here
+    assert found.kl.shape == (2, COUNT)
+
+
+def test_one_sample_is_the_elbo_in_expectation(make):
+    """S = 1: over the images, the estimate by importance sampling deviates from the exact −ELBO by chance alone."""
+    model, images = make(seed=1)
+    exact = integrate(model, images.batch(slice(None)))
+    deviations = torch.cat([likelihoods(model, images, [1], seed).cvae_is_nll[0] + exact.elbo for seed in range(24)])
+    stderr = deviations.std() / math.sqrt(len(deviations))
+    assert deviations.mean().abs() < 4 * stderr < (exact.log_evidence - exact.elbo).mean()
+
+
+# What they depend on
+
+
+def test_each_number_of_samples_takes_the_first_draws(make):
+    """An estimate is the same whatever others are made beside it, and what needs no samples is not touched by them."""
+    model, images = make()
+    numbers = [2, SAMPLES_AT_ONCE, 2 * SAMPLES_AT_ONCE + 3]
+    together = likelihoods(model, images, numbers)
+    for i, number in enumerate(numbers):
+        alone = likelihoods(model, images, [number])
+        for name in ("cvae_mc_nll", "cvae_is_nll"):
+            torch.testing.assert_close(getattr(together, name)[i], getattr(alone, name)[0], rtol=0, atol=ROUNDING)
+        torch.testing.assert_close(together.ess[i], alone.ess[0], rtol=20 * ROUNDING, atol=0)
+        for name in ("nn_nll", "cvae_neg_elbo", "floor", "kl"):
+            assert torch.equal(getattr(together, name), getattr(alone, name))
+    assert (together.cvae_is_nll[1:].mean(1) < together.cvae_is_nll[0].mean()).all()
+
+
+@pytest.mark.parametrize("samples", [[], [0], [2, 0], [-1]])
+def test_no_samples_are_refused(make, samples):
+    with pytest.raises(ValueError, match="at least one sample is needed"):
+        likelihoods(*make(), samples)
+
+
+@pytest.mark.parametrize("count", [2, 3, 6])
+def test_shares_of_processes_are_the_whole(make, monkeypatch, count):
+    """Bit for bit, with more processes than there are portions too."""
+    model, images = make()
     parts = []
-    image_set = ImageSet(levels(toy.images), toy.split)
-    for rank in range(ranks):
-        share = lambda length, rank=rank: slice(length * rank // ranks, length * (rank + 1) // ranks)  # noqa: E731
-        parts += list(evaluate(toy.cvae, image_set, [7], 3, share))
-    assert_equal(joined(parts), whole)
+    for rank in range(count):
+        job = {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": count}
+        for name, value in {**job, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}.items():
+            monkeypatch.setenv(name, str(value))
+        parts += evaluate(model, images, [7], 3, Context(torch.device("cpu"), processes=Processes()))
+    assert_equal(joined(parts), likelihoods(model, images))
 
 
-def test_depends_on_the_seed_and_the_own_image_alone(toy):
-    whole = likelihoods(toy)
-    assert_equal(likelihoods(toy), whole)
-    other = likelihoods(toy, seed=4)
+def test_depends_on_the_seed_and_the_own_image_alone(make):
+    """Bit for bit; each image has noise of its own, and the first ones are evaluated as they are among more."""
+    model, images = make()
+    whole = likelihoods(model, images)
+    assert_equal(likelihoods(model, images), whole)
+    other = likelihoods(model, images, seed=4)
     assert torch.equal(other.nn_nll, whole.nn_nll)
     assert not torch.isclose(other.cvae_is_nll, whole.cvae_is_nll, rtol=1e-9).any()
-    images = toy.images.clone()
-    images[CHANGED] = 1 - images[CHANGED]
-    changed = likelihoods(toy, images)
-    for before, after in zip(whole, changed, strict=True):
-        assert {place[-1] for place in (before != after).nonzero().tolist()} <= {CHANGED}
-    assert changed.cvae_is_nll[0, CHANGED] != whole.cvae_is_nll[0, CHANGED]
+    changed = images.images.clone()
+    changed[13] = 255 - changed[13]
+    for before, after in zip(whole, likelihoods(model, ImageSet(changed, model.task)), strict=True):
+        assert {place[-1] for place in (before != after).nonzero().tolist()} <= {13}
+    few = likelihoods(model, ImageSet(images.images[: 2 * NOISE_IMAGES], model.task))
+    assert_equal(few, Likelihoods(*(values[..., : 2 * NOISE_IMAGES] for values in whole)))
+    copies = likelihoods(model, ImageSet(images.images[:1].expand(COUNT, -1, -1), model.task))
+    assert copies.cvae_is_nll.unique().numel() == copies.cvae_mc_nll.unique().numel() == COUNT
 
 
-def test_every_image_has_noise_of_its_own(toy):
-    """The same picture all over gets the same ŷ everywhere, and another estimate at each place."""
-    found = likelihoods(toy, toy.images[:1].expand(COUNT, -1, -1))
-    assert found.nn_nll.unique().numel() <= 2  # a last, smaller batch may be summed in another order
-    assert found.cvae_is_nll.unique().numel() == found.cvae_mc_nll.unique().numel() == COUNT
+def test_half_precision_takes_the_same_noise(make):
+    """In bfloat16 more images are evaluated at once; they differ by rounding, by far less than by other noise."""
+    model, images = make(latent_dim=4)
+    exact, other = (likelihoods(model, images, [1], seed) for seed in (3, 4))
+    half = likelihoods(model, images, [1], context=Context(torch.device("cpu"), "bf16"))
+    for name in ("cvae_neg_elbo", "cvae_mc_nll", "cvae_is_nll"):
+        rounding, noise = ((getattr(found, name) - getattr(exact, name)).abs().mean() for found in (half, other))
+        assert 0 < rounding < 0.1 * noise
 
 
-def test_first_images_evaluate_as_they_do_in_the_whole_set(toy):
-    first = likelihoods(toy, toy.images[: 2 * IMAGES_AT_ONCE])
-    assert_equal(first, Likelihoods(*(values[..., : 2 * IMAGES_AT_ONCE] for values in likelihoods(toy))))
-
-
-def test_more_samples_change_only_what_is_estimated_with_them(toy):
-    few, many = likelihoods(toy, samples=[1]), likelihoods(toy, samples=[SAMPLES_AT_ONCE + 1])
-    for name in ("nn_nll", "cvae_neg_elbo", "floor", "kl"):
-        assert torch.equal(getattr(few, name), getattr(many, name))
-    assert many.cvae_is_nll.mean() < few.cvae_is_nll.mean()
-    assert many.cvae_mc_nll.mean() < few.cvae_mc_nll.mean()
-
-
-def test_each_number_of_samples_takes_the_first_draws(toy):
-    """An estimate is the same whatever others are made beside it."""
-    numbers = [2, SAMPLES_AT_ONCE, 2 * SAMPLES_AT_ONCE + 3]
-    together = likelihoods(toy, samples=numbers)
-    for i, number in enumerate(numbers):
-        alone = likelihoods(toy, samples=[number])
-        for name in ("cvae_mc_nll", "cvae_is_nll", "ess"):
-            torch.testing.assert_close(getattr(together, name)[i], getattr(alone, name)[0], rtol=1e-6, atol=0)
+# Formulas
 
 
 def test_effective_sample_size():
@@ -157,52 +186,75 @@ def test_effective_sample_size():
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0)
 
 
-def test_effective_samples_tell_the_variance_of_the_weights(toy):
-    """ESS / S is E[w]² / E[w²] for many samples: 1 / (1 + variance of w / p(y|x)), which an integral gives."""
-    samples = 3000
-    found, exact = likelihoods(toy, samples=[samples]), integrate(toy.cvae, toy.x, toy.y)
-    tame = exact.is_variance < 1  # for others, the mean of w² is made by weights that are rarely drawn
-    assert tame.sum() > COUNT / 3
-    torch.testing.assert_close(found.ess[0][tame] / samples, 1 / (1 + exact.is_variance[tame]), rtol=0.1, atol=0)
-    assert ((found.ess >= 1) & (found.ess <= samples)).all()
-
-
-@pytest.mark.parametrize("network", ["tutorial", "two levels"])
-def test_kl_is_that_of_each_level(make_toy, network):
-    toy = make_toy(latent_dim=4, count=COUNT, dtype=torch.float32, network=TEST_NETWORKS.get(network, network))
-    found = likelihoods(toy)
-    draw = toy.cvae.from_posterior(toy.x, toy.y, None, torch.randn(2000, COUNT, 4))
-    assert found.kl.shape == (len(draw.latents), COUNT)
-    for level, (_, _, q, p) in zip(found.kl, draw.latents, strict=True):
-        normal, other = (torch.distributions.Normal(g.loc, g.log_scale.exp()) for g in (q, p))
-        kl = torch.distributions.kl_divergence(normal, other).sum(-1)
-        exact = kl if kl.dim() == 1 else kl.mean(0)
-        assert level.mean().item() == pytest.approx(exact.mean().item(), rel=1e-6 if kl.dim() == 1 else 0.03)
-
-
-def test_guess_of_the_image_set_is_not_used(toy):
-    """It may be in half precision; the baseline is computed anew, in that of its weights."""
-    image_set = ImageSet(levels(toy.images), toy.split)
-    image_set.set_guesses(lambda x: torch.zeros(len(x), toy.split.num_hidden), torch.bfloat16)
-    assert_equal(joined(evaluate(toy.cvae, image_set, [7], 3)), likelihoods(toy))
-
-
-def test_estimates_are_means_with_standard_errors(toy):
-    for values in likelihoods(toy).cvae_is_nll:
-        found, array = estimate(values), values.numpy()
-        assert found.mean == pytest.approx(array.sum() / COUNT, rel=1e-14)
-        assert found.stderr == pytest.approx(array.std(ddof=1) / math.sqrt(COUNT), rel=1e-12)
-
-
-def test_estimate_of_one_value_has_no_error():
+def test_estimates_are_means_with_standard_errors():
+    values = torch.randn(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found, array = estimate(values), values.numpy()
+    assert found.mean == pytest.approx(array.sum() / 50, rel=1e-12)
+    assert found.stderr == pytest.approx(array.std(ddof=1) / math.sqrt(50), rel=1e-12)
     single = estimate(torch.tensor([2.5], dtype=torch.float64))
     assert single.mean == 2.5
     assert math.isnan(single.stderr)
 
 
-def test_log_mean_exp_of_extreme_weights():
-    log_weights = torch.tensor([[-1e5, 3.0], [-1e5 + 1, -1e4], [-1e5 - 2, 3.0]], dtype=torch.float64)
-    expected = [-1e5 + math.log((1 + math.e + math.exp(-2)) / 3), 3 + math.log(2 / 3)]
-    found = log_mean_exp(log_weights)
-    assert found.dtype == torch.float64
-    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12)
+# Active units
+
+
+class Linear(CVAE):
+    """Two levels of known posterior means: of z_1 weights · m, m the mean of y; of z_2 weights · m + slope · z_1.
+
+    All scales are 0.1, and the second mean, given the image, is (weights + slope · weights) · m.
+    """
+
+    def __init__(self, task, weights, slope):
+        super().__init__(task, torch.nn.Linear(task.x_dim, task.y_dim), 2 * len(weights))
+        self.weights, self.slope = weights, slope
+
+    def encode(self, batch, guess, recognise):
+        return batch.y.mean(-1, keepdim=True) * self.weights
+
+    def draw(self, encoded, eps, recognise, detach_z=False):
+        latents, loc = [], encoded
+        for noise in eps.chunk(2, dim=-1):
+            q = Gaussian(loc, torch.full_like(loc, 0.1).log())
+            latents.append(Latent(q.sample(noise), noise, q, q))
+            loc = encoded + self.slope * latents[-1].z
+        return Draw(loc.new_zeros(*eps.shape[:2], self.task.y_dim), tuple(latents))
+
+
+def test_active_units_match_the_closed_form(monkeypatch):
+    """Weights just below and above the threshold; what varies with z_1 alone is not active, however much it does."""
+    monkeypatch.setattr(likelihood, "ACTIVITY_SAMPLES", 400)
+    random = torch.Generator().manual_seed(0)
+    pictures = torch.randint(256, (ACTIVITY_AT_ONCE + 7, 4, 4), generator=random, dtype=torch.uint8)
+    images = ImageSet(pictures, FixedMask(quadrants(1, 4, 4)))
+    variance = images.batch(slice(None)).y.mean(1).var()
+    edge = (0.01 / variance).sqrt()  # the least weight of an active unit, by Burda et al.'s threshold
+    weights = edge * torch.tensor([0.0, 0.98, 1.02, -1.5, 3.0, 0.0])
+    slope = torch.tensor([9.0, 0.3, -0.3, -1.0, 0.0, 0.0])
+    assert active_units(Linear(images.task, weights, slope), images, 0, CONTEXT) == [(3, 6), (2, 6)]
+    assert ((weights * (1 + slope)).square() * variance > 0.01).tolist() == [False, True, False, False, True, False]
+
+
+def test_variance_of_means_is_not_biased_by_few_draws():
+    """Two draws or many: on the average, the variance over the images of E[loc | image] alone."""
+    random = torch.Generator().manual_seed(0)
+    means = torch.tensor([0.0, 0.1, 1.0]) * torch.randn(50, 1, generator=random)
+    for draws, trials in ((2, 1500), (20, 800)):
+        found = torch.stack(
+            [variance_of_means(means + torch.randn(draws, 50, 3, generator=random)) for _ in range(trials)]
+        )
+        error = found.std(0) / trials**0.5
+        assert ((found.mean(0) - means.double().var(0)).abs() < 4 * error).all()
+        assert (4 * error < 0.4 / draws).all()  # the draws' own variance, left in, would be 1 / draws
+    torch.testing.assert_close(variance_of_means(means), means.double().var(0))
+    assert variance_of_means(means[:1]).eq(0).all()
+
+
+@pytest.mark.parametrize("network", ["paper", "deep", "two levels"])
+def test_active_units_of_any_network(make, network):
+    """They are those of z, of each level; the numbers depend on the seed and the images alone."""
+    model, images = make(network, latent_dim=4, **({"levels": 2} if network == "deep" else {}))
+    found = active_units(model, images, 0, CONTEXT)
+    assert [count for _, count in found] == ([4] if network == "paper" else [2, 2])
+    assert all(0 <= active <= count for active, count in found)
+    assert active_units(model, images, 0, CONTEXT) == found
