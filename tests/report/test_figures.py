@@ -1,0 +1,152 @@
+"""Pictures of images in rows, pixel by pixel, and the files that they are written to."""
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import cvae
+from cvae.data.tasks import FixedMask, quadrants
+from cvae.errors import DiskError, UsageError
+from cvae.report import figures
+
+BLUE = [92, 112, 143]  # the colour of what is not given
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def pixels(image: Image.Image | Tensor) -> npt.NDArray[np.uint8]:
+    """Return a picture as `[height, width, 3]`."""
+    return np.asarray(image.convert("RGB")) if isinstance(image, Image.Image) else image.permute(1, 2, 0).numpy()
+
+
+def task_of(height: int, width: int, name: str = "") -> FixedMask:
+    """Return the task whose top row is given."""
+    observed = torch.zeros(height, width, dtype=torch.bool)
+    observed[0] = True
+    return FixedMask(observed, name)
+
+
+def random_images(*shape: int) -> Tensor:
+    return torch.randint(256, shape, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(("height", "width", "zoom"), [(28, 28, 2), (10, 9, 6), (2, 2, 28), (100, 128, 1)])
+def test_each_image_is_where_it_belongs(height: int, width: int, zoom: int) -> None:
+    """Magnified by a whole number, in the row of its label, GAP screen pixels from the next one, on white."""
+    images = random_images(2, 3, height, width)
+    rows = [("first", figures.colour(images[0]) / 255), ("second row", figures.colour(images[1, :2]) / 255)]
+    drawn = pixels(figures.draw_rows(rows)).copy()
+    across, down = zoom * width + figures.GAP, zoom * height + figures.GAP
+    left = drawn.shape[1] - 3 * across
+    assert drawn.shape[0] == 2 * down + figures.GAP
+    for i, j in ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1)):
+        top, start = figures.GAP + i * down, left + j * across
+        place = drawn[top : top + zoom * height, start : start + zoom * width]
+        assert (place == np.kron(images[i, j], np.ones((zoom, zoom), np.uint8))[..., None]).all()
+        place[:] = 255
+    assert (drawn[:, left:] == 255).all(), "nothing else is drawn, also where the second row has no third image"
+    for i in range(2):
+        assert (drawn[figures.GAP + i * down :][:down, :left] < 100).any(), "its label"
+
+
+@pytest.mark.parametrize(("height", "width"), [(1500, 1200), (3, 300), (300, 2)])
+def test_large_images_are_shrunk(height: int, width: int) -> None:
+    """To 128 screen pixels; their mean stays, and the label has room."""
+    images = random_images(4, height, width).float() / 255
+    drawn = figures.draw_rows([("", figures.colour(images))])
+    tile = [max(1, round(side * 128 / max(height, width))) for side in (height, width)]
+    assert drawn.shape == (3, max(tile[0], 12) + 8, 4 * (tile[1] + 4) + 8)
+    seen = torch.stack([drawn[0, 4:][: tile[0], 8 + j * (tile[1] + 4) :][:, : tile[1]] for j in range(4)])
+    assert seen.float().mean() == pytest.approx(255 * images.mean().item(), abs=2)  # windows overlap at their edges
+
+
+def test_rows_of_completions() -> None:
+    """What is given is the image's own in each row; what is asked is coloured, true, guessed, or sampled."""
+    task, images = FixedMask(quadrants(1, 6, 8), "1 quadrant"), random_images(3, 6, 8)
+    guess, samples = torch.rand(3, task.y_dim), torch.rand(2, 3, task.y_dim)
+    rows = dict(figures.completion_rows(images, task, guess, samples))
+    assert list(rows) == ["input: 1 quadrant", "truth", "NN", "CVAE 1", "CVAE 2"]
+    given = rows.pop("input: 1 quadrant").permute(0, 2, 3, 1)
+    assert torch.equal(
+        given[:, task.observed].mul(255).round().byte(), images[:, task.observed, None].expand(-1, -1, 3)
+    )
+    assert (given[:, ~task.observed].mul(255).round() == torch.tensor(BLUE)).all()
+    for row in rows.values():
+        assert torch.equal(row[:, 0, task.observed], images[:, task.observed] / 255)
+        assert torch.equal(row[:, 0], row[:, 2])
+    asked = {"truth": images[:, ~task.observed] / 255, "NN": guess, "CVAE 1": samples[0], "CVAE 2": samples[1]}
+    for label, y in asked.items():
+        assert torch.equal(rows[label][:, 0, ~task.observed], y)
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [("", "input"), ("every-second-row", "input: every-second-row"), ("a" * 300, f"input: {'a' * 19}…")],
+)
+def test_long_names_of_masks_are_cut(name: str, label: str) -> None:
+    rows = figures.completion_rows(torch.zeros(2, 5, 4, dtype=torch.uint8), task_of(5, 4, name), torch.zeros(2, 16))
+    assert [name for name, _ in rows] == [label, "truth", "NN"]
+
+
+def test_show_in_a_notebook() -> None:
+    """An image; images beside each other; and the completions of each image in its row."""
+    completed = torch.rand(5, 2, 28, 28)  # S, B
+    assert cvae.show(completed[0, 0]).size[0] >= 56
+    row = pixels(cvae.show(completed[:, 1].mul(255).round().byte()))
+    both = pixels(cvae.show(completed))
+    assert both.shape[1] == row.shape[1]
+    assert (both[-row.shape[0] :] == row).all()
+    for bad in (completed + 1, completed.int(), completed[0, 0, 0], completed[None], completed[:0]):
+        with pytest.raises(ValueError, match=r"^pictures to be shown are uint8 or floats in \[0, 1\], .*, not "):
+            cvae.show(bad)
+
+
+@pytest.mark.parametrize("ending", [*figures.ENDINGS, ".PNG"])
+def test_formats(tmp_path: Path, ending: str) -> None:
+    """The ending says which; lossless but for JPEG, and GIF's 256 colours."""
+    path, picture = tmp_path / f"a.b{ending}", figures.as_picture(random_images(1, 40, 50).expand(3, -1, -1))
+    figures.write_picture(path, picture)
+    if ending == ".pdf":
+        assert path.read_bytes().startswith(b"%PDF-")
+        return
+    with Image.open(path) as image:
+        error = np.abs(pixels(image).astype(int) - pixels(picture))
+    assert error.mean() <= (2 if ending in (".jpg", ".jpeg") else 0)
+
+
+def test_pictures_that_cannot_be_written(tmp_path: Path) -> None:
+    """By their format, their name, or their folder; nothing is left behind."""
+    wide = Image.new("RGB", (70_000, 1))
+    for name in ("wide.webp", "wide.jpg", "wide.gif", "wide.pdf"):
+        with pytest.raises(UsageError, match=rf"{name}: this format cannot hold 70000×1 pixels \(.*\); choose .png"):
+            figures.write_picture(tmp_path / name, wide)
+    with pytest.raises(UsageError, match=r"a\.xyz: pictures are written as \.png, "):
+        figures.write_picture(tmp_path / "a.xyz", wide)
+    with pytest.raises(DiskError, match=r"nowhere/a\.png: cannot be written"):
+        figures.write_picture(tmp_path / "nowhere/a.png", wide)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pieces(tmp_path: Path) -> None:
+    """Each image in a file of its own, pixel for pixel; none replaces another file."""
+    images, task = random_images(2, 5, 4), task_of(5, 4)
+    rows = figures.completion_rows(images, task, torch.zeros(2, 16), torch.ones(1, 2, 16))
+    paths = figures.name_pieces(tmp_path / "new/folder", "q1-input", [7, 3], 1)
+    assert [path.name for path in paths[:3]] == [f"q1-input-image{i}.png" for i in ("7-input", "3-input", "7-truth")]
+    figures.refuse_to_replace(paths)
+    figures.write_pieces(paths, rows)
+    assert sorted(paths[0].parent.iterdir()) == sorted(paths)
+    for path, expected in zip(paths, torch.cat([row for _, row in rows]), strict=True):
+        with Image.open(path) as image:
+            assert image.mode == ("RGB" if path.name.endswith("-input.png") else "L")
+            assert (pixels(image) == pixels(figures.as_bytes(expected))).all()
+    with pytest.raises(UsageError, match=r"q1-input-image3-truth\.png exists already and is left as it is"):
+        figures.refuse_to_replace(paths[3:])

@@ -1,0 +1,220 @@
+"""What a run leaves to look at, its learning as a moving picture and what it has come to; and the command for it."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageSequence
+from support.inprocess import TINY, Ended, call, call_train, interrupted_after, make_tiny_data
+from support.trainings import contents, events
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+import cvae
+from cvae.context import generator
+from cvae.data.sources import load_train
+from cvae.report import replay
+from cvae.report.figures import as_picture, as_tensor, completions
+from cvae.run.folder import RunFolder
+from train import NUM_DIGITS, NUM_SAMPLES
+
+FIGURES = {"learning.gif", "completions.png"}
+EPOCHS = [("baseline", 1), ("baseline", 2), ("cvae", 1), ("cvae", 2), ("cvae", 3)]
+STEP = 255 / (replay.GREYS - 1)  # between two greys of the palette; Pillow takes one of the two beside a level
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, whose best epoch is not its last: the images for validation are negatives."""
+    place = tmp_path_factory.mktemp("place")
+    data = make_tiny_data(place / "data", contrary=True)
+    words = ["--data", data, *TINY, "--baseline-epochs", "2", "--epochs", "3", "--precision", "fp32"]
+    ended = call_train(*words, "--runs", place, "--name", "done")
+    assert (ended.code, ended.err) == (0, "")
+    summary = RunFolder(place / "done").summary
+    assert summary is not None
+    assert summary["best_epoch"] == 1
+    return place / "done"
+
+
+def said(ended: Ended) -> list[str]:
+    """Return what the command complained of."""
+    assert all(line.startswith("cvae.report.replay: ") for line in ended.err.splitlines())
+    return [line.removeprefix("cvae.report.replay: ") for line in ended.err.splitlines()]
+
+
+def pixels(file: Path | io.BytesIO) -> Tensor:
+    return as_tensor(Image.open(file).convert("RGB"))
+
+
+def logged(folder: Path) -> dict[tuple[str, int], Tensor]:
+    """Return the pictures in a run's events, as TensorBoard has them."""
+    found = events(folder)["images"].items()
+    return {(tag.split("/")[0], step): pixels(io.BytesIO(png)) for tag, images in found for step, png in images}
+
+
+def shown(folder: Path) -> list[Tensor]:
+    with Image.open(folder / "learning.gif") as replayed:
+        return [as_tensor(frame.convert("RGB")) for frame in ImageSequence.Iterator(replayed)]
+
+
+def is_shown(picture: Tensor, frame: Tensor) -> bool:
+    """Return whether a picture is in a frame, below its line, but for the greys that the palette does not have."""
+    part = frame[:, replay.HEADER :][:, : picture.shape[1], : picture.shape[2]].int()
+    return bool(((part - picture.int()).abs() <= STEP).all())
+
+
+def test_replay_of_a_finished_run(done: Path) -> None:
+    """A frame for each epoch, with the epoch's picture and a line of its own above; the last one stays for longer."""
+    pictures, frames = logged(done), shown(done)
+    assert list(pictures) == EPOCHS
+    assert all(is_shown(pictures[key], frame) for key, frame in zip(EPOCHS, frames, strict=True))
+    assert not is_shown(pictures["cvae", 1], frames[-1])
+    assert len({frame[:, : replay.HEADER].numpy().tobytes() for frame in frames}) == len(EPOCHS)
+    with Image.open(done / "learning.gif") as replayed:
+        assert replayed.info["loop"] == 0  # for ever
+        assert [frame.info["duration"] for frame in ImageSequence.Iterator(replayed)] == [250] * 4 + [4000]
+
+
+def test_completions_are_those_of_the_best_weights(done: Path) -> None:
+    """They are of the first validation images, by the model as anybody loads it."""
+    settings, model = RunFolder(done).settings, cvae.load(done)
+    images = load_train(settings).validation[:NUM_DIGITS]
+    random = generator(torch.device("cpu"), settings.seed, "picture")
+    samples = model.task.asked(model.complete(images, NUM_SAMPLES, random))
+    guess = model.guess(model.task.batch(model.task.rows(images))).sigmoid()
+    found = pixels(done / "completions.png")
+    assert (found.int() - completions(images, model.task, guess, samples).int()).abs().max() <= 1
+    assert not torch.equal(found, logged(done)["cvae", 3])
+
+
+def test_command_draws_the_same_again(done: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(done, tmp_path / "again"))
+    before = {name: content for name, (content, _) in contents(run).items()}
+    assert before.keys() >= FIGURES
+    for name in FIGURES:
+        (run / name).unlink()
+    for word in (run, tmp_path):
+        assert call(replay, word) == Ended(0, f"{run}: drawn\n", "")
+        assert {name: content for name, (content, _) in contents(run).items()} == before
+
+
+def test_failure_to_draw_is_a_warning(tmp_path: Path) -> None:
+    """The run is finished all the same."""
+    words = ["--data", make_tiny_data(tmp_path / "data"), *TINY, "--runs", tmp_path]
+    with interrupted_after("cvae", 2):
+        assert call_train(*words).code == 143
+    run = tmp_path / "q1"
+    (run / "learning.gif").mkdir()  # no file can take its place
+    ended = call_train("--resume", run)
+    assert ended.code == 0
+    assert f"{run}/learning.gif: cannot be written (" in ended.line
+    assert (run / "summary.json").exists()
+    ended = call(replay, run)
+    assert (ended.code, said(ended)[0].startswith(f"{run}/learning.gif: cannot be written (")) == (5, True)
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 4])
+def test_run_that_is_not_finished(done: Path, tmp_path: Path, epochs: int) -> None:
+    """Its baseline alone, or an epoch of the CVAE; the events may be ahead by an epoch."""
+    run = Path(shutil.copytree(done, tmp_path / "run", ignore=lambda *_: [*FIGURES, "summary.json"]))
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:epochs]))
+    assert call(replay, run) == Ended(0, f"{run}: drawn\n", "")
+    pictures, frames = logged(run), shown(run)
+    assert all(is_shown(pictures[key], frame) for key, frame in zip(EPOCHS[:epochs], frames, strict=True))
+    assert torch.equal(pixels(run / "completions.png"), pictures["baseline" if epochs < 3 else "cvae", 1])
+
+
+@pytest.mark.parametrize("spoil", ["missing", "text", "cut"])
+def test_events_that_are_damaged(done: Path, tmp_path: Path, spoil: str) -> None:
+    """What can be read is drawn, and what is missing is said."""
+    run = Path(shutil.copytree(done, tmp_path / "run", ignore=lambda *_: FIGURES))
+    [path] = run.glob("events.*")
+    content = path.read_bytes()
+    path.unlink()
+    if spoil != "missing":
+        path.write_bytes(b"no events" if spoil == "text" else content[: 4 * len(content) // 5])
+    count = len(logged(run))
+    assert (count in (3, 4)) if spoil == "cut" else (count == 0)
+    ended = call(replay, run)
+    assert (ended.code, ended.out) == (3, f"{run}: drawn as far as its log goes\n")
+    end = "" if count else "not "
+    assert said(ended) == [
+        f"{run}: its events have pictures of {count} of 5 epochs; learning.gif shows these, and completions.png is "
+        f"{end}drawn"
+    ]
+    assert (run / "completions.png").exists() == (run / "learning.gif").exists() == (count > 0)
+
+
+@pytest.mark.parametrize("content", ["", None, "{}\n", '{"phase": "cvae", "epoch": "x"}\n', "no JSON\n", "[1]\n"])
+def test_metrics_with_nothing_to_draw(done: Path, tmp_path: Path, content: str | None) -> None:
+    """Other runs are drawn."""
+    for name in ("one", "two"):
+        shutil.copytree(done, tmp_path / name, ignore=lambda *_: FIGURES)
+    metrics = tmp_path / "one/metrics.jsonl"
+    metrics.unlink() if content is None else metrics.write_text(content)
+    ended = call(replay, tmp_path, "nowhere")
+    assert (ended.code, ended.out) == (3, f"{tmp_path}/two: drawn\n")
+    nowhere, one = said(ended)
+    assert nowhere.startswith("runs/nowhere: there is no such folder")
+    assert one.startswith(str(metrics))
+    assert not contents(tmp_path / "one").keys() & FIGURES
+
+
+def made(folder: Path, losses: dict[tuple[str, int], float | None], *logs: dict[tuple[str, int], bytes]) -> Path:
+    """Make a folder with a log of these losses, and an event file for each of these sets of PNG files."""
+    folder.mkdir()
+    (folder / "config.json").touch()
+    records = [
+        {"phase": phase, "epoch": epoch, "train_elbo": -1.0, "validation_elbo": loss and -loss, "validation_kl": -99.0}
+        for (phase, epoch), loss in losses.items()
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    for number, pictures in enumerate(logs):
+        with SummaryWriter(str(folder), filename_suffix=f".{number}.train") as writer:
+            for (phase, epoch), png in pictures.items():
+                value = Summary.Value(tag=f"{phase}/completions", image=Summary.Image(encoded_image_string=png))
+                writer.file_writer.add_summary(Summary(value=[value]), epoch)  # type: ignore[attr-defined]
+    return folder
+
+
+def grey(level: int) -> bytes:
+    """Return a PNG file of this level throughout."""
+    buffer = io.BytesIO()
+    as_picture(torch.full((3, 40, 50), level, dtype=torch.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_epoch_that_was_logged_twice_counts_once(tmp_path: Path) -> None:
+    """As by a run that was cut in an epoch and resumed: its later picture, from the later file."""
+    first, second = ({("cvae", n): grey(level + n) for n in ns} for level, ns in ((100, (1, 2)), (200, (2, 3))))
+    run = made(tmp_path / "run", {("cvae", n): 9.0 - n for n in (1, 2, 3)}, first, second)
+    assert call(replay, run).code == 0
+    assert [int(frame[0, -1, 0]) for frame in shown(run)] == pytest.approx([101, 202, 203], abs=STEP)
+    assert pixels(run / "completions.png").unique() == 203
+
+
+def test_best_epoch_is_the_first_lowest_that_is_a_number(tmp_path: Path) -> None:
+    """A picture that is damaged is left out."""
+    losses = dict(enumerate((None, 7.0, 6.0, 6.0, None), start=1))
+    png = {("cvae", n): grey(40 * n) for n in losses} | {("cvae", 2): grey(80)[:50]}
+    run = made(tmp_path / "run", {("baseline", 1): 1.0} | {("cvae", n): loss for n, loss in losses.items()}, png)
+    assert call(replay, run).code == 3
+    assert len(shown(run)) == 4
+    assert pixels(run / "completions.png").unique() == 120
+
+
+def test_long_training_in_a_hundred_frames(tmp_path: Path) -> None:
+    """Every third of 251 epochs, the last one among them; a small file, of few greys."""
+    keys = [("baseline", n) for n in range(1, 52)] + [("cvae", n) for n in range(1, 201)]
+    run = made(tmp_path / "run", dict.fromkeys(keys, 5.0), {key: grey(i) for i, key in enumerate(keys)})
+    assert call(replay, run).code == 0
+    levels = [int(frame[0, -1, 0]) for frame in shown(run)]
+    assert levels == pytest.approx(list(range(1, 251, 3)), abs=STEP)
+    with Image.open(run / "learning.gif") as replayed:
+        assert len(replayed.convert("RGB").getcolors() or []) <= replay.GREYS + 1
