@@ -7,18 +7,19 @@ from torch import Tensor
 from cvae.data import bending
 from cvae.data.bending import KNOTS, bent, warped, with_levels_of
 from cvae.data.images import ImageSet
-from cvae.data.masks import Split, quadrants
 from cvae.data.readers import mnist
+from cvae.data.tasks import FixedMask, quadrants
 from cvae.model.densities import bernoulli_entropy
 
 IMAGES = mnist("train")[:400]
+STILL = torch.eye(2).expand(400, 2, 2)
 NOWHERE = torch.zeros(400, 2, KNOTS, KNOTS)
 
 
 def test_warped_turns_and_stretches() -> None:
-    """A picture whose levels are a quadratic function of the place, which cubic interpolation reproduces exactly, and
-    black outside: each pixel shows what was at the matrix times its place."""
-    matrices = torch.tensor([[1.0, 0.0], [0.0, 1.0]]) + 0.1 * torch.randn(20, 2, 2, generator=torch.manual_seed(0))
+    """Levels that are a quadratic function of the place are reproduced exactly by cubic interpolation: each pixel shows
+    what was at the matrix times its place, and black where that is outside."""
+    matrices = torch.eye(2) + 0.1 * torch.randn(20, 2, 2, generator=torch.manual_seed(0))
     down, across = torch.meshgrid(*(torch.linspace(-27 / 28, 27 / 28, 28),) * 2, indexing="ij")
 
     def levels(at: Tensor) -> Tensor:
@@ -26,25 +27,52 @@ def test_warped_turns_and_stretches() -> None:
 
     place = torch.stack([across, down], dim=-1)
     images = levels(place).round().to(torch.uint8).expand(20, 28, 28)
-    for matrix, found in zip(matrices, warped(images, matrices, NOWHERE[:20]), strict=True):
+    for matrix, image in zip(matrices, warped(images, matrices, NOWHERE[:20]), strict=True):
         seen = place @ matrix.T
         inside = seen.abs().amax(-1) < 24 / 28  # the four pixels around are all of the image
         assert inside.sum() > 300
-        assert (found - levels(seen))[inside].abs().max() < 1.6  # both rounded, and cubic weights of rounded levels
-        assert (found[seen.abs().amax(-1) > 32 / 28] == 0).all()
+        assert (image - levels(seen))[inside].abs().max() < 1.6  # both rounded, and cubic weights of rounded levels
+        assert (image[seen.abs().amax(-1) > 32 / 28] == 0).all()
+
+
+@pytest.mark.parametrize(("height", "width"), [(28, 112), (60, 24)])
+def test_images_that_are_not_square_are_bent_as_part_of_a_square(height: int, width: int) -> None:
+    """With black around, they are seen through the same matrix, to a rounded level."""
+    side, random = max(height, width), torch.manual_seed(1)
+    images = torch.randint(256, (20, height, width), generator=random, dtype=torch.uint8)
+    matrices = torch.eye(2) + 0.15 * torch.randn(20, 2, 2, generator=random)
+    top, left = (side - height) // 2, (side - width) // 2
+    square = torch.zeros(20, side, side, dtype=torch.uint8)
+    square[:, top : top + height, left : left + width] = images
+    expected = warped(square, matrices, NOWHERE[:20])[:, top : top + height, left : left + width]
+    assert (warped(images, matrices, NOWHERE[:20]).int() - expected.int()).abs().max() <= 1
+
+
+def test_a_bar_is_turned_by_as_much_in_any_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By 8 degrees at the most, in 28×112 pixels too, as its second moments tell."""
+    for name in ("STRETCH", "SHEAR", "PUSH"):
+        monkeypatch.setattr(bending, name, 0.0)
+    bars = torch.zeros(300, 28, 112, dtype=torch.uint8)
+    bars[:, 12:16, 36:76] = 255
+    ink = bent(bars, 1.0, 0).double()
+    down, across = torch.meshgrid(torch.arange(28.0) - 13.5, torch.arange(112.0) - 55.5, indexing="ij")
+    sums = [(ink * term).sum((1, 2)) for term in (2 * down * across, across**2 - down**2)]
+    degrees = (torch.atan2(*sums) / 2).rad2deg().abs()
+    assert 7 < degrees.max() < 8.2
+    assert degrees.mean() == pytest.approx(4, abs=4 * 8 / 12**0.5 / 300**0.5)  # uniform from 0 to 8
 
 
 def test_warped_pushes() -> None:
-    """What is pushed everywhere alike moves the image: by whole pixels, exactly; at one knot, what is near it alone."""
-    still = torch.eye(2).expand(400, 2, 2)
-    pushed = torch.zeros(400, 2, KNOTS, KNOTS)
-    pushed[:, 0], pushed[:, 1] = 2 * 3 / 28, -2 * 1 / 28
-    moved = torch.zeros_like(IMAGES)
-    moved[:, 1:, :-3] = IMAGES[:, :-1, 3:]
-    assert torch.equal(warped(IMAGES, still, pushed), moved)
+    """A push of all alike moves any image, by whole pixels exactly; a push at one knot moves what is near it."""
+    for images in (IMAGES, torch.cat([IMAGES, IMAGES], dim=2)):
+        pushed = torch.zeros(400, 2, KNOTS, KNOTS)
+        pushed[:, 0], pushed[:, 1] = 2 * 3 / 28, -2 * 1 / 28
+        moved = torch.zeros_like(images)
+        moved[:, 1:, :-3] = images[:, :-1, 3:]
+        assert torch.equal(warped(images, STILL, pushed), moved)
     one = torch.zeros(400, 2, KNOTS, KNOTS)
     one[:, :, 1, 1] = 2 * 2 / 28
-    changed = (warped(IMAGES, still, one) != IMAGES).any(0)
+    changed = (warped(IMAGES, STILL, one) != IMAGES).any(0)
     assert changed[4:12, 4:12].float().mean() > 0.8
     assert not changed[22:].any()
     assert not changed[:, 22:].any()
@@ -56,7 +84,7 @@ def test_levels_stay_distributed_as_they_were() -> None:
     def entropy(images: Tensor) -> float:
         return float(bernoulli_entropy(images.flatten(1).double() / 255).mean())
 
-    softened = warped(IMAGES, torch.eye(2).expand(400, 2, 2) + torch.tensor([[0.0, 0.1], [-0.1, 0.0]]), NOWHERE)
+    softened = warped(IMAGES, STILL + torch.tensor([[0.0, 0.1], [-0.1, 0.0]]), NOWHERE)
     assert entropy(softened) > 1.15 * entropy(IMAGES)
     assert entropy(with_levels_of(IMAGES, softened)) == pytest.approx(entropy(IMAGES), rel=0.01)
 
@@ -64,31 +92,25 @@ def test_levels_stay_distributed_as_they_were() -> None:
 def test_higher_levels_stay_higher() -> None:
     """Levels are replaced by a function that never falls; images of the same levels stay as they are."""
     others = torch.randint(256, (5, 9, 9), generator=torch.manual_seed(1), dtype=torch.uint8)
-    found = with_levels_of(IMAGES, others)
-    by_level = [found[others == level].unique() for level in others.unique()]
+    replaced = with_levels_of(IMAGES, others)
+    by_level = [replaced[others == level].unique() for level in others.unique()]
     assert all(len(levels) == 1 for levels in by_level)
     assert (torch.cat(by_level).int().diff() >= 0).all()
     shuffled = IMAGES.flatten()[torch.randperm(IMAGES.numel(), generator=torch.manual_seed(2))].view_as(IMAGES)
     assert torch.equal(with_levels_of(IMAGES, shuffled), shuffled)
 
 
-def test_share_and_key() -> None:
-    """Each image is bent with this probability, anew by the key; the others stay as they are."""
+def test_share_key_and_amount(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each image is bent with this probability, anew by the key, a little: it keeps its ink to a quarter."""
     assert torch.equal(bent(IMAGES, 0.0, 1), IMAGES)
-    half = bent(IMAGES, 0.5, 1)
+    half, all_of_them = bent(IMAGES, 0.5, 1), bent(IMAGES, 1.0, 3)
     changed = (half != IMAGES).flatten(1).any(1)
     assert abs(changed.sum().item() - 200) < 5 * 10  # five standard deviations of a binomial
     assert torch.equal(half, bent(IMAGES, 0.5, 1))
     assert not torch.equal(half, bent(IMAGES, 0.5, 2))
-    assert (bent(IMAGES, 1.0, 1) != IMAGES).flatten(1).any(1).all()
-
-
-def test_it_is_a_little(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A digit keeps its ink to a quarter, and with amounts of zero all of it."""
-    ink = IMAGES.flatten(1).double().sum(1)
-    ratio = bent(IMAGES, 1.0, 3).flatten(1).double().sum(1) / ink
-    assert ratio.min() > 0.75
-    assert ratio.max() < 1.25
+    assert (all_of_them != IMAGES).flatten(1).any(1).all()
+    ratio = all_of_them.flatten(1).double().sum(1) / IMAGES.flatten(1).double().sum(1)
+    assert 0.75 < ratio.min() < ratio.max() < 1.25
     for name in ("DEGREES", "STRETCH", "SHEAR", "PUSH"):
         monkeypatch.setattr(bending, name, 0.0)
     assert torch.equal(bent(IMAGES, 1.0, 3), IMAGES)
@@ -97,15 +119,13 @@ def test_it_is_a_little(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("binary", [False, True])
 def test_redrawn_from_the_stored_images(binary: bool) -> None:
     """Whatever the epochs before were; without a share the stored images are back."""
-    split = Split(quadrants(1))
-    images = ImageSet(IMAGES, split)
-    assert torch.equal(split.images(images.vectors), IMAGES)
+    task = FixedMask(quadrants(1))
+    images, fresh = ImageSet(IMAGES, task), ImageSet(IMAGES, task)
     for bend in (0.7, 0.3):
         images.redraw(5, 1, binary=binary, bend=bend)
-    fresh = ImageSet(IMAGES, split)
     fresh.redraw(5, 1, binary=binary, bend=0.3)
-    assert torch.equal(images.vectors, fresh.vectors)
+    assert torch.equal(images.rows, fresh.rows)
     if not binary:
-        assert torch.equal(split.images(images.vectors), bent(IMAGES, 0.3, 5, 1, 0))
+        assert torch.equal(images.rows, task.rows(bent(IMAGES, 0.3, 5, 1, 0)))
         images.redraw(5, 2, binary=False)
-        assert torch.equal(split.images(images.vectors), IMAGES)
+        assert torch.equal(images.rows, task.rows(IMAGES))

@@ -1,421 +1,223 @@
-"""The sources of images: the embedded MNIST, what is for validation, names of data sets, and what a run records."""
+"""The sources of images: which are for validation and the test, names of data sets, labels, and the record."""
 
 import hashlib
-import inspect
-import lzma
 import shlex
-from importlib import resources
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from support.images import everything, in_order, random_images, refusal, write_pictures
-from support.scripts import NAMES, idx_bytes, write_data
-from torch import Tensor
+from support.images import about, in_order, random_images, refusal, training, write_idx, write_pictures
+from torchvision import datasets
 
-from cvae.data import sources
-from cvae.data.idx import read_idx
-from cvae.data.images import ImageSet
-from cvae.data.masks import Split, quadrants
-from cvae.data.names import SHA256, TORCHVISION, mnist
-from cvae.data.parts import Reading
-from cvae.data.sources import difference, load_labels, load_test, load_train, named
+import eval as evaluation
+import train
+from cvae.data.readers import mnist
+from cvae.data.sources import NAMES, TORCHVISION, difference, load_labels, load_test, load_train, named
 from cvae.errors import DataError
 from cvae.settings import Settings
 
-EMBEDDED = Path(sources.__file__).parent / "mnist"
-PUBLISHED = {  # of the four files, uncompressed
-    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
-}
-
-
-# The embedded MNIST
-
-
-def test_embedded_mnist_is_the_published_one() -> None:
-    train, test = mnist("train"), mnist("t10k")
-    assert (train.shape, test.shape) == ((60_000, 28, 28), (10_000, 28, 28))
-    assert train.dtype == test.dtype == torch.uint8
-    # The means that everybody normalises MNIST with.
-    assert train.double().mean().item() / 255 == pytest.approx(0.1307, abs=5e-5)
-    assert train.double().std().item() / 255 == pytest.approx(0.3081, abs=5e-5)
-    labels = read_idx(EMBEDDED / "train-labels-idx1-ubyte.xz", 1)
-    assert labels[:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]
-    assert torch.bincount(labels).tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
-
-
-def test_embedded_files_have_the_digests_of_the_originals() -> None:
-    for name, digest in PUBLISHED.items():
-        assert hashlib.sha256(lzma.decompress((EMBEDDED / f"{name}.xz").read_bytes())).hexdigest() == digest
-
-
-@pytest.mark.parametrize("part", NAMES)
-def test_embedded_mnist_is_checked_when_it_is_loaded(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
-    for name in ("images", "labels"):
-        monkeypatch.setitem(SHA256, f"{part}-{name}", "0" * 64)
-    with pytest.raises(DataError, match=f"{NAMES[part][0]}.xz: is damaged"):
-        load_train()
-    with pytest.raises(DataError, match=f"{NAMES[part][1]}.xz: is damaged"):
-        load_labels(Settings(), {"train": "train", "t10k": "test"}[part])
-
-
-def test_embedded_mnist_is_decompressed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each of the files of a training, and for an evaluation those of the test alone."""
-    read: list[str] = []
-
-    def counting(path: Path, *more: Any) -> Tensor:
-        read.append(path.name)
-        return read_idx(path, *more)
-
-    monkeypatch.setattr("cvae.data.names.read_idx", counting)
-    load_train()
-    assert sorted(read) == sorted(f"{names[0]}.xz" for names in NAMES.values())
-    read.clear()
-    load_test()
-    assert read == ["t10k-images-idx3-ubyte.xz"]
-
-
-def test_flipped_byte_that_xz_cannot_see_is_seen(tmp_path: Path) -> None:
-    content = bytearray(idx_bytes(mnist("t10k")[:9]))
-    digest = hashlib.sha256(content).hexdigest()
-    content[-1] ^= 1
-    path = tmp_path / "images.xz"
-    path.write_bytes(lzma.compress(content))
-    assert len(read_idx(path, 3)) == 9
-    with pytest.raises(DataError, match="is damaged") as caught:
-        read_idx(path, 3, digest)
-    assert str(path) in str(caught.value)
-
-
-@pytest.mark.parametrize("position", [0, 7, 100, 2000, -30, -1])
-def test_flipped_byte_in_the_file_itself_is_seen(tmp_path: Path, position: int) -> None:
-    name = NAMES["t10k"][1]
-    content = bytearray((EMBEDDED / f"{name}.xz").read_bytes())
-    content[position] ^= 0x10
-    path = tmp_path / f"{name}.xz"
-    path.write_bytes(content)
-    with pytest.raises(DataError, match=name):
-        read_idx(path, 1, PUBLISHED[name])
+IMAGES, TEST = random_images(12, 4, 5), random_images(6, 4, 5, 1)
 
 
 def test_last_ten_thousand_images_of_mnist_are_for_validation() -> None:
-    """Whatever the seed: the numbers of the README depend on it."""
-    images = load_train(Settings(seed=3))
-    assert (len(images.train), len(images.validation)) == (50_000, 10_000)
+    """Whatever the seed, and with their labels: the numbers of the README depend on it."""
+    s = Settings(seed=3)
+    images = load_train(s)
     assert torch.equal(torch.cat([images.train, images.validation]), mnist("train"))
+    assert len(images.validation) == len(load_labels(s, "validation")) == 10_000
+    assert torch.equal(load_labels(s, "train"), mnist("train", "labels")[:50_000])
     assert torch.equal(load_test(Settings(data="mnist")).images, mnist("t10k"))
-    assert images.about == (
-        "MNIST, which comes with the package: 50,000 training, 10,000 validation, 10,000 test images of 28×28 pixels; "
-        "the last ones for validation"
-    )
-
-
-# Which images are for validation
+    counts = "50,000 training, 10,000 validation, 10,000 test images of 28×28 pixels"
+    assert images.about == f"MNIST, which comes with the package: {counts}; the last ones for validation"
 
 
 @pytest.mark.parametrize(("count", "held_out"), [(6, 1), (11, 1), (12, 2), (59_999, 9_999), (60_001, 10_000)])
 def test_a_sixth_is_for_validation(tmp_path: Path, count: int, held_out: int) -> None:
     images = random_images(count, 2, 3)
     images[:, 0, :2] = torch.tensor([0, 255])
-    found = load_train(Settings(data=str(write_data(tmp_path, images, images[:1]))))
-    assert (len(found.train), len(found.validation)) == (count - held_out, held_out)
-    assert in_order(torch.cat([found.train, found.validation])) == in_order(images)
+    parts = load_train(Settings(data=str(write_idx(tmp_path, images, images[:1]))))
+    assert (len(parts.train), len(parts.validation)) == (count - held_out, held_out)
+    assert in_order(torch.cat([parts.train, parts.validation])) == in_order(images)
 
 
 def test_set_that_is_sorted_by_class(tmp_path: Path) -> None:
     """Validation images, and the first training images too, are of all classes; others for another seed."""
     images = random_images(600, 4, 4)
     images[:, 0, 0] = torch.arange(600) // 60
-    data = str(write_data(tmp_path, images, images[:6]))
-    found = [load_train(Settings(data=data, seed=seed)) for seed in (0, 0, 1)]
-    for each in found:
-        for part in (each.validation, each.train[:100]):
-            counts = torch.bincount(part[:, 0, 0].int(), minlength=10)
-            assert counts.min() > 0
-            assert counts.max() < 30
-    assert found[0].record == found[1].record
-    assert found[0].record["validation"] != found[2].record["validation"]
-    assert found[0].record["test"] == found[2].record["test"]
-    assert "validation images drawn by seed 1" in found[2].about
-
-
-@pytest.mark.parametrize("count", [1, 5])
-def test_too_few_images_to_split(tmp_path: Path, count: int) -> None:
-    write_data(tmp_path, random_images(count, 4, 4), random_images(1, 4, 4))
-    assert refusal(tmp_path) == f"{tmp_path}: {count} images are too few to hold out a sixth; give at least 6"
-
-
-# The record of the images
-
-
-def test_record_identifies_each_part(tmp_path: Path) -> None:
-    images, test = random_images(12, 4, 5), random_images(6, 4, 5, 1)
-    found = load_train(Settings(data=str(write_data(tmp_path, images, test))))
-    assert found.record == {
-        "height": 4, "width": 5,
-        "train": {"count": 10, "sha256": hashlib.sha256(found.train.numpy().tobytes()).hexdigest()},
-        "validation": {"count": 2, "sha256": hashlib.sha256(found.validation.numpy().tobytes()).hexdigest()},
-        "test": {"count": 6, "sha256": hashlib.sha256(test.numpy().tobytes()).hexdigest()},
-    }  # fmt: skip
-    assert load_test(Settings(data=str(tmp_path))).record == {
-        "height": 4, "width": 5, "test": found.record["test"],
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda images, test: (images[:10], test), "10 train images, and here are 9"),
-        (lambda images, test: (images[:, :3], test[:, :3]), "images of 4×5 pixels, and these have 3×5"),
-        (lambda images, test: (255 - images, test), "other train images of the same number and size"),
-        (lambda images, test: (images, 255 - test), "other test images of the same number and size"),
-        (lambda images, test: (images, test), None),
-    ],
-)
-def test_difference(tmp_path: Path, change: Any, words: str | None) -> None:
-    images, test = random_images(12, 4, 5), random_images(6, 4, 5, 1)
-    records = [
-        load_train(Settings(data=str(write_data(tmp_path / name, *parts)))).record
-        for name, parts in (("before", (images, test)), ("now", change(images, test)))
-    ]
-    found = difference(*records)
-    assert found is None if words is None else words in str(found)
-
-
-# Settings
-
-
-def test_transposed(tmp_path: Path) -> None:
-    images = random_images(12, 4, 5)
-    write_data(tmp_path / "emnist" / "raw", images, images)
-    found = load_train(Settings(data=str(tmp_path), transpose=True))
-    assert in_order(torch.cat([found.train, found.validation])) == in_order(images.transpose(1, 2).contiguous())
-    assert found.record["height"] == 5
-    assert "rows and columns swapped" in found.about
-    assert "--transpose turns them upright" in load_train(Settings(data=str(tmp_path))).about
-
-
-def test_more_images_than_the_memory_holds(tmp_path: Path) -> None:
-    """Found before anything is read whole; what is needed is what `room.needed` says, to the byte."""
-    write_data(tmp_path, random_images(72, 4, 6), random_images(10, 4, 6, 1))
-    path = tmp_path / NAMES["train"][0]
-    read = (82 + 72) * 24  # all images are read, those of a permuted part twice
-    for more, byte in (
-        ({}, 72 * (24 + 4 * 18)),
-        ({"quadrants": 3}, read),
-        ({"train_limit": 8}, read),
-        ({"size": 2}, 82 * 4 + 72 * (2 * 24 - 4)),
-        ({"targets": "binary"}, 72 * (24 + 4 * 18) + 60 * 24),
-        ({"bend": 0.5}, 72 * (24 + 4 * 18) + 60 * 24),
-    ):
-        load_train(Settings(data=str(tmp_path), **more), Reading(byte))  # type: ignore[arg-type]
-        refusal(tmp_path, reading=Reading(byte - 1), **more)
-    kept = 72 * (24 + 4 * 18) + 82 * 24  # for the next run of the same command
-    load_train(Settings(data=str(tmp_path)), Reading(kept, keep=True))
-    refusal(tmp_path, reading=Reading(kept - 1, keep=True))
-    load_test(Settings(data=str(tmp_path)), Reading(480))
-    refusal(tmp_path, test=True, reading=Reading(479))
-    path.write_bytes(path.read_bytes()[:-1])  # what would be found if it were read whole
-    assert refusal(tmp_path, reading=Reading(6911)).startswith(f"{tmp_path}: 82 images need 0 MiB of pixels in order +")
-
-
-def test_memory_beside_a_gpu(tmp_path: Path) -> None:
-    """Both are looked at: the images are read into the one, and trained on in the other."""
-    data = write_data(tmp_path, random_images(72, 4, 6), random_images(10, 4, 6, 1))
-    used, read = 72 * (24 + 4 * 18), (82 + 72) * 24
-    load_train(Settings(data=str(data)), Reading(read, used))
-    assert "MiB are free on the GPU; use " in refusal(data, reading=Reading(read, used - 1))
-    assert "MiB are free; " in refusal(data, reading=Reading(read - 1, used))
-
-
-def test_advice_that_helps(tmp_path: Path) -> None:
-    data = write_data(tmp_path, random_images(72, 4, 6), random_images(10, 4, 6, 1))
-    size, limit, device = "smaller ones (--size N)", "fewer (--train-limit N)", "another --device"
-    for reading, more, ways in (
-        (Reading(6911), {}, f"use {size} or {limit}"),
-        (Reading(6911, keep=True), {"train_limit": 70}, f"use {size} or {limit}"),
-        (Reading(3695), {"train_limit": 8}, f"use {size}"),
-        (Reading(3500), {}, "leave some of them out, or use a machine with more"),
-        (Reading(6912, 6911), {}, f"use {size} or {limit} or {device}"),
-        (Reading(3696, 6911), {}, f"use {size} or {limit}"),
-    ):
-        assert refusal(data, reading=reading, **more).endswith(
-            f"MiB are free{' on the GPU' * (reading.gpu is not None)}; {ways}"
-        )
-
-
-@pytest.mark.parametrize("form", ["idx", "scaled", "transposed", "wide", "columns"])
-def test_no_more_memory_is_taken_than_is_looked_for(tmp_path: Path, form: str) -> None:
-    """However few images are trained on: all are read."""
-    images = random_images(9000, 64, 50)
-    if form in ("wide", "columns"):
-        numbers = images.numpy().astype(np.uint16) * 257
-        np.save(tmp_path / "images.npy", np.asfortranarray(numbers) if form == "columns" else numbers)
-        data = tmp_path / "images.npy"
-    else:
-        data = write_data(tmp_path, images, images[:10])
-    s = Settings(data=str(data), train_limit=1, size=40 if form == "scaled" else None, transpose=form == "transposed")
-    with pytest.raises(DataError) as caught:
-        load_train(s, Reading(0))
-    looked_for = int(str(caught.value).partition(" = ")[2].partition(" MiB")[0])
-    del images
-    before = memory_at_peak(reset=True)
-    load_train(s)
-    assert looked_for >= 50
-    assert memory_at_peak() - before < looked_for + 12
-
-
-def memory_at_peak(reset: bool = False) -> float:
-    """MiB that this process has held at most, since it was reset."""
-    try:
-        if reset:
-            Path("/proc/self/clear_refs").write_text("5")
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        pytest.skip("nothing tells how much memory is held")
-    return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) / 1024
-
-
-# Names of data sets
-
-
-def test_torchvision_data_sets(tmp_path: Path) -> None:
-    """Below --data-root, as torchvision leaves them; what it names so is found by our name."""
-    torchvision = pytest.importorskip("torchvision")
-    for name, (kind, prefix, _) in TORCHVISION.items():
-        raw = tmp_path / kind / "raw"
-        raw.mkdir(parents=True, exist_ok=True)
-        start = f"{prefix}-" if prefix else ""
-        test = "test" if prefix else "t10k"
-        images = random_images(12, 4, 5, len(name))
-        (raw / f"{start}train-images-idx3-ubyte").write_bytes(idx_bytes(images))
-        (raw / f"{start}train-labels-idx1-ubyte").write_bytes(idx_bytes(torch.zeros(12, dtype=torch.uint8)))
-        (raw / f"{start}{test}-images-idx3-ubyte").write_bytes(idx_bytes(images[:6]))
-        s = Settings(data=name, data_root=str(tmp_path))
-        found = load_train(s)
-        assert in_order(torch.cat([found.train, found.validation])) == in_order(images)
-        assert torch.equal(load_test(s).images, images[:6])
-        assert found.about.startswith(f"{name}, as torchvision has it in {raw}")
-        assert hasattr(torchvision.datasets, kind)
-
-
-@pytest.mark.parametrize("name", TORCHVISION)
-def test_command_that_downloads(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The message has one that a shell takes; it calls torchvision as it wants to be called."""
-    datasets = pytest.importorskip("torchvision.datasets")
-    root = tmp_path / "it's here"
-    message = refusal(name, data_root=str(root))
-    assert message.startswith(f"{name}: is not below {root}")
-    command, _, code = shlex.split(message.partition("; to download: ")[2])
-    assert command == "python"
-    kind = TORCHVISION[name][0]
-    calls: list[tuple[Any, ...]] = []
-    signature = inspect.signature(getattr(datasets, kind).__init__)
-
-    def called(*words: Any, **named: Any) -> None:
-        calls.append((signature.bind(None, *words, **named), words[0], named["download"]))
-
-    monkeypatch.setattr(datasets, kind, called)
-    exec(code)
-    assert [call[1:] for call in calls] == [(str(root), True)] * (2 if name == "qmnist" else 1)
-
-
-def test_default_roots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    assert f"is not below {tmp_path}/.cache/torchvision or data" in refusal("kmnist")
-    for root in ("data", ".cache/torchvision"):
-        write_data(tmp_path / root / "KMNIST" / "raw", random_images(12, 4, 5, len(root)), random_images(6, 4, 5))
-        assert everything("kmnist") == in_order(random_images(12, 4, 5, len(root)))
-        assert f"{root}/KMNIST/raw" in load_train(Settings(data="kmnist")).about
-
-
-def test_words_of_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Names however they are spelt; what is there as a path is a path; ~ is the home."""
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.chdir(tmp_path)
-    for word, name in (
-        ("FashionMNIST", "fashion-mnist"), ("fashion_mnist", "fashion-mnist"), ("EMNIST-Letters", "emnist-letters"),
-        ("MNIST", "mnist"), ("./mnist", str(tmp_path / "mnist")), ("~/pictures", str(tmp_path / "home" / "pictures")),
-        ("pictures", str(tmp_path / "pictures")),
-    ):  # fmt: skip
-        assert named(word) == name
-    (tmp_path / "loop").symlink_to("loop")
-    for word in ("~nobody-of-this-name/x", "loop", ""):
-        assert "there is no such folder or file; --data takes a folder" in refusal(named(word))
-    write_data(tmp_path / "mnist", random_images(12, 4, 5), random_images(6, 4, 5))
-    assert named("mnist") == str(tmp_path / "mnist")
-    assert "a path, not the data set of this name" in load_train(Settings(data=named("mnist"))).about
-    write_data(tmp_path / "home" / "pictures", random_images(12, 4, 5), random_images(6, 4, 5))
-    assert everything("~/pictures") == in_order(random_images(12, 4, 5))
-
-
-# What the networks see of them
-
-
-@pytest.mark.parametrize("num_quadrants", [1, 2, 3])
-def test_batches_hold_every_pixel_once_and_scaled(num_quadrants: int) -> None:
-    images = random_images(11, 5, 7)
-    split = Split(quadrants(num_quadrants, 5, 7))
-    image_set = ImageSet(images, split)
-    assert len(image_set) == 11
-    batches = list(image_set.batches(4))
-    assert [len(batch.x) for batch in batches] == [4, 4, 3]
-    x, y = (torch.cat(parts) for parts in list(zip(*batches, strict=True))[:2])
-    assert x.shape[1] == int(split.observed.sum())
-    assert torch.equal(split.compose(x, y), images.float() / 255)
-    rows = torch.tensor([7, 0, 7])
-    assert torch.equal(image_set.batch(rows).y, y[rows])
-
-
-# Labels
-
-
-def labelled(folder: Path, seed_of_images: int = 0) -> Path:
-    """Images whose corner tells their label."""
-    for part, count in (("train", 60), ("t10k", 9)):
-        labels = torch.arange(count, dtype=torch.uint8) % 7
-        images = random_images(count, 5, 4, seed_of_images)
-        images[:, 0, 0] = labels
-        for name, array in zip(NAMES[part], (images, labels), strict=True):
-            (folder / name).write_bytes(idx_bytes(array))
-    return folder
+    write_idx(tmp_path, images, images[:6])
+    loaded = [load_train(Settings(data=str(tmp_path), seed=seed)) for seed in (0, 0, 1)]
+    for part in (part for each in loaded for part in (each.validation, each.train[:100])):
+        counts = torch.bincount(part[:, 0, 0].int(), minlength=10)
+        assert 0 < counts.min() < counts.max() < 30
+    records = [each.record for each in loaded]
+    assert records[0] == records[1]
+    assert records[0]["validation"] != records[2]["validation"]
+    assert records[0]["test"] == records[2]["test"]
+    assert "validation images drawn by seed 1" in loaded[2].about
 
 
 @pytest.mark.parametrize("seed", [0, 3])
 def test_labels_are_in_the_order_of_the_images(tmp_path: Path, seed: int) -> None:
-    """Which a seed permutes."""
-    s = Settings(data=str(labelled(tmp_path)), seed=seed)
+    """Which a seed permutes: the corners of the images tell their labels."""
+    train_images, test_images = random_images(60, 5, 4), random_images(9, 5, 4)
+    for images in (train_images, test_images):
+        images[:, 0, 0] = torch.arange(len(images)) % 7
+    s = Settings(data=str(write_idx(tmp_path, train_images, test_images)), seed=seed)
+    loaded = load_train(s)
+    for part, images in (("train", loaded.train), ("validation", loaded.validation), ("test", load_test(s).images)):
+        assert torch.equal(load_labels(s, part), images[:, 0, 0].long())
+
+
+def test_labels_that_are_missing_or_of_other_images(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "pictures", IMAGES)
+    write_idx(tmp_path / "idx", IMAGES, TEST)
+    labels = tmp_path / "idx" / "t10k-labels-idx1-ubyte"
+    labels.write_bytes((tmp_path / "idx" / "train-labels-idx1-ubyte").read_bytes())
+    for folder, words in (
+        ("pictures", f"{tmp_path / 'pictures'}: has no labels, by which images are classified"),
+        ("idx", f"{labels}: has 12 labels for 6 images"),
+    ):
+        with pytest.raises(DataError, match=words):
+            load_labels(Settings(data=str(tmp_path / folder)), "test")
+
+
+def test_record_identifies_each_part(tmp_path: Path) -> None:
+    """By the bytes of its images; another number, size or pixel is told apart."""
+    s = Settings(data=str(write_idx(tmp_path, IMAGES, TEST)))
     images = load_train(s)
-    assert torch.equal(load_labels(s, "train"), images.train[:, 0, 0].long())
-    assert torch.equal(load_labels(s, "validation"), images.validation[:, 0, 0].long())
-    assert torch.equal(load_labels(s, "test"), load_test(s).images[:, 0, 0].long())
+    parts = {"train": images.train, "validation": images.validation, "test": TEST}
+    record: dict[str, Any] = {"height": 4, "width": 5}
+    for part, pixels in parts.items():
+        record[part] = {"count": len(pixels), "sha256": hashlib.sha256(pixels.numpy().tobytes()).hexdigest()}
+    assert images.record == record
+    assert load_test(s).record == {name: record[name] for name in ("height", "width", "test")}
+    assert difference(record, load_test(s).record) is None
+    for change, words in (
+        ((IMAGES[:10], TEST), "10 train images, and here are 9"),
+        ((IMAGES[:, :3], TEST[:, :3]), "images of 4×5 pixels, and these have 3×5"),
+        ((255 - IMAGES, TEST), "other train images of the same number and size"),
+        ((IMAGES, 255 - TEST), "other test images of the same number and size"),
+    ):
+        assert words in str(difference(record, load_train(Settings(data=str(write_idx(tmp_path, *change)))).record))
 
 
-def test_labels_of_mnist_are_those_of_torchvision(tmp_path: Path) -> None:
-    torchvision = pytest.importorskip("torchvision")
-    raw = tmp_path / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    for name in (*NAMES["train"], *NAMES["t10k"]):
-        packed = resources.files("cvae.data") / "mnist" / f"{name}.xz"
-        (raw / name).write_bytes(lzma.decompress(packed.read_bytes()))
-    train, test = (torchvision.datasets.MNIST(tmp_path, train=part).targets for part in (True, False))
-    assert torch.equal(torch.cat([load_labels(Settings(), part) for part in ("train", "validation")]), train)
-    assert torch.equal(load_labels(Settings(), "test"), test)
+def test_transposed(tmp_path: Path) -> None:
+    write_idx(tmp_path / "emnist" / "raw", IMAGES, IMAGES)
+    assert training(tmp_path, transpose=True) == in_order(IMAGES.transpose(1, 2).contiguous())
+    assert "rows and columns swapped" in about(tmp_path, transpose=True)
+    assert "--transpose turns them upright" in about(tmp_path)
 
 
-def test_no_labels(tmp_path: Path) -> None:
-    write_pictures(tmp_path / "pictures", random_images(12, 4, 5))
-    labelled(tmp_path)
-    (tmp_path / NAMES["t10k"][1]).unlink()
-    for folder, part in (("pictures", "train"), ("", "test")):
-        with pytest.raises(DataError) as caught:
-            load_labels(Settings(data=str(tmp_path / folder)), part)
-        assert str(caught.value) == (
-            f"{tmp_path / folder}: has no labels, by which images are classified; MNIST and IDX files can have them"
-        )
+def test_what_is_too_little_or_not_there(tmp_path: Path) -> None:
+    words = "5 images are too few to hold out a sixth; give at least 6"
+    assert refusal(write_idx(tmp_path / "few", IMAGES[:5], TEST)) == f"{tmp_path}/few: {words}"
+    assert refusal(write_pictures(tmp_path / "undivided", IMAGES[:5]), test=True) == f"{tmp_path}/undivided: {words}"
+    write_pictures(tmp_path / "half" / "train", IMAGES)
+    assert "no test images, so that eval.py will not be able to evaluate the run" in about(tmp_path / "half")
+    assert refusal(tmp_path / "half", test=True) == f"{tmp_path}/half: has no test images"
+    write_pictures(tmp_path / "other" / "test", IMAGES)
+    assert refusal(tmp_path / "other") == f"{tmp_path}/other: has no training images"
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "loop").symlink_to("loop")
+    assert refusal(tmp_path / "empty").startswith(f"{tmp_path}/empty: holds no images; --data takes a folder")
+    for word in (tmp_path / "nowhere", tmp_path / "loop", ""):
+        assert "there is no such folder or file; --data takes a folder" in refusal(word)
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_torchvision_data_sets(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are taken as torchvision leaves them below a root; else the message has a command that downloads them."""
+    cls, arguments = TORCHVISION[name]
+    start = {"EMNIST": f"{name}-", "QMNIST": "qmnist-"}.get(cls, "")
+    raw = write_idx(tmp_path / "it's here" / cls / "raw", IMAGES, TEST, start=start)
+    if cls == "QMNIST":  # its labels have eight columns, of which the first is the class
+        for part, count in (("train", 12), ("test", 6)):
+            columns = b"".join((i % 7).to_bytes(4) + bytes(28) for i in range(count))
+            path = raw / f"qmnist-{part}-labels-idx2-int"
+            path.write_bytes(bytes([0, 0, 12, 2]) + count.to_bytes(4) + (8).to_bytes(4) + columns)
+    s = Settings(data=name, data_root=str(tmp_path / "it's here"))
+    assert training(name, data_root=s.data_root) == in_order(IMAGES)
+    assert torch.equal(load_test(s).images, TEST)
+    assert load_labels(s, "test").tolist() == [i % 7 for i in range(6)]
+    assert about(name, data_root=s.data_root).startswith(f"{name}, as torchvision has it in {raw}: 10 training")
+    message = refusal(name, data_root=str(tmp_path / "not 'here'"))
+    assert message.startswith(f"{name}: is not below {tmp_path}/not 'here' (--data-root names another)")
+    command, _, code = shlex.split(message.partition("; to download: ")[2])
+    calls: list[Any] = []
+    monkeypatch.setattr(datasets, cls, lambda root, **more: calls.append((root, more)))
+    exec(code)
+    assert command == "python"
+    assert calls == [
+        (f"{tmp_path}/not 'here'", {"train": part, "download": True, **arguments}) for part in (True, False)
+    ]
+
+
+def test_words_of_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names however they are spelt; what is there as a path is a path; ~ is the home; the usual roots."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    for word, name in (
+        ("FashionMNIST", "fashion-mnist"), ("fashion_mnist", "fashion-mnist"), ("EMNIST-Letters", "emnist-letters"),
+        ("MNIST", "mnist"), ("./mnist", f"{tmp_path}/mnist"), ("~/pictures", f"{tmp_path}/home/pictures"), ("", ""),
+    ):  # fmt: skip
+        assert named(word) == name
+    write_idx(tmp_path / "mnist", IMAGES, TEST)
+    assert named("mnist") == str(tmp_path / "mnist")
+    assert "a path, not the data set of this name" in about(named("mnist"))
+    assert f"is not below {tmp_path}/home/.cache/torchvision or data" in refusal("kmnist")
+    for root in ("data", "home/.cache/torchvision"):
+        write_idx(tmp_path / root / "KMNIST" / "raw", random_images(12, 4, 5, len(root)), TEST)
+        assert training("kmnist") == in_order(random_images(12, 4, 5, len(root)))
+    assert all(named(name) == name for name in NAMES if name != "mnist")
+
+
+MEMORY = """
+import resource, sys
+from pathlib import Path
+from cvae.data.sources import load_train
+from cvae.errors import CvaeError
+from cvae.settings import Settings
+size = int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1]) << 10
+resource.setrlimit(resource.RLIMIT_AS, (size + (100 << 20), -1))
+for data in sys.argv[1:]:
+    try:
+        load_train(Settings(data=data))
+    except CvaeError as error:
+        print(error.exit_code, error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the memory as Linux does")
+def test_too_little_memory_is_no_damage(tmp_path: Path) -> None:
+    """An array, an IDX file and a picture that are whole, for which 100 MiB are too few: exit code 2."""
+    with (tmp_path / "a.npy").open("wb") as file:  # sparse: none of them takes a gigabyte on the disk
+        words = b"{'descr': '|u1', 'fortran_order': False, 'shape': (1048576, 32, 32), }"
+        file.write(b"\x93NUMPY\1\0" + (118).to_bytes(2, "little") + words.ljust(117) + b"\n")
+        file.truncate(128 + (1 << 30))
+    with (tmp_path / "train-images-idx3-ubyte").open("wb") as file:
+        file.write(bytes([0, 0, 8, 3]) + b"".join(side.to_bytes(4) for side in (1 << 20, 32, 32)))
+        file.truncate(16 + (1 << 30))
+    write_pictures(tmp_path / "pictures", torch.zeros(1, 9400, 9400, dtype=torch.uint8))
+    places = [str(tmp_path / "a.npy"), str(tmp_path), str(tmp_path / "pictures")]
+    ended = subprocess.run([sys.executable, "-c", MEMORY, *places], capture_output=True, text=True, check=True)
+    lines = ended.stdout.splitlines()
+    assert len(lines) == 3
+    assert all(line.startswith("2 ") and "does not fit into the memory" in line for line in lines), lines
+
+
+def test_scripts_say_what_they_take(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In their first line; a training keeps the record; a path that is no text is refused before a folder is made."""
+    data, runs = write_pictures(tmp_path / "images", random_images(60, 6, 5)), tmp_path / "runs"
+    tiny = ["--hidden", "8", "--latent-dim", "4", "--batch-size", "20", "--epochs", "1", "--baseline-epochs", "1"]
+    words = [*tiny, "--device", "cpu", "--runs", str(runs)]
+    assert train.main(["--data", str(data), *words]) == 0
+    counts = "42 training, 8 validation, 10 test images of 6×5 pixels"
+    assert capsys.readouterr().out.startswith(f"pictures below {data}: {counts}; ")
+    assert evaluation.main([str(runs / "q1"), "--samples", "3", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.startswith(f"pictures below {data}: 10 test images of 6×5 pixels")
+    assert train.main(["--data", "s\udcff", *words, "--name", "new"]) == 2
+    assert capsys.readouterr().err.startswith("train.py: s\\xff: is no text in UTF-8")
+    assert not (runs / "new").exists()

@@ -1,0 +1,252 @@
+"""IDX and NumPy files: which are taken, which numbers are grey levels; damaged ones are refused, or read rightly."""
+
+import gzip
+import io
+import lzma
+import shutil
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.fuzzing import Edits, changed, fuzz, outcome
+from support.images import PACKERS, about, idx, in_order, random_images, refusal, training, write_idx
+from torchvision import datasets
+
+from cvae.data.readers import mnist, read_arrays, read_idx
+from cvae.data.sources import load_test, load_train
+from cvae.settings import Settings
+
+IMAGES = random_images(20, 4, 5)
+TRAIN, TEST = IMAGES[:14], IMAGES[14:]
+ARRAY = IMAGES.numpy()
+
+
+def test_mnist_in_the_package_is_the_published_one() -> None:
+    """By the means that everybody normalises MNIST with, and the counts of its classes."""
+    train, test = mnist("train"), mnist("t10k")
+    assert (train.shape, test.shape, train.dtype) == ((60_000, 28, 28), (10_000, 28, 28), torch.uint8)
+    assert train.double().mean().item() / 255 == pytest.approx(0.1307, abs=5e-5)
+    assert train.double().std().item() / 255 == pytest.approx(0.3081, abs=5e-5)
+    counts = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
+    assert torch.bincount(mnist("train", "labels")).tolist() == counts
+
+
+# IDX
+
+
+@pytest.mark.parametrize("suffix", PACKERS)
+@pytest.mark.parametrize("below", ["", "MNIST/raw", "fashion"])
+@pytest.mark.parametrize("start", ["", "emnist-letters-"])
+def test_layouts_packings_and_prefixes(tmp_path: Path, below: str, suffix: str, start: str) -> None:
+    write_idx(tmp_path / below, TRAIN, TEST, suffix, start)
+    assert training(tmp_path) == in_order(TRAIN)
+    assert torch.equal(load_test(Settings(data=str(tmp_path))).images, TEST)
+
+
+def test_names_as_people_have_them(tmp_path: Path) -> None:
+    """The content says how it is packed, whatever the name does; labels may be missing, or be for nobody to read."""
+    (tmp_path / "Train-Images.IDX3-UByte").write_bytes(gzip.compress(idx(TRAIN)))
+    (tmp_path / "test-images-idx3-ubyte.gz").write_bytes(lzma.compress(idx(TEST)))
+    (tmp_path / "test-labels-idx1-ubyte").write_bytes(b"no labels")
+    assert training(tmp_path) == in_order(TRAIN)
+    assert torch.equal(load_test(Settings(data=str(tmp_path))).images, TEST)
+
+
+def test_torchvision_reads_the_same_folder_alike(tmp_path: Path) -> None:
+    write_idx(tmp_path / "MNIST" / "raw", TRAIN, TEST)
+    assert training(tmp_path) == in_order(datasets.MNIST(tmp_path, train=True).data)
+
+
+def test_plain_file_beside_its_packed_copy(tmp_path: Path) -> None:
+    """It is taken, as torchvision leaves them; two files of different names for one part are refused."""
+    write_idx(tmp_path, TRAIN, TEST)
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(b"half of a download")
+    assert training(tmp_path) == in_order(TRAIN)
+    shutil.copy(tmp_path / "t10k-images-idx3-ubyte", tmp_path / "test-images-idx3-ubyte")
+    words = "holds both t10k-images-idx3-ubyte and test-images-idx3-ubyte; leave one of them"
+    assert refusal(tmp_path) == f"{tmp_path}: {words}"
+
+
+def test_several_sets_are_refused_and_listed(tmp_path: Path) -> None:
+    """Whether they are in folders, as torchvision has them, or have prefixes; what the message lists is taken."""
+    write_idx(tmp_path / "KMNIST" / "raw", IMAGES[:7], TEST)
+    write_idx(tmp_path / "MNIST", TRAIN, TEST)
+    for start in ("emnist-balanced-", "emnist-letters-"):
+        write_idx(tmp_path / "prefixes", TRAIN, TEST, start=start)
+    for folder, names in ((tmp_path, ("KMNIST/raw", "MNIST")), (tmp_path / "prefixes", ("emnist-balanced",))):
+        message = refusal(folder)
+        assert message.startswith(f"{folder}: holds several sets of images; say which: --data with ")
+        assert all(str(folder / name) in message for name in names)
+    assert training(tmp_path / "KMNIST/raw") == in_order(IMAGES[:7])
+    assert training(tmp_path / "prefixes/emnist-letters") == in_order(TRAIN)
+
+
+@pytest.mark.parametrize("suffix", PACKERS)
+def test_damaged_idx(tmp_path: Path, suffix: str) -> None:
+    """Cut off anywhere, in its compression or inside; too long; empty; of another format: the file is named."""
+    path, content = tmp_path / f"train-images-idx3-ubyte{suffix}", idx(TRAIN)
+    pack = PACKERS[suffix]
+    damaged = [pack(content)[:length] for length in (0, 3, 7, 16, 40, -8, -1)]
+    damaged += [pack(content[:length]) for length in (0, 3, 12, 16, -1)]
+    damaged += [pack(content + b"\0"), pack(content) + b"more", pack(b"\x89PNG" + content[4:])]
+    damaged += [pack(struct.pack(">HBB3I", 0, 8, 3, *shape)) for shape in ((0, 4, 5), (2**32 - 1,) * 3)]
+    for each in damaged:
+        write_idx(tmp_path, TRAIN, TEST, suffix)
+        path.write_bytes(each)
+        assert refusal(tmp_path).startswith(f"{path}: ")
+
+
+UNPACKERS: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.decompress, ".xz": lzma.decompress}
+
+
+def test_mutated_idx() -> None:
+    """What is read is what the standard library and `struct` make of it."""
+
+    def check(folder: Path, seed: tuple[str, bool], edits: Edits) -> bool:
+        suffix, inside = seed
+        pack, path, content = PACKERS[suffix], folder / "file", idx(IMAGES[:3])
+        path.write_bytes(pack(changed(content, edits)) if inside else changed(pack(content), edits))
+        array = outcome(lambda: read_idx(path), path)
+        if array is not None:
+            unpacked = UNPACKERS[suffix](path.read_bytes())
+            start = 4 + 4 * unpacked[3]
+            assert array.shape == struct.unpack(f">{unpacked[3]}I", unpacked[4:start])
+            assert array.tobytes() == unpacked[start:]
+        return array is not None
+
+    fuzz("idx", [(suffix, inside) for suffix in PACKERS for inside in (True, False)], check)
+
+
+# NumPy's files
+
+
+@pytest.mark.parametrize("names", ["x_train x_test", "train test", "train_images test_images", "X_train X_test"])
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_parts_by_name(tmp_path: Path, save: Any, names: str) -> None:
+    """With labels beside them, as Keras and MedMNIST have them."""
+    path, (train, test) = tmp_path / "a.npz", names.split()
+    save(
+        path,
+        **{train: TRAIN, test: TEST, "y_train": ARRAY[:, 0, 0], "train_labels": ARRAY[:, :1], "test_labels": ARRAY},
+    )
+    assert training(path) == in_order(TRAIN)
+    assert torch.equal(load_test(Settings(data=str(path))).images, TEST)
+    assert about(path).startswith(f".npz file {path}: 12 training, 2 validation, 6 test images of 4×5 pixels; ")
+
+
+@pytest.mark.parametrize("name", ["images.npz", "images.npy", "whatever"])
+def test_one_array_is_divided(tmp_path: Path, name: str) -> None:
+    """By seed; its test images are the same for every seed."""
+    path = tmp_path / name
+    with path.open("wb") as file:
+        np.savez(file, ARRAY, labels=ARRAY[:, 0, 0]) if name.endswith("npz") else np.save(file, ARRAY)
+    test = load_test(Settings(data=str(path))).images
+    for seed in (0, 1):
+        images = load_train(Settings(data=str(path), seed=seed))
+        assert in_order(torch.cat([images.train, images.validation, test])) == in_order(IMAGES)
+        assert (len(images.train), len(images.validation), len(test)) == (15, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("convert", "note"),
+    [
+        (lambda a: a[..., None], ""),
+        (lambda a: a[:, None], ""),
+        (lambda a: np.asfortranarray(a), ""),
+        (lambda a: a[..., None].repeat(3, 3), "colour made grey by ITU-R 601"),
+        (lambda a: a[:, None].repeat(3, 1), "colour made grey by ITU-R 601"),
+        (lambda a: a.astype(np.int64), "int64 up to 255 taken as levels of 0 to 255"),
+        (lambda a: a.astype(">u2") * 257, "16-bit levels scaled to 8"),
+        (lambda a: np.minimum(a.astype("<i4") * 257 + 99, 65535), "16-bit levels scaled to 8"),
+        (lambda a: a / 255, "floats from 0 to 1"),
+        (lambda a: (a / 255).astype(np.float16), "floats from 0 to 1"),
+        (lambda a: (a / 255).astype(">f4")[..., None].repeat(3, 3), "floats from 0 to 1"),
+    ],
+)
+@pytest.mark.parametrize("at_once", [3, 1000])
+def test_levels(tmp_path: Path, convert: Any, note: str, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All these are the same images, said to be read in this way, however many are converted at once."""
+    monkeypatch.setattr("cvae.data.readers.AT_ONCE", at_once)
+    for save, name in ((np.savez, "a.npz"), (np.save, "a.npy")):
+        save(tmp_path / name, convert(ARRAY))
+        s = Settings(data=str(tmp_path / name))
+        images = load_train(s)
+        assert in_order(torch.cat([images.train, images.validation, load_test(s).images])) == in_order(IMAGES)
+        assert note in images.about
+
+
+@pytest.mark.parametrize("dtype", [bool, np.uint8, np.int64, np.float32])
+def test_black_and_white(tmp_path: Path, dtype: Any) -> None:
+    np.savez(tmp_path / "a.npz", x_train=(ARRAY > 99).astype(dtype))
+    assert training(tmp_path / "a.npz") == in_order((IMAGES > 99).to(torch.uint8) * 255)
+    said = "the brightest level is 1 of 255: taken as black and white, and scaled" in about(tmp_path / "a.npz")
+    assert said == (dtype in (np.uint8, np.int64))
+
+
+def with_value(value: float, dtype: Any = np.float64) -> Any:
+    """Return images of which the eighth has this number in it."""
+    images = (ARRAY > 99).astype(dtype)
+    images[7, 3, 3] = value
+    return images
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ({"a": ARRAY, "b": ARRAY}, "has to hold x_train and x_test, or one array of images; it holds a [20, 4, 5], b"),
+        ({"y_train": ARRAY}, "it holds y_train [20, 4, 5]"),
+        ({"x_train": ARRAY, "train": ARRAY}, "holds several arrays for one part: x_train, train"),
+        ({"x_train": ARRAY.reshape(20, 20)}, "x_train: has the shape [20, 20]; images are [N, height, width]"),
+        ({"x_train": ARRAY[..., None].repeat(2, 3)}, "x_train: has the shape [20, 4, 5, 2]"),
+        ({"x_train": ARRAY[:0]}, "x_train: has the shape [0, 4, 5]"),
+        ({"x_train": ARRAY.astype("S1")}, "x_train: is of type |S1; images are bytes, whole numbers or floats"),
+        ({"x_train": ARRAY.astype(object)}, "cannot be read (Object arrays cannot be loaded when allow_pickle=False"),
+        ({"x_train": ARRAY, "x_test": ARRAY[:, :3]}, "train images of 4×5 pixels and validation images of 4×5"),
+        ({"x_train": with_value(np.nan)}, "x_train: image 7: holds NaN; replace it or leave the image out"),
+        ({"x_train": with_value(np.inf)}, "image 7: holds numbers from 0 to inf, which have to be from 0 to 1"),
+        ({"x_train": with_value(-0.25)}, "image 7: holds numbers from -0.25 to 1, which have to be from 0 to 1"),
+        ({"x_train": with_value(-1, np.int32)}, "x_train: image 7: holds numbers from -1 to 1"),
+        ({"x_train": with_value(65536, np.int32)}, "holds numbers from 0 to 65536, which have to be from 0 to 65535"),
+        ({"x_train": ARRAY * (np.arange(20) % 8 != 3)[:, None, None]},
+         "x_train: image 3: is of one grey level throughout (and 2 more); leave it out"),
+    ],
+)  # fmt: skip
+def test_arrays_that_are_no_set_of_images(tmp_path: Path, arrays: dict[str, Any], words: str) -> None:
+    np.savez(tmp_path / "a.npz", **arrays)
+    assert words in refusal(tmp_path / "a.npz")
+
+
+def test_mutated_arrays() -> None:
+    """Outside and inside the archive; what is read of bytes is what NumPy reads."""
+
+    def saved(save: Callable[..., None], *arrays: Any, **named: Any) -> bytes:
+        save(file := io.BytesIO(), *arrays, **named)
+        return file.getvalue()
+
+    def check(folder: Path, seed: tuple[bytes, bool], edits: Edits) -> bool:
+        content, inside = seed
+        (path := folder / "images").write_bytes(changed(content, edits))
+        if inside:
+            path.unlink()
+            with zipfile.ZipFile(path, "w") as archive:
+                archive.writestr("x_train.npy", changed(content, edits))
+        source = outcome(lambda: read_arrays(path, ("train", "test")), path)
+        if source is None or not source.parts:
+            return False
+        stored = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
+        arrays = [stored] if isinstance(stored, np.ndarray) else list(stored.values())
+        contents = [array.tobytes() for array in arrays]
+        for images in source.parts.values():
+            assert images.dtype == torch.uint8
+            assert images.numpy().tobytes() in contents or {array.dtype.name for array in arrays} != {"uint8"}
+        return True
+
+    eight = ARRAY[:8]
+    seeds = [(saved(np.save, eight), True), (saved(np.save, eight), False), (saved(np.save, eight / 255), True)]
+    seeds += [(saved(np.savez, x_train=eight, x_test=eight[:2]), False), (saved(np.savez_compressed, eight), False)]
+    fuzz("arrays", seeds, check)
