@@ -167,7 +167,7 @@ class CVAE(nn.Module):
         Raises:
             ValueError: For tensors of other shapes.
         """
-        return self.from_prior(Batch(x, x.new_empty(len(x), self.task.y_dim)), eps).logits.sigmoid()
+        return self.from_prior(Batch(x, x.new_empty(x.shape[0], self.task.y_dim)), eps).logits.sigmoid()
 
     @torch.no_grad()
     def complete(

@@ -17,77 +17,156 @@ if __name__ == "__main__":
 
 import argparse
 import copy
+import io
+import json
 import os
 import sys
-from collections.abc import Sequence
-from functools import partial
+import warnings
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from cvae import __version__
 from cvae.console import command, say
 from cvae.data.mask_pictures import mask_png
-from cvae.data.masks import is_picture, mask_name
-from cvae.errors import DiskError, UsageError
-from cvae.report.formats import FORMATS, Completion, largest_difference, write
-from cvae.run.checkpoint import write_atomically
-from cvae.run.folder import CONFIG, OBSERVED, WEIGHTS, quoted, write_json
+from cvae.data.tasks import FixedMask, is_picture, mask_name
+from cvae.errors import DataError, DiskError, UsageError
+from cvae.model.cvae import CVAE
+from cvae.run.checkpoint import atomic_file, write_atomically
+from cvae.run.folder import CONFIG, OBSERVED, WEIGHTS, as_json, quoted
 from cvae.run.load import load_trained
 from cvae.run.plan import user_path
-from cvae.run.weights_file import Trained, passed_on
+from cvae.run.weights_file import Trained, as_safetensors, description, passed_on, read_trained
 
-HUB_FOLDER = "hub-folder"
-HALVES = ".safetensors"  # the format that has weights in half precision
-
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line; `to` is the file or folder, and `is_folder` says which."""
-    parser = argparse.ArgumentParser(
-        prog="python -m cvae.report.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("run", type=user_path, metavar="RUN", help="run, as a path or a name below runs/, or a .safetensors file")
-    add(
-        "--to",
-        nargs="+",
-        required=True,
-        metavar="PATH",
-        help=f"file to write, as its ending says ({', '.join(FORMATS)}), or the word {HUB_FOLDER} and a new folder",
-    )
-    add("--half", action="store_true", help=f"weights in float16, half the size; for {HALVES} and {HUB_FOLDER}")
-    options = parser.parse_args(argv)
-    options.is_folder = options.to[0] == HUB_FOLDER and len(options.to) == 2
-    if len(options.to) != 1 + options.is_folder or options.to == [HUB_FOLDER]:
-        parser.error(f"--to takes a file, or {HUB_FOLDER} and a folder, not {' '.join(options.to)}")
-    options.to = user_path(options.to[-1])
-    suffix = options.to.suffix.lower()
-    if not options.is_folder and suffix not in FORMATS:
-        parser.error(f"--to {options.to}: files are written as {', '.join(FORMATS)}; choose one of these endings")
-    if options.half and not options.is_folder and suffix != HALVES:
-        parser.error(f"--half is for {HALVES} and {HUB_FOLDER}; {suffix} has weights in float32")
-    return options
+TOLERANCE = 1e-5  # of a pixel in [0, 1]
+CHECKED = ((1, 1), (3, 2))  # numbers of samples and of pictures
+HUB_FOLDER, HALVES = "hub-folder", ".safetensors"  # HALVES: the format that has weights in half precision
+Function = Callable[[Tensor, Tensor], Tensor]
 
 
-def export(path: Path, trained: Trained, half: bool) -> str:
-    """Write a file; returns what there is to say of it. Raises DataError, DiskError and UsageError."""
+class Completion(nn.Module):
+    """The exported function: pictures with a hidden part and noise → completed pictures.
+
+    x: `[B, height, width]` in [0, 1]; its hidden pixels are not looked at. eps: noise, N(0, 1), `[S, B, latent_dim]`.
+    Returns `[S, B, height, width]`, in [0, 1]: x where it is observed, else pixel means of p(y|x,z) at z ~ p(z|x).
+    """
+
+    def __init__(self, model: CVAE):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, eps: Tensor) -> Tensor:
+        given = self.model.task.batch(self.model.task.rows(x)).x
+        return self.model.task.compose(given, self.model.completions(given, eps))
+
+
+def traced(model: CVAE) -> tuple[nn.Module, tuple[Tensor, Tensor], dict[str, Any], dict[str, str]]:
+    """Return the function, an example of its inputs, which of their sizes are free, and what they are in words."""
+    example = torch.zeros(2, model.task.height, model.task.width), torch.zeros(3, 2, model.latent_dim)
+    samples, batch = torch.export.Dim("samples", min=1), torch.export.Dim("batch", min=1)
+    picture = f"{model.task.height}, {model.task.width}"
+    words = {
+        "x": f"float32 [batch, {picture}]: pictures, grey levels in [0, 1]; hidden pixels may hold anything",
+        "eps": f"float32 [samples, batch, {model.latent_dim}]: noise, N(0, 1), other noise for other samples",
+        "completed": f"float32 [samples, batch, {picture}]: x where it is observed, else pixel means in [0, 1]",
+    }
+    function = Completion(model)
+    function(*example)  # what the task keeps for later calls is there before
+    return function, example, {"x": {0: batch}, "eps": {0: samples, 1: batch}}, words
+
+
+def as_onnx(trained: Trained) -> bytes:
+    """Return the ONNX file of a model. Raises UsageError, with the command that installs them, without its packages."""
+    try:
+        for name in ("onnx", "onnxscript", "onnxruntime"):
+            import_module(name)
+    except ImportError as error:
+        missing = f"{error.name or error} cannot be imported"
+        raise UsageError(f"ONNX needs more packages ({missing}): pip install onnx onnxscript onnxruntime") from None
+    function, example, shapes, words = traced(trained.model)
+    program = torch.onnx.export(
+        function, example, input_names=["x", "eps"], output_names=["completed"], dynamic_shapes=shapes, dynamo=True,
+        external_data=False, verbose=False,
+    )  # fmt: skip
+    assert program is not None
+    proto = program.model_proto
+    for part in (proto.graph, *proto.graph.node, *proto.graph.value_info):
+        del part.metadata_props[:]  # where the source code lies on this machine
+    for value in (*proto.graph.input, *proto.graph.output):
+        value.doc_string = words[value.name]
+    for key, text in {**description(trained), **words}.items():
+        proto.metadata_props.add(key=key, value=text)
+    content: bytes = proto.SerializeToString()
+    return content
+
+
+def from_onnx(path: Path) -> Function:
+    """Return the function in an ONNX file, as onnxruntime computes it."""
+    session = import_module("onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda x, eps: torch.from_numpy(session.run(None, {"x": x.numpy(), "eps": eps.numpy()})[0])
+
+
+def as_pt2(trained: Trained) -> bytes:
+    """Return the file of `torch.export` of a model; `metadata.json` is among its extra files."""
+    function, example, shapes, words = traced(trained.model)
+    program = torch.export.export(function, example, dynamic_shapes=shapes)
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # where the source code lies on this machine
+    buffer = io.BytesIO()
+    metadata = json.dumps({**description(trained), **words}, indent=2)
+    torch.export.save(program, buffer, extra_files={"metadata.json": metadata})
+    return buffer.getvalue()
+
+
+FORMATS: dict[str, tuple[Callable[[Trained], bytes], Callable[[Path], Function]]] = {
+    ".onnx": (as_onnx, from_onnx),
+    ".pt2": (as_pt2, lambda path: torch.export.load(io.BytesIO(path.read_bytes())).module()),
+    ".safetensors": (as_safetensors, lambda path: Completion(read_trained(path).model)),
+}
+"""What makes a file and what reads it, by the ending of its name."""
+
+
+def export(path: Path, trained: Trained, half: bool = False) -> str:
+    """Write a file once what is read from it does what the model does; returns what there is to say of it.
+
+    Raises DataError if a pixel differs by more than TOLERANCE, DiskError and UsageError: what stood there is intact.
+    """
     make, read = FORMATS[path.suffix.lower()]
-    rounded = trained
+    stored = trained
     if half:
-        make = partial(make, half=True)
-        rounded = trained._replace(model=copy.deepcopy(trained.model).half().float())
-    difference = write(path, rounded, make, read)
-    line = (
-        f"{path}: {path.stat().st_size / 1e6:.1f} MB; read again, its completions differ from the model's by at most "
-    )
-    if not half:
-        return f"{line}{difference:.1g}"
-    cost = largest_difference(Completion(rounded.model), trained.model)
-    return f"{line}{difference:.1g} with its weights in float16, and by {cost:.1g} with them in float32"
+        stored = trained._replace(model=copy.deepcopy(trained.model).half().float())
+    with torch.no_grad(), warnings.catch_warnings(), atomic_file(path) as file:
+        warnings.simplefilter("ignore")  # about how an export is done
+        file.write(as_safetensors(stored, half=True) if half else make(stored))
+        file.flush()
+        difference = largest_difference(read(Path(file.name)), stored.model)
+        if not difference <= TOLERANCE:  # so that NaN is more
+            raise DataError(f"{path}: is not written, for its completions differ from the model's by {difference:.1e}")
+        cost = largest_difference(Completion(stored.model), trained.model)
+    size = f"{path.stat().st_size / 1e6:.1f} MB"
+    line = f"{path}: {size}; read again, its completions differ from the model's by at most {difference:.1g}"
+    return line + (f" with its weights in float16, and by {cost:.1g} with them in float32" if half else "")
 
 
-def export_folder(folder: Path, trained: Trained, half: bool) -> str:
+def largest_difference(function: Function, model: CVAE) -> float:
+    """Return how far a completed pixel lies from the model's at most, for random pictures; NaN if one is NaN."""
+    differences = []
+    random = torch.Generator().manual_seed(0)
+    for samples, batch in CHECKED:
+        x = torch.rand(batch, model.task.height, model.task.width, generator=random)
+        eps = torch.randn(samples, batch, model.latent_dim, generator=random)
+        differences.append((function(x, eps) - Completion(model)(x, eps)).abs().max())
+    return float(torch.stack(differences).max())
+
+
+def export_folder(folder: Path, trained: Trained, half: bool = False) -> str:
     """Write the folder of a model for the Hugging Face Hub, which `cvae.load` reads too; returns what there is to say.
 
-    Raises UsageError if there is something at `folder` already, and what `export` does.
+    Raises UsageError if there is something in it already, and what `export` does.
     """
     try:
         if os.path.lexists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
@@ -96,42 +175,26 @@ def export_folder(folder: Path, trained: Trained, half: bool) -> str:
     except OSError as error:
         raise DiskError(f"{folder}: cannot be made ({error.strerror or error})") from None
     line = export(folder / WEIGHTS, trained, half)
-    settings = passed_on(trained.settings)
-    write_json(folder / CONFIG, {"settings": settings.to_dict(), "images": trained.images, "version": __version__})
-    if is_picture(settings):
-        write_atomically(folder / OBSERVED, mask_png(trained.model.split.observed))
+    s, task = passed_on(trained.settings), trained.model.task
+    config = {"settings": s.to_dict(), "images": trained.images, "version": __version__}
+    write_atomically(folder / CONFIG, as_json(config))
+    if is_picture(s) and isinstance(task, FixedMask):
+        write_atomically(folder / OBSERVED, mask_png(task.observed))
     write_atomically(folder / "README.md", card(folder.resolve().name, trained).encode())
     return f"{line}\n{folder}: ready; to upload it: hf upload USER/NAME {quoted(folder)}"
 
 
 def card(name: str, trained: Trained) -> str:
-    """The model card: what the model is, and how it is used."""
-    model, s, images = trained.model, trained.settings, trained.images
-    split = model.split
-    trained_on = passed_on(s).data or "MNIST"
-    if train := images.get("train"):
-        trained_on += f", {min(train['count'], s.train_limit or train['count'])} of them"
-    rows = {
-        "pictures": f"{split.height}×{split.width}, grey levels in [0, 1]",
-        "observed": f"{mask_name(s)}: {split.num_observed} of {split.num_pixels} pixels",
-        "training images": trained_on,
-        "networks, objective": f"{s.network}, {s.objective}",
-        "dimensions of z": f"{model.latent_dim}, in {s.levels} level{'s' * (s.levels > 1)}",
-        "parameters": f"{sum(parameter.numel() for parameter in model.parameters()):,}",
-        "written by": f"cvae-quadrants {__version__}",
-    }
-    table = "\n".join(f"| {key} | {value.replace('|', chr(92) + '|')} |" for key, value in rows.items())
-    return CARD.format(name=name, table=table)
-
-
-CARD = """---
+    """Return the model card: what the model is, and how it is used."""
+    model, s = trained.model, passed_on(trained.settings)
+    images = s.data or "MNIST"
+    if train := trained.images.get("train"):
+        images += f", {min(train['count'], s.train_limit or train['count'])} of them"
+    mask, images = (text.replace("|", "\\|") for text in (mask_name(s), images))
+    return f"""---
 library_name: cvae-quadrants
 pipeline_tag: image-to-image
-tags:
-- pytorch
-- safetensors
-- conditional-vae
-- image-completion
+tags: [pytorch, safetensors, conditional-vae, image-completion]
 ---
 
 # {name}
@@ -141,10 +204,16 @@ observed one.
 
 | | |
 |---|---|
-{table}
+| pictures | {model.task.height}×{model.task.width}, grey levels in [0, 1] |
+| observed | {mask}: {model.task.x_dim} of {model.task.height * model.task.width} pixels |
+| training images | {images} |
+| network, objective | {s.network}, {s.objective} |
+| dimensions of z | {model.latent_dim}, in {s.levels} level{"s" * (s.levels > 1)} |
+| parameters | {sum(parameter.numel() for parameter in model.parameters()):,} |
+| written by | cvae-quadrants {__version__} |
 
-`model.safetensors` has the weights, and in its metadata all that is needed to build the model; `config.json` has the
-settings. With the package `cvae-quadrants`:
+`{WEIGHTS}` has the weights, and in its metadata all that is needed to build the model; `{CONFIG}` has the settings.
+With the package `cvae-quadrants`:
 
 ```python
 import cvae
@@ -159,9 +228,26 @@ completed = model.complete("picture.png", samples=10)
 @command("export.py")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    options = parse(argv)
+    parser = argparse.ArgumentParser(
+        prog="python -m cvae.report.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add, endings = parser.add_argument, ", ".join(FORMATS)
+    add("run", type=user_path, metavar="RUN", help="run, as a path or a name below runs/, or a .safetensors file")
+    words = f"file to write, as its ending says ({endings}), or the word {HUB_FOLDER} and a new folder"
+    add("--to", nargs="+", required=True, metavar="PATH", help=words)
+    add("--half", action="store_true", help=f"weights in float16, half the size; for {HALVES} and {HUB_FOLDER}")
+    options = parser.parse_args(argv)
+    is_folder = options.to[0] == HUB_FOLDER and len(options.to) == 2
+    if len(options.to) != 1 + is_folder or options.to == [HUB_FOLDER]:
+        parser.error(f"--to takes a file, or {HUB_FOLDER} and a folder, not {' '.join(options.to)}")
+    path = user_path(options.to[-1])
+    suffix = HALVES if is_folder else path.suffix.lower()
+    if suffix not in FORMATS:
+        parser.error(f"--to {path}: files are written as {endings}; choose one of these endings")
+    if options.half and suffix != HALVES:
+        parser.error(f"--half is for {HALVES} and {HUB_FOLDER}; {suffix} has weights in float32")
     trained = load_trained(options.run)
-    say((export_folder if options.is_folder else export)(options.to, trained, options.half))
+    say((export_folder if is_folder else export)(path, trained, options.half))
     return 0
 
 

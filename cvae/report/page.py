@@ -275,7 +275,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = TemporaryDirectory(prefix="cvae-page-", ignore_cleanup_errors=True)
     try:
         with folder as place, context.opened(options.device) as here, listen(options.port) as connection:
-            os.environ.update(SILENT, GRADIO_TEMP_DIR=place, TORCHINDUCTOR_CACHE_DIR=place)
+            os.environ.update(SILENT, GRADIO_TEMP_DIR=place)
             models = read(options.named, options.runs, here.device)
             say(f"starting the page of {', '.join(models)}, which takes some seconds")
             with serving(guarded(build(models)), connection):
