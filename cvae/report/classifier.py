@@ -190,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("runs", nargs="*", type=user_path, metavar="RUN", help="run, as a path or a name below runs/")
     add("--to", type=user_path, metavar="FOLDER", help="without a run: where those of MNIST are written")
     place = "where the images of the runs are now, as for train.py"
-    add("--data", type=lambda word: Settings(data=named(word)).data, metavar="PATH", help=place)
+    add("--data", type=named, metavar="PATH", help=place)
     add("--data-root", type=absolute, metavar="DIR", help="where torchvision's data sets are now, as for train.py")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:n (default: %(default)s)")
     options = parser.parse_args(argv)
