@@ -26,7 +26,6 @@ import sys
 from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -36,46 +35,47 @@ from cvae.data.sources import load_test, named
 from cvae.errors import DataError, UsageError
 from cvae.report import figures, realism, tables
 from cvae.report.evaluation import by_setting, evaluate_run
-from cvae.report.selection import Subject, find_runs, obstacle, open_run, short_names
+from cvae.report.selection import Subject, find_runs, is_comparable, open_run, short_names
 from cvae.run.folder import find_run
 from cvae.run.plan import absolute, user_path
 from cvae.settings import Settings
 
 RUNS = Path("runs")
 NUM_DIGITS, NUM_SAMPLES = 10, 10  # of the figure
-MOST_SAMPLES = 1_000_000
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    run: dict[str, Any] = {"type": user_path, "metavar": "RUN"}
-    path: dict[str, Any] = {"type": user_path, "metavar": "PATH"}
-    add("named", nargs="*", help="run or folder of runs, as a path or a name below runs/ (default: runs/)", **run)
-    add("--runs", nargs="+", action="extend", default=[], help="the same; may be repeated", **run)
+    add, path = parser.add_argument, user_path
+    words = "run or folder of runs, as a path or a name below runs/ (default: runs/)"
+    add("named", nargs="*", type=path, metavar="RUN", help=words)
+    add("--runs", nargs="+", action="extend", type=path, default=[], metavar="RUN", help="the same; may be repeated")
     add("--unfinished", action="store_true", help="evaluate the best weights so far of runs that are not finished")
-    add("--against", help="run to compare the others with, image by image", **run)
+    add("--against", type=path, metavar="RUN", help="run to compare the others with, image by image")
     add("--seeds", action="store_true", help="runs that differ in their seeds alone as one column, their mean")
     words = "samples of z per image, a row of each estimate for each S (default: 100 1000)"
-    add("--samples", type=positive, nargs="+", default=[100, 1000], metavar="S", help=words)
+    add("--samples", type=int, nargs="+", default=[100, 1000], metavar="S", help=words)
     words = "type of matrix products; auto: bf16 on CPUs that have it, else fp32"
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help=words)
     add("--format", choices=tables.FORMATS, default="text", help="format of the table (default: %(default)s)")
-    add("--figure", help="write completions as a picture in the format of its name, one per run of several", **path)
-    words = "write each completion as a PNG file, in a folder per run of several; replaces none"
-    add("--samples-to", type=user_path, metavar="DIR", help=words)
+    words = "write completions as a picture in the format of its name, one for each run"
+    add("--figure", type=path, metavar="PATH", help=words)
+    words = "write each completion as a PNG file, in a folder for each run; replaces none"
+    add("--samples-to", type=path, metavar="DIR", help=words)
     words = "test images for --figure and --samples-to, counted from 0 (default: the first ten)"
-    add("--digits", type=indices, metavar="N,N,…", help=words)
+    add("--digits", type=numbers, metavar="N,N,…", help=words)
     add("--realism", action="store_true", help="measure realism and diversity of completions too: a second table")
-    add("--realism-images", type=positive, metavar="N", help="measure on the first N test images only (default: all)")
-    add("--realism-figure", help="draw completions of ever more ambiguous images", **path)
+    add("--realism-images", type=int, metavar="N", help="measure on the first N test images only (default: all)")
+    add("--realism-figure", type=path, metavar="PATH", help="draw completions of ever more ambiguous images")
     add("--data", metavar="PATH", help="where the images of the runs are now, as for train.py")
     add("--data-root", metavar="DIR", help="where torchvision's data sets are now, as for train.py")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:n (default: %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="random seed of the noise (default: %(default)s)")
     options = parser.parse_intermixed_args(argv)
     options.samples = tuple(sorted(set(options.samples)))
+    if min(options.samples[0], 1 if options.realism_images is None else options.realism_images) < 1:
+        parser.error("--samples and --realism-images have to be at least 1")
     if (options.realism_images or options.realism_figure) and not options.realism:
         parser.error("--realism-images and --realism-figure need --realism")
     if options.digits and not (options.figure or options.samples_to):
@@ -91,25 +91,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def positive(word: str) -> int:
-    """Read a positive whole number, within reason."""
-    if not (word.isascii() and word.isdecimal() and 1 <= int(word[:20]) <= MOST_SAMPLES):
-        raise argparse.ArgumentTypeError(f"has to be from 1 to {MOST_SAMPLES}, not {word!r}; runs are named before it")
-    return int(word)
-
-
-def indices(word: str) -> list[int]:
+def numbers(word: str) -> list[int]:
     """Read whole numbers with commas between them, each once."""
-    try:
-        return list(dict.fromkeys(map(int, word.split(","))))
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"has to be numbers with commas between them, as 3,17,42, not {word!r}"
-        ) from None
+    return list(dict.fromkeys(map(int, word.split(","))))
 
 
 def open_runs(options: argparse.Namespace, context: Context) -> tuple[dict[str, Subject], dict[str, str], list[str]]:
-    """Read all that is needed of the runs.
+    """Read the runs.
 
     Returns:
         The runs by their names in the table; for each that is compared with another one, the name of that; and a line
@@ -119,24 +107,23 @@ def open_runs(options: argparse.Namespace, context: Context) -> tuple[dict[str, 
     folders, problems = processes.on_main(partial(find_runs, options.named + options.runs, RUNS))
     if against and against.resolve() not in [folder.resolve() for folder in folders]:
         folders.insert(0, against)
-    load_images = cache(partial(load_test, show=processes.is_main))  # once for the runs that share them
-    subjects = []
+    load = cache(partial(load_test, show=processes.is_main))  # once for the runs that share the images
+    found = []
     for folder in folders:
         try:
-            opening = partial(open_run, folder, options.unfinished, options.moved, context.device, load_images)
-            subjects.append(processes.on_all(opening))
+            opening = partial(open_run, folder, options.unfinished, options.moved, context.device, load)
+            found.append(processes.on_all(opening))
         except DataError as error:
             problems.append(str(error) if str(error).startswith(str(folder)) else f"{folder}: {error}")
-    runs = dict(zip(short_names([subject.folder for subject in subjects]), subjects, strict=True))
-    compared: dict[str, str] = {}
-    reference = [name for name, run in runs.items() if against and run.folder.resolve() == against.resolve()]
-    if against and not reference:
-        raise DataError("\n".join([*problems, f"--against {options.against}: cannot be evaluated"]))
-    for name, run in runs.items() if against else ():
-        if reason := obstacle(run, runs[reference[0]]):
-            problems.append(f"{run.folder}: cannot be compared with {runs[reference[0]].folder}: {reason}")
-        elif name != reference[0]:
-            compared[name] = reference[0]
+    runs, compared = dict(zip(short_names([run.folder for run in found]), found, strict=True)), {}
+    if against:
+        base = next((name for name, run in runs.items() if run.folder.resolve() == against.resolve()), None)
+        if base is None:
+            raise DataError("\n".join([*problems, f"--against {options.against}: cannot be evaluated"]))
+        others = [name for name in runs if name != base]
+        compared = {name: base for name in others if is_comparable(runs[name], runs[base])}
+        reason = f"cannot be compared with {runs[base].folder}: the test images or the mask are others"
+        problems += [f"{runs[name].folder}: {reason}" for name in others if name not in compared]
     return runs, compared, problems
 
 

@@ -4,7 +4,7 @@ With one process nothing is exchanged, and `torch.distributed` is never initiali
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
@@ -114,6 +114,15 @@ class Processes:
             with exchange():
                 dist.all_reduce(largest, dist.ReduceOp.MAX)
         return int(largest)
+
+    def in_step(self, parts: Iterable[T]) -> Iterator[T]:
+        """Yield this process's parts of a long work, in step with the others: they wait for each other part by part."""
+        rest = iter(parts)
+        part = next(rest, None)
+        while self.maximum(part is not None):
+            if part is not None:
+                yield part
+            part = next(rest, None)
 
     def on_all(self, action: Callable[[], T]) -> T:
         """Return the result of `action` in each process, its own. An expected failure in one is raised in all."""

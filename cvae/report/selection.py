@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from cvae.data.sources import TestImages, difference
 from cvae.errors import DataError
 from cvae.model.cvae import CVAE
 from cvae.run.folder import BEST, CONFIG, LAST, SUMMARY, RunFolder, find_run, quoted
-from cvae.run.load import load
+from cvae.run.load import load_trained
 from cvae.settings import Settings
 
 OF_THE_IMAGES = ("data", "data_root", "size", "transpose", "targets")  # settings that the test images depend on
@@ -23,9 +23,7 @@ OF_THE_IMAGES = ("data", "data_root", "size", "transpose", "targets")  # setting
 class Subject(NamedTuple):
     """A run to be evaluated, with all of it read that can be missing or wrong.
 
-    Attributes:
-        settings: Its settings, with the place of the images as it is now.
-        epochs: The number of epochs that an unfinished run has had; None for a finished one.
+    `settings` say where the images are now; `epochs` is the number that an unfinished run has had, else None.
     """
 
     folder: Path
@@ -36,21 +34,16 @@ class Subject(NamedTuple):
 
 
 def find_runs(words: Sequence[Path], runs: Path) -> tuple[list[Path], list[str]]:
-    """Find runs, each once, in the order of the words.
+    """Return the folders of runs, each once and in the order of the words, and a line about each word that names none.
 
-    Args:
-        words: Runs and folders of runs, as paths or as names below `runs`; none: all runs there.
-        runs: The folder of runs.
-
-    Returns:
-        Their folders, and a line about each word that stands for no run.
+    words: Runs and folders of runs, as paths or as names below the folder `runs`; none: all runs there.
     """
-    folders: dict[str, Path] = {}
+    folders: dict[Path, Path] = {}
     problems = []
     for place in [find_run(word, runs) for word in words] or [runs]:
         below = [place] if _has_run(place) else [path for path in sorted(place.glob("[!.]*")) if _has_run(path)]
         for folder in below:
-            folders.setdefault(os.path.realpath(folder), folder)
+            folders.setdefault(folder.resolve(), folder)
         if not below:
             problem = "has no run in it" if os.path.isdir(place) else "there is no such folder"
             problems.append(f"{place}: {problem}; {called('train.py')} trains a run")
@@ -62,41 +55,30 @@ def _has_run(folder: Path) -> bool:
 
 
 def open_run(
-    folder: Path,
-    unfinished: bool,
-    moved: Mapping[str, Any],
-    device: torch.device,
-    load_images: Callable[[Settings], TestImages],
+    folder: Path, unfinished: bool, moved: dict[str, Any], device: torch.device, load: Callable[[Settings], TestImages]
 ) -> Subject:
-    """Read what the evaluation of a run needs. Raises DataError if it cannot be evaluated.
+    """Read what the evaluation of a run, or of published weights, needs. Raises DataError if it cannot be evaluated.
 
-    Args:
-        folder: The folder of the run, or of published weights.
-        unfinished: Whether a run that is not finished is taken as it is.
-        moved: Settings that say where the images are now.
-        device: The model's device.
-        load_images: Called with settings that are equal for runs on the same images.
+    unfinished: Whether a run that is not finished is taken as it is. moved: Settings that say where the images are now.
+    load: Reads the test images; called with settings that are equal for runs on the same ones.
     """
     run = RunFolder(folder)
     settings, is_finished = replace(run.settings, **moved), run.is_passed_on or run.summary is not None
     if not (is_finished or unfinished):
         way = f"{called('train.py')} --resume {quoted(folder)} goes on with it, --unfinished evaluates it as it is"
         raise DataError(f"{folder}: is not finished; {way}")
-    model = load(folder, device)
+    model = load_trained(folder, device).model
     epochs = [line.get("epoch") for line in ([] if is_finished else run.metrics()) if line.get("phase") == "cvae"]
-    test = load_images(Settings(**{name: getattr(settings, name) for name in OF_THE_IMAGES}))
+    test = load(Settings(**{name: getattr(settings, name) for name in OF_THE_IMAGES}))
     if (other := difference(run.record, test.record)) is not None:
         raise DataError(f"{folder}: was begun on {other}; --data says where its own are")
     return Subject(folder, settings, model, test, epochs[-1] if epochs else None)
 
 
-def obstacle(subject: Subject, reference: Subject) -> str | None:
-    """Return why two runs cannot be compared image by image; None where they can."""
-    images, task, other = subject.test.images, subject.model.task, reference.model.task
-    if not torch.equal(images, reference.test.images):
-        return "the test images are others"
-    is_same = task.x_dim == other.x_dim and torch.equal(task.rows(images), other.rows(images))
-    return None if is_same else "the mask is another"
+def is_comparable(run: Subject, other: Subject) -> bool:
+    """Return whether two runs have the same test images and the same mask."""
+    one, two = (each.model.task.rows(each.test.images) for each in (run, other))
+    return run.model.task.x_dim == other.model.task.x_dim and torch.equal(one, two)
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:

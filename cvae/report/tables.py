@@ -18,14 +18,10 @@ Record = dict[str, Any]
 
 FORMATS = ("text", "markdown", "json", "csv")
 LABELS = {
-    "nn_nll": "NN (baseline)",
-    "cvae_neg_elbo": "CVAE (−ELBO)",
-    "cvae_mc_nll": "CVAE (Monte Carlo, S = {:,})",
-    "cvae_is_nll": "CVAE (importance sampling, S = {:,})",
-    "gap": "Performance gap",
-    "ess": "Effective samples of S = {:,}",
-    "active_units": "Active units of z",
-}
+    "nn_nll": "NN (baseline)", "cvae_neg_elbo": "CVAE (−ELBO)", "cvae_mc_nll": "CVAE (Monte Carlo, S = {:,})",
+    "cvae_is_nll": "CVAE (importance sampling, S = {:,})", "gap": "Performance gap",
+    "ess": "Effective samples of S = {:,}", "active_units": "Active units of z",
+}  # fmt: skip
 SAMPLED = ("cvae_mc_nll", "cvae_is_nll", "ess")  # quantities that depend on the number of samples S
 SMALL = 5  # effective samples: with fewer the estimate is what a few samples make of it
 TUTORIAL = {1: (100.4, 71.8), 2: (61.9, 51.0), 3: (25.4, 24.2)}
@@ -55,50 +51,36 @@ def render(runs: Sequence[Evaluation], form: str, beside: Mapping[str, Record] |
 
 def record(run: Evaluation) -> Record:
     """Return what JSON says of a run; None for what cannot be known, or would say nothing."""
-    s, values, gap, recognises = run.settings, run.values, _entry(run.values, "gap"), ("kl", 1) in run.values
-    against = None
+    s, values, gap, levels = run.settings, run.values, _entry(run.values, "gap"), range(1, 1 + len(run.units))
+    recognises, against = ("kl", 1) in values, None
     if run.against is not None:
         minus = {row: values[row] - run.against.values[row] for row in values if row in run.against.values}
         against = {"run": run.against.name, **_entries(minus, run.samples, SAMPLED[:2]), "gap": _entry(minus, "gap")}
     return {
-        "run": run.name,
-        "seed": s.seed,
-        "quadrants": s.quadrants if s.observed is None else None,
-        "observed": mask_name(s),
-        "targets": s.targets,
-        "unfinished_at_epoch": run.epochs,
-        "network": s.network,
-        "objective": s.objective,
-        "precision": run.precision,
-        "samples": run.samples[-1],
-        "images": len(values["nn_nll", 0]),
-        **_entries(values, run.samples, SAMPLED),
-        "floor": _entry(values, "floor"),
-        "gap": gap["mean"],
-        "gap_stderr": gap["stderr"],
-        "kl": [_entry(values, "kl", 1 + i) for i in range(len(run.units))] if recognises else None,
+        "run": run.name, "seed": s.seed, "quadrants": s.quadrants if s.observed is None else None,
+        "observed": mask_name(s), "targets": s.targets, "unfinished_at_epoch": run.epochs,
+        "network": s.network, "objective": s.objective, "precision": run.precision,
+        "samples": run.samples[-1], "images": len(values["nn_nll", 0]), **_entries(values, run.samples, SAMPLED),
+        "floor": _entry(values, "floor"), "gap": gap["mean"], "gap_stderr": gap["stderr"],
+        "kl": [_entry(values, "kl", level) for level in levels] if recognises else None,
         "active_units": [active for active, _ in run.units] if recognises else None,
-        "units": [count for _, count in run.units],
-        "against": against,
-    }
+        "units": [count for _, count in run.units], "against": against,
+    }  # fmt: skip
 
 
 def _entries(values: Values, samples: Sequence[int], sampled: Sequence[str]) -> Record:
     """Return the entries in nats; those of `sampled` at the largest S, and then at each."""
-    return {
-        **{key: _entry(values, key) for key in ("nn_nll", "cvae_neg_elbo")},
-        **{key: _entry(values, key, samples[-1]) for key in sampled},
-        "by_samples": {str(s): {key: _entry(values, key, s) for key in sampled} for s in samples},
-    }
+    at_largest = {key: _entry(values, key, samples[-1]) for key in sampled}
+    by_samples = {str(s): {key: _entry(values, key, s) for key in sampled} for s in samples}
+    return {key: _entry(values, key) for key in ("nn_nll", "cvae_neg_elbo")} | at_largest | {"by_samples": by_samples}
 
 
 def _entry(values: Values, key: str, s: int = 0) -> Record:
     """Return mean and standard error; of effective samples the median, and the share of images below `SMALL`."""
-    names, per_image = ("median", f"below_{SMALL}") if key == "ess" else ("mean", "stderr"), values.get((key, s))
-    if per_image is None:
-        return dict.fromkeys(names)
-    is_ess = key == "ess"
-    parts = (per_image.median().item(), (per_image < SMALL).double().mean().item()) if is_ess else estimate(per_image)
+    each, parts = values.get((key, s)), (math.nan, math.nan)
+    if each is not None:
+        parts = (each.median().item(), (each < SMALL).double().mean().item()) if key == "ess" else estimate(each)
+    names = ("median", f"below_{SMALL}") if key == "ess" else ("mean", "stderr")
     return {name: None if math.isnan(part) else part for name, part in zip(names, parts, strict=True)}
 
 
@@ -115,28 +97,23 @@ def _blocks(runs: Sequence[Evaluation]) -> list[Cells]:
     """Return the cells of the table, and those of the differences if there are any, each with its header."""
     samples, records = runs[0].samples, [record(run) | {"seeds": [*map(record, run.seeds)]} for run in runs]
     blocks = [[["nats per image, lower is better", *map(_heading, runs)], *rows(records, samples)]]
-    compared = [(run, found["against"]) for run, found in zip(runs, records, strict=True) if found["against"]]
-    if compared:
-        header = [
-            f"minus {printable(compared[0][1]['run'])}, below zero is better",
-            *(_heading(run) for run, _ in compared),
-        ]
-        keys = [key for key in LABELS if key not in ("ess", "active_units")]
-        blocks.append([header, *rows([against for _, against in compared], samples, keys, "+.3f")])
+    if compared := [run for run in runs if run.against is not None]:
+        differences, keys = [record(run)["against"] for run in compared], list(LABELS)[:5]
+        header = f"minus {printable(differences[0]['run'])}, below zero is better"
+        blocks.append([[header, *map(_heading, compared)], *rows(differences, samples, keys, "+.3f")])
     return blocks
 
 
 def _heading(run: Evaluation) -> str:
     """Return a run's name, and what its numbers depend on."""
-    marks = [mask_name(run.settings)]
-    marks += [] if run.settings.targets == "grey" else ["binarized"]
-    marks += [] if run.epochs is None else [f"epoch {run.epochs} so far"]
-    marks += [f"{len(run.seeds)} seeds"] if len(run.seeds) > 1 else []
+    marks = [mask_name(run.settings)] + ["binarized"] * (run.settings.targets != "grey")
+    marks += [f"epoch {run.epochs} so far"] * (run.epochs is not None)
+    marks += [f"{len(run.seeds)} seeds"] * (len(run.seeds) > 1)
     return f"{printable(run.name)} ({', '.join(marks)})"
 
 
 def rows(
-    records: Sequence[Record], samples: Sequence[int], keys: Sequence[str] = tuple(LABELS), form: str = ".2f"
+    records: Sequence[Record], samples: Sequence[int], keys: Sequence[str] = (*LABELS,), form: str = ".2f"
 ) -> Cells:
     """Return the rows of these quantities, a cell for each record."""
     each = [(key, s) for key in keys for s in (samples if key in SAMPLED else (0,))]
@@ -144,26 +121,21 @@ def rows(
 
 
 def _cell(record: Record, key: str, s: str, form: str) -> str:
-    """Return a quantity of a record; `seeds` in it has the records of the runs, if they are several."""
+    """Return a quantity of a record; `seeds` in it are the records of the runs that were put together."""
     seeds = record.get("seeds") or [record]
     if key == "active_units":
-        counts = [each[key] for each in seeds]
-        return f"{', '.join('+'.join(map(str, c)) for c in counts)} of {sum(record['units'])}" if counts[0] else "–"
+        counts = ["+".join(map(str, each[key])) for each in seeds if each[key]]
+        return f"{', '.join(counts)} of {sum(record['units'])}" if counts else "–"
+    found = [each["by_samples"][s] if key in SAMPLED else each for each in [*seeds, record]]
     if key == "ess":
-        found = zip(*(each["by_samples"][s][key].values() for each in seeds), strict=True)
-        median, few = (None if parts[0] is None else mean(parts) for parts in found)
-        return "–" if median is None else f"{median:.1f}, {few:.1%} below {SMALL}"
-    spread = [_found(each, key, s)["mean"] for each in seeds]
-    return number(_found(record, key, s), form) + (
-        f", seeds ± {stdev(spread):.2f}" if len(seeds) > 1 and spread[0] else ""
-    )
-
-
-def _found(record: Record, key: str, s: str) -> Record:
+        median, few = zip(*(each[key].values() for each in found[:-1]), strict=True)
+        return "–" if None in median else f"{mean(median):.1f}, {mean(few):.1%} below {SMALL}"
     if key == "gap" and "gap_stderr" in record:
-        return {"mean": record["gap"], "stderr": record["gap_stderr"]}
-    entry: Record = record["by_samples"][s][key] if key in SAMPLED else record[key]
-    return entry
+        entries = [{"mean": each["gap"], "stderr": each["gap_stderr"]} for each in found]
+    else:
+        entries = [each[key] for each in found]
+    means = [entry["mean"] for entry in entries[:-1]]
+    return number(entries[-1], form) + (f", seeds ± {stdev(means):.2f}" if len(means) > 1 and None not in means else "")
 
 
 def number(entry: Record, form: str = ".2f") -> str:
@@ -178,23 +150,23 @@ def _notes(runs: Sequence[Evaluation]) -> list[str]:
     counts = " or ".join(map(str, sorted({len(run.values["nn_nll", 0]) for run in runs})))
     half = " Matrix products are in bfloat16 (--precision)." * any(run.precision == "bf16" for run in runs)
     notes = [f"± is the standard error over the {counts} test images.{half} docs/table.md explains the rows."]
+    names = {run.name: printable(run.name) for run in runs}
     if several := [run for run in runs if len(run.seeds) > 1]:
-        seeds = (
-            f"{printable(run.name)}: seeds {', '.join(str(one.settings.seed) for one in run.seeds)}" for run in several
-        )
+        seeds = [
+            f"{names[run.name]}: seeds {', '.join(str(one.settings.seed) for one in run.seeds)}" for run in several
+        ]
         notes.append(
-            f"Columns of several seeds are means over them, seeds ± the deviation between them. {'; '.join(seeds)}."
+            f"Several seeds are one column, their mean; seeds ± is the deviation between them. {'; '.join(seeds)}."
         )
     grey = [run for run in runs if run.settings.targets == "grey"]
-    if grey:
-        floors = ", ".join(f"{run.values['floor', 0].mean():.1f} for {printable(run.name)}" for run in grey)
-        notes.append(
+    if floors := ", ".join(f"{run.values['floor', 0].mean():.1f} for {names[run.name]}" for run in grey):
+        floor = (
             "Grey levels under a Bernoulli are no normalised density; their own entropy is a floor under every row but "
-            f"the gap: {floors}."
         )
-    if known := {run.settings.quadrants for run in grey if run.images == MNIST and run.settings.observed is None}:
-        figures = "; ".join("NN {}, CVAE {} for {} quadrants".format(*TUTORIAL[k], k) for k in sorted(known))
-        notes.append(f"The tutorial's published table on MNIST: {figures}. Its CVAE row is a −ELBO.")
+        notes.append(f"{floor}the gap: {floors}.")
+    known = {run.settings.quadrants for run in grey if run.images == MNIST and run.settings.observed is None}
+    if figures := "; ".join(f"NN {TUTORIAL[k][0]}, CVAE {TUTORIAL[k][1]} with {k}" for k in sorted(known)):
+        notes.append(f"The tutorial's published table, by quadrants of MNIST: {figures}. Its CVAE row is a −ELBO.")
     return notes
 
 

@@ -16,7 +16,7 @@ import torch
 from cvae.context import Processes
 from cvae.data.sources import load_test
 from cvae.model.likelihood import Likelihoods
-from cvae.report.evaluation import Evaluation, by_name, by_setting, in_step
+from cvae.report.evaluation import Evaluation, by_name, by_setting
 from cvae.report.selection import short_names
 from cvae.report.tables import MNIST, render
 from cvae.settings import Settings
@@ -240,7 +240,7 @@ def test_processes_wait_for_each_other_portion_by_portion() -> None:
     def run(rank: int, count: int) -> None:
         processes = Threads()
         processes.rank, processes.count = rank, 2
-        got[rank] = list(in_step(portions(rank, count), processes))
+        got[rank] = list(processes.in_step(portions(rank, count)))
 
     threads = [threading.Thread(target=run, args=each) for each in ((0, 3), (1, 2))]
     for thread in threads:
