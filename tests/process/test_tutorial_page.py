@@ -11,49 +11,51 @@ import pytest
 from nbclient import NotebookClient
 from PIL import Image
 from support.scripts import PATIENCE, ROOT, run_python
-from support.trainings import SMALL, make_data
+from support.trainings import ENVIRONMENT, SMALL, make_data
 
 DOCS = ROOT / "docs"
 PAGE = (DOCS / "tutorial.md").read_text(encoding="utf-8")
 SMALLER = {"EPOCHS = 20_000, 4, 8": "EPOCHS = 1_000, 2, 2", "images.validation[:1000]": "images.validation[:50]"}
 CHECKS = """
 assert baseline_means == sorted(baseline_means) and means == sorted(means)
-
-expected = pictures[:, split.observed] / 255
-assert torch.allclose(samples[..., split.observed], expected.expand(7, -1, -1), atol=1e-6)
-assert samples[..., ~split.observed].std(0).mean() > 1e-3 and completions.shape == (9, 1, 28, 28)
+observed = model.task.observed
+expected = pictures[:, observed] / 255
+assert torch.allclose(samples[..., observed], expected.expand(7, -1, -1), atol=1e-6)
+assert samples[..., ~observed].std(0).mean() > 1e-3 and completions.shape == (9, 1, 28, 28)
 assert (digit.float() - pictures[0]).abs().mean() < 8
 
-from cvae import context
+from cvae.context import generator
 
-few = validation.batch(slice(likelihood.IMAGES_AT_ONCE))
-random = context.generator(few.x.device, 0, "evaluation", 0)  # as in `evaluate`
+few = validation.batch(slice(likelihood.NOISE_IMAGES))
+random = generator(few.x.device, 0, "evaluation", 0)  # as in `evaluate`
 noise(likelihood.ELBO_SAMPLES, len(few.x), model, random)
-eps = noise(SAMPLES, len(few.x), model, random)
+draws = [noise(likelihood.SAMPLES_AT_ONCE, len(few.x), model, random) for _ in range(SAMPLES)]
+eps = torch.cat(draws)[:SAMPLES]
 with torch.no_grad():
     ours = torch.stack([monte_carlo(few, eps), log_mean_exp(log_weights(few, eps))])
 theirs = -torch.cat([found.cvae_mc_nll, found.cvae_is_nll])[:, : len(few.x)].float()
 assert torch.allclose(ours, theirs, rtol=1e-5), (ours, theirs)
 """
+"""What the page's own code finds is what the project finds."""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the notebook is run."""
+    """Return where the notebook is run."""
     return tmp_path_factory.mktemp("tutorial")
 
 
 @pytest.fixture(scope="module")
 def notebook(folder: Path) -> Any:
-    """The notebook, run in a kernel of Jupyter on fewer images: its own assertions and CHECKS hold."""
+    """Return the notebook, run in a kernel of Jupyter on fewer images: its own assertions and CHECKS hold."""
     notebook = nbformat.read(DOCS / "tutorial.ipynb", as_version=4)
     for large, small in SMALLER.items():
         (cell,) = (cell for cell in notebook.cells if cell.cell_type == "code" and large in cell.source)
         cell.source = cell.source.replace(large, small)
     notebook.cells.append(nbformat.v4.new_code_cell(CHECKS))
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}.items():
-            patch.setenv(name, value)
+        for name in ("PYTHONPATH", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"):
+            patch.setenv(name, ENVIRONMENT[name])
         NotebookClient(notebook, timeout=PATIENCE, resources={"metadata": {"path": str(folder)}}).execute()
     return notebook
 
@@ -90,6 +92,6 @@ def test_commands(notebook: Any, folder: Path) -> None:
         script = ROOT / words[0] if words[0].endswith(".py") else words[0]
         ended = run_python(script, *words[1:], *more[words[0]], cwd=folder)
         assert ended.returncode == 0, ended.stderr
-    assert {"learning.gif", "curves.png", "completions.png"} <= {path.name for path in (folder / "runs/q1").iterdir()}
+    assert {"learning.gif", "completions.png"} <= {path.name for path in (folder / "runs/q1").iterdir()}
     with Image.open(folder / "out.png") as picture:
         assert picture.width > 5 * picture.height
