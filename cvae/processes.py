@@ -4,7 +4,7 @@ With one process nothing is exchanged, and `torch.distributed` is never initiali
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
@@ -69,6 +69,11 @@ class Processes:
     def share(self, length: int) -> slice:
         """Return this process's part of `length` things in order."""
         return slice(length * self.rank // self.count, length * (self.rank + 1) // self.count)
+
+    def portions(self, length: int, size: int) -> Sequence[int]:
+        """Return the first places of this process's portions of `length` things; of an empty one if it has none."""
+        starts = range(0, length, size)
+        return starts[self.share(len(starts))] or [length]
 
     def share_of_batch(self, batch_size: int) -> slice:
         """Return this process's part of a batch, of one size for all. Raises UsageError if it does not divide."""

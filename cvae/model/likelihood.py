@@ -82,8 +82,7 @@ def evaluate(
     if min(samples, default=0) < 1:
         raise ValueError(f"at least one sample is needed, not {list(samples)}")
     size = NOISE_IMAGES * (2 if context.half else 1)  # more rows fill half-precision products better
-    starts = range(0, len(images), size)
-    for start in starts[context.processes.share(len(starts))] or [len(images)]:
+    for start in context.processes.portions(len(images), size):
         batch = images.batch(slice(start, start + size))
         places = range(start, start + max(1, len(batch.x)), NOISE_IMAGES)
         random = [context.generator(seed, "evaluation", place) for place in places]

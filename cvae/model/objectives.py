@@ -1,8 +1,9 @@
 """The objectives, by name: what is maximised per image, in nats, and what is reported of it.
 
-An objective is a function of a model, a batch and noise to its terms, `[B]` each, by name: the first is what is
-maximised. Its keyword-only parameters are settings of the same name. A new objective is a function here and a name in
-`OBJECTIVES`, and in `OF_PRIOR` if it does without the recognition network; autograd finds its gradient.
+An objective is a function of a model, a batch of B images and noise eps ~ N(0, 1), `[L, B, latent_dim]`, to its terms,
+`[B]` each, by name: the first is what is maximised. Its keyword-only parameters are settings of the same name. A new
+objective is a function here and a name in `OBJECTIVES`, and in `OF_PRIOR` if it does without the recognition network;
+autograd finds its gradient.
 """
 
 import inspect
@@ -39,11 +40,6 @@ def elbo(model: CVAE, batch: Batch, eps: Tensor) -> Terms:
 
     The tutorial samples its KL too, at the same z; the closed form has the same expectation and less variance.
     Source: Sohn et al. 2015, equation 4 (the empirical lower bound).
-
-    Args:
-        model: The CVAE.
-        batch: B images.
-        eps: Noise, N(0, 1), `[L, B, latent_dim]`.
     """
     draw = model.from_posterior(batch, eps)
     log_likelihood, kl = sample_mean(draw.log_likelihood(batch)), kl_terms(draw)
@@ -55,9 +51,6 @@ def gsnn(model: CVAE, batch: Batch, eps: Tensor) -> Terms:
 
     It is the lower bound with the recognition network set equal to the prior network, so that there is no KL, and does
     not train the recognition network. Source: Sohn et al. 2015, section 4.2.
-
-    Args:
-        model, batch, eps: As in `elbo`.
     """
     return {"gsnn": sample_mean(model.from_prior(batch, eps).log_likelihood(batch))}
 
@@ -67,22 +60,13 @@ def multisample(model: CVAE, batch: Batch, eps: Tensor) -> Terms:
 
     It is the Monte Carlo estimate of log p(y|x) with S = K, and `gsnn` where K = 1; it does not train the recognition
     network. Source: Raiko et al. 2015; Mnih and Rezende 2016, with the prior as the proposal.
-
-    Args:
-        model, batch: As in `elbo`.
-        eps: Noise, N(0, 1), `[K, B, latent_dim]`.
     """
     log_likelihood = model.from_prior(batch, eps).log_likelihood(batch)
     return {"multisample": log_mean_exp(log_likelihood), "gsnn": sample_mean(log_likelihood).detach()}
 
 
 def hybrid(model: CVAE, batch: Batch, eps: Tensor, *, alpha: float) -> Terms:
-    """Return α · elbo + (1 − α) · gsnn, both from the same noise: Sohn et al. 2015, equation 7.
-
-    Args:
-        model, batch, eps: As in `elbo`.
-        alpha: α, from 0 to 1.
-    """
+    """Return α · elbo + (1 − α) · gsnn, both from the same noise, α from 0 to 1: Sohn et al. 2015, equation 7."""
     elbo_terms, gsnn_terms = elbo(model, batch, eps), gsnn(model, batch, eps)
     mixed = alpha * elbo_terms["elbo"] + (1 - alpha) * gsnn_terms["gsnn"]
     return {"hybrid": mixed, **elbo_terms, **gsnn_terms}
@@ -93,10 +77,6 @@ def iwae(model: CVAE, batch: Batch, eps: Tensor) -> Terms:
 
     With K = 1 it is the elbo with a sampled KL. Its gradient is the doubly reparameterized one, for the prior network
     too. Source: Burda et al. 2016, with the conditional prior in the place of theirs.
-
-    Args:
-        model, batch: As in `elbo`.
-        eps: Noise, N(0, 1), `[K, B, latent_dim]`.
     """
     draw = model.from_posterior(batch, eps, detach_z=True)
     log_likelihood = draw.log_likelihood(batch)

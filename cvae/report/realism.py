@@ -96,9 +96,9 @@ def _open_case(subject: Subject, limit: int | None, device: torch.device) -> Cas
 @torch.inference_mode()
 def judge(name: str, case: Case, seed: int, context: Context) -> Judged:
     """Measure the completions of a run's images; each process computes its share. Noise comes from seed and place."""
-    starts, processes, portions = range(0, len(case.images), NOISE_IMAGES), context.processes, []
+    processes, portions = context.processes, []
     with Bar(f"{name}: realism", len(case.images) // processes.count, "img", processes.is_main) as bar:
-        for start in processes.in_step(starts[processes.share(len(starts))] or [len(case.images)]):
+        for start in processes.in_step(processes.portions(len(case.images), NOISE_IMAGES)):
             rows = slice(start, start + NOISE_IMAGES)
             images, classes = (part[rows].to(context.device) for part in (case.images, case.classes))
             portions.append(_measured(case, images, classes, context.generator(seed, "realism", start)))

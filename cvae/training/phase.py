@@ -60,10 +60,7 @@ class Phase(NamedTuple):
         model.eval()
         images, totals = self.validation, Totals(context.device)
         size = max(1, min(VALIDATION_IMAGES, VALIDATION_ROWS // max(1, self.samples)))
-        starts = range(0, len(images), size)
-        for start in starts[context.processes.share(len(starts))] or [
-            len(images)
-        ]:  # an empty portion where there is none
+        for start in context.processes.portions(len(images), size):
             batch = images.batch(slice(start, start + size))
             eps = self.noise(len(batch.x), context.generator(seed, "validation", start))
             with context.autocast():
