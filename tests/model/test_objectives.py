@@ -5,14 +5,11 @@ import math
 
 import pytest
 import torch
-from reference.quadrature import bernoulli, integrate, log_evidence, noise_grid
-from torch import Tensor, nn
-from torch.distributions import Normal
+from reference.quadrature import formula, integrate, log_evidence, noise_grid
+from torch import Tensor
 
-from cvae.data.tasks import Batch, FixedMask
+from cvae.data.tasks import Batch
 from cvae.model import objectives
-from cvae.model.cvae import CVAE, Draw, Latent
-from cvae.model.densities import Gaussian, log_mean_exp
 from cvae.model.objectives import (
     OBJECTIVES,
     Totals,
@@ -28,7 +25,6 @@ from cvae.model.objectives import (
 from cvae.settings import Settings
 
 OURS = pytest.mark.parametrize("network", ["tutorial", "paper"])
-SMOOTH = pytest.mark.parametrize("network", ["smooth", "two smooth levels"])
 
 
 def weighted(toy):
@@ -100,31 +96,15 @@ def test_bounds_tighten(make_toy, network, function, lowest):
     assert (stderr < 0.02).all()
 
 
-def test_iwae_of_several_levels(make_toy):
-    """One sample: the elbo, in expectation; two: between it and log p(y|x)."""
-    toy = make_toy(2, 2, 2, hidden=(4,), latent_dim=2, count=2, gain=1.0, network="two smooth levels")
-    with torch.no_grad():
-        bound = expectation(elbo, toy.cvae, toy.batch, 1, 41)["elbo"]
-        one, two = (expectation(iwae, toy.cvae, toy.batch, *sizes)["iwae"] for sizes in ((1, 41), (2, 15)))
-    torch.testing.assert_close(one, bound, rtol=1e-8, atol=0)
-    assert (one + 1e-3 < two).all()
-    assert (two < log_evidence(toy.cvae, toy.batch, 61) - 1e-3).all()
-
-
 # The gradient of iwae
 
 
 def plain_iwae(model, batch, eps):
-    """Return the bound with its own gradient, through densities of PyTorch."""
-    draw = model.from_posterior(batch, eps)
-    log_weights = bernoulli(batch, draw.logits)
-    for z, _, q, p in draw.latents:
-        log_p, log_q = (Normal(gaussian.loc, gaussian.log_scale.exp()).log_prob(z) for gaussian in (p, q))
-        log_weights = log_weights + (log_p - log_q).sum(-1)
-    return {"iwae": torch.logsumexp(log_weights, 0) - math.log(len(eps))}
+    """Return the bound with its own gradient."""
+    return {"iwae": formula("iwae", model, batch, eps)}
 
 
-@SMOOTH
+@pytest.mark.parametrize("network", ["smooth", "two smooth levels"])
 @pytest.mark.parametrize("particles", [1, 2])
 def test_doubly_reparameterized_gradient_is_that_of_the_bound(make_toy, network, particles):
     """In expectation, by integration over all noise of all levels and samples; that of one sample is the elbo's too."""
@@ -146,13 +126,13 @@ def test_doubly_reparameterized_gradient_is_that_of_the_bound(make_toy, network,
 def test_gradient_of_iwae_varies_less_than_the_plain_one(make_toy):
     """The recognition network's, the more so the more samples."""
     ratios = []
-    for particles in (4, 48):
+    for particles in (4, 32):
         toy = make_toy(hidden=(7,), count=1, particles=particles, gain=1.0)
         parameters = [p for name, p in toy.cvae.named_parameters() if name.startswith("recognition")]
         variances = []
         for function in (iwae, plain_iwae):
             random, found = torch.Generator().manual_seed(1), []
-            for _ in range(60):
+            for _ in range(40):
                 eps = torch.randn(toy.eps.shape, generator=random, dtype=torch.float64)
                 gradient = torch.autograd.grad(maximised(function(toy.cvae, toy.batch, eps)).sum(), parameters)
                 found.append(torch.cat([part.flatten() for part in gradient]))
@@ -160,60 +140,6 @@ def test_gradient_of_iwae_varies_less_than_the_plain_one(make_toy):
         ratios.append((variances[0] / variances[1]).item())
     assert ratios[0] < 0.8
     assert ratios[1] < 0.5 * ratios[0]
-
-
-class GaussianDraw(Draw):
-    """log p(y|x,z) is a Gaussian's around `logits`."""
-
-    SCALE = 0.7
-
-    def log_likelihood(self, batch: Batch) -> Tensor:
-        return Normal(self.logits, self.SCALE).log_prob(batch.y).sum(-1)
-
-
-class LinearGaussian(CVAE):
-    """z ~ N(ax, 1) and y ~ N(bz, σ²), whose posterior is the recognition network: what it says is exact."""
-
-    def __init__(self):
-        super().__init__(FixedMask(torch.tensor([[True, False]])), nn.Linear(1, 1), 1)
-        self.a, self.b = nn.Parameter(torch.tensor(0.8).double()), nn.Parameter(torch.tensor(-1.3).double())
-        noise = GaussianDraw.SCALE**2
-        precision = 1 + self.b.detach() ** 2 / noise
-        self.loc = nn.Parameter(torch.stack([self.a.detach(), self.b.detach() / noise]) / precision)
-        self.log_scale = nn.Parameter(-0.5 * precision.log())
-
-    def guess(self, batch):
-        return batch.y
-
-    def encode(self, batch, guess, recognise):
-        return batch
-
-    def draw(self, encoded, eps, recognise, detach_z=False):
-        p = Gaussian(self.a * encoded.x, torch.zeros_like(encoded.x))
-        q = Gaussian(self.loc[0] * encoded.x + self.loc[1] * encoded.y, self.log_scale.expand_as(encoded.x))
-        z = q.sample(eps)
-        z = z.detach().requires_grad_() if detach_z else z
-        return GaussianDraw(self.b * z, (Latent(z, eps, q, p),))
-
-    def log_evidence(self, batch: Batch) -> Tensor:
-        return Normal(self.a * self.b * batch.x, (GaussianDraw.SCALE**2 + self.b**2).sqrt()).log_prob(batch.y).sum(-1)
-
-
-def test_at_the_exact_posterior():
-    """Every sample gives log p(y|x) itself, and the recognition network no gradient; a and b get the evidence's."""
-    model = LinearGaussian()
-    batch = Batch(*torch.randn(2, 6, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
-    for particles in (1, 5):
-        eps = torch.randn(particles, 6, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        bound = iwae(model, batch, eps)["iwae"]
-        torch.testing.assert_close(bound, model.log_evidence(batch), rtol=1e-12, atol=1e-12)
-        for gradient in torch.autograd.grad(bound[0], [model.loc, model.log_scale]):
-            assert gradient.abs().max() < 1e-12
-    value = expectation(iwae, model, batch, 1, 61)["iwae"]
-    for i in range(6):
-        found = torch.autograd.grad(value[i], [model.a, model.b], retain_graph=True)
-        expected = torch.autograd.grad(model.log_evidence(batch)[i], [model.a, model.b])
-        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
 
 
 # Terms and limits
@@ -326,12 +252,3 @@ def test_sums_are_exact_and_stay_where_they_are():
     assert totals.sums is sums
     assert sums.tolist() == [0, 0]
     assert list(totals.means()) == ["elbo"]
-
-
-def test_log_mean_exp_is_what_several_samples_are_joined_by(make_toy):
-    """Of equal samples, the bound is that of one, however many there are."""
-    toy = make_toy()
-    for function in (iwae, multisample):
-        one, many = (maximised(function(toy.cvae, toy.batch, eps)) for eps in (toy.eps, toy.eps.expand(7, -1, -1)))
-        torch.testing.assert_close(many, one, rtol=1e-12, atol=0)
-    torch.testing.assert_close(log_mean_exp(torch.full((9, 2), 3.0)), torch.full((2,), 3.0))

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributions import Bernoulli, Normal
+from torch.distributions import Bernoulli, Normal, kl_divergence
 
 from cvae.data.tasks import Batch
 from cvae.model.cvae import CVAE
@@ -91,3 +91,22 @@ def log_evidence(cvae: CVAE, batch: Batch, points: int) -> Tensor:
     eps = noise[:, None].expand(-1, len(batch.x), -1).to(batch.x.dtype)
     assert math.isclose(weights.sum().item(), 1, rel_tol=1e-9)
     return torch.logsumexp(bernoulli(batch, cvae.from_prior(batch, eps).logits) + weights.log()[:, None], 0)
+
+
+def formula(name: str, model: CVAE, batch: Batch, eps: Tensor) -> Tensor:
+    """Return an objective, `[B]`, as its formula stands, by the densities of PyTorch, with alpha = 0.3."""
+    draw = (model.from_prior if name in ("gsnn", "multisample") else model.from_posterior)(batch, eps)
+    log_y = bernoulli(batch, draw.logits)
+    if name == "multisample":
+        return log_y.exp().mean(0).log()
+    normals = [[Normal(g.loc, g.log_scale.exp()) for g in (q, p)] for _, _, q, p in draw.latents]
+    if name == "iwae":
+        log_q, log_p = (
+            sum(pair[i].log_prob(latent.z).sum(-1) for pair, latent in zip(normals, draw.latents, strict=True))
+            for i in range(2)
+        )
+        return (log_y + log_p - log_q).exp().mean(0).log()
+    if name == "gsnn":
+        return log_y.mean(0)
+    value = (log_y - sum(kl_divergence(*pair).sum(-1) for pair in normals)).mean(0)
+    return 0.3 * value + 0.7 * formula("gsnn", model, batch, eps) if name == "hybrid" else value
