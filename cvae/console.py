@@ -79,14 +79,8 @@ def program(script: str) -> str:
 
 
 def command(script: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """Decorate the `main` of a script: its output can be shown anywhere, expected failures end in one line.
-
-    Args:
-        script: The name of the script, as `train.py`.
-
-    Returns:
-        A decorator; the decorated function returns the exit code of a `CvaeError` instead of raising it.
-    """
+    """Decorate the `main` of a script, as `train.py`: its output can be shown anywhere, and an expected failure, a
+    `CvaeError`, is one line and the exit code that `main` returns."""
 
     def decorate(main: Callable[..., int]) -> Callable[..., int]:
         @wraps(main)
@@ -95,7 +89,9 @@ def command(script: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
                 try:
                     with telling_of_memory():
                         for word in sys.argv[1:] if argv is None else argv:
-                            _refuse_bytes(word)
+                            if not is_text(word):  # no JSON file and no log could hold it
+                                shown = os.fsencode(word).decode("utf-8", "backslashreplace")
+                                raise UsageError(f"{shown}: is no text in UTF-8; give the file or folder another name")
                         return main(argv)
                 except CvaeError as error:
                     if not error.is_told_elsewhere:
@@ -105,13 +101,6 @@ def command(script: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
         return safe_main
 
     return decorate
-
-
-def _refuse_bytes(word: str) -> None:
-    """Raise UsageError for a word of the command line that no JSON file and no log could hold."""
-    if not is_text(word):
-        shown = os.fsencode(word).decode("utf-8", "backslashreplace")
-        raise UsageError(f"{shown}: is no text in UTF-8; give the file or folder another name")
 
 
 @contextmanager
@@ -190,13 +179,7 @@ def _lead_nowhere(stream: TextIO) -> None:
 class Bar(tqdm):  # type: ignore[misc]
     """A progress bar with rate and time left on a terminal, a line a minute elsewhere; `update` counts.
 
-    It appears after two seconds, and is wiped away at the end of its `with` block.
-
-    Args:
-        title: Stands before it.
-        total: How many of the unit there are.
-        unit: As `img`.
-        show: False shows nothing.
+    It appears after two seconds, and is wiped away at the end of its `with` block; `show=False` shows nothing.
     """
 
     monitor_interval = 0  # no thread of its own

@@ -20,17 +20,13 @@ import torch
 from torch import Tensor
 
 from cvae.errors import UsageError
-from cvae.processes import Processes as Processes  # for files that still import it from here
+from cvae.processes import Processes
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_device(name: str, local_rank: int = 0, local_count: int = 1) -> torch.device:
-    """Return the device called `auto`, `cpu`, `cuda` or `cuda:n`.
-
-    Args:
-        name: Its name; each of several processes on a machine takes a GPU of its own if it is `cuda`.
-        local_rank, local_count: The number of this process on its machine, and how many there are.
+    """Return the device called `auto`, `cpu`, `cuda` or `cuda:n`; of `cuda`, each process of a machine takes its own.
 
     Raises:
         UsageError: There is no such device, or there are not enough of them; in all processes alike.
@@ -100,7 +96,7 @@ def opened(device: str = "auto", precision: str = "auto") -> Iterator[Context]:
         precision: `auto`, `fp32`, `bf16` or `fp16`.
 
     Raises:
-        UsageError: There is no such device here, or too little memory within the block.
+        UsageError: There is no such device here.
         PeerLost: The processes cannot meet, or one of them is lost within the block.
     """
     processes = Processes()
@@ -194,10 +190,10 @@ def seed_dropout(*key: object) -> None:
 
 
 class Interruption:
-    """A context in which Ctrl-C and SIGTERM are only remembered, in `signal_number`, for a good moment to leave.
+    """A block in which Ctrl-C and SIGTERM are only remembered, in `signal_number`, for a good moment to leave.
 
-    A second Ctrl-C does what it did before: it ends a script at once, and raises KeyboardInterrupt in a notebook. In
-    another thread than the main one, which alone is told of signals, nothing is changed.
+    A second Ctrl-C does what it did before: it ends a script at once, and raises KeyboardInterrupt in a notebook. Only
+    the main thread is told of signals; in others nothing is changed.
     """
 
     def __init__(self) -> None:

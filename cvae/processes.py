@@ -45,8 +45,7 @@ class Processes:
     def one_voice(self) -> Iterator[None]:
         """Have an error within the block told once on each machine; each process tells that it has lost another one."""
         try:
-            with telling_of_memory():
-                yield
+            yield
         except CvaeError as error:
             error.is_told_elsewhere = self.local_rank > 0 and not isinstance(error, PeerLost)
             raise
@@ -167,7 +166,8 @@ def _number(name: str, default: int) -> int:
 def _tried(action: Callable[[], T]) -> tuple[T | None, CvaeError | None]:
     """Return the result of an action, or its expected failure."""
     try:
-        return action(), None
+        with telling_of_memory():
+            return action(), None
     except CvaeError as error:
         return None, error
 
@@ -179,8 +179,8 @@ def exchange() -> Iterator[None]:
         yield
     except RuntimeError as error:  # gloo has no class of its own
         text = str(error).lower()
-        is_network = (
-            isinstance(error, dist.DistError) or "gloo/" in text or "pair closure" in text or "onnection" in text
+        is_network = isinstance(error, dist.DistError) or any(
+            sign in text for sign in ("gloo/", "pair closure", "connect")
         )
         if is_out_of_memory(error) or not is_network:
             raise

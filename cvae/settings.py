@@ -15,13 +15,7 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
 class Kind(NamedTuple):
-    """The values that a setting can have.
-
-    Attributes:
-        parse: Makes a value of a word on the command line.
-        is_good: Tells the values that are allowed from others.
-        wanted: The allowed values, in words.
-    """
+    """The values that a setting can have: how a word becomes one, which ones are allowed, and the same in words."""
 
     parse: Callable[[str], Any]
     is_good: Callable[[Any], bool]
@@ -132,8 +126,7 @@ class Settings:
     def from_dict(cls, values: object) -> "Settings":
         """Return the settings that `to_dict` gave; one that is missing, as in older runs, has its default.
 
-        Raises:
-            ValueError: For unknown settings, and values that make no sense.
+        Raises ValueError for unknown settings, and values that make no sense.
         """
         if not isinstance(values, dict):
             raise ValueError("the settings are missing")
@@ -174,10 +167,8 @@ METAVARS = {"data": "PATH", "data_root": "DIR", "observed": "MASK"}
 def with_preset(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a new run: those that are given, and others of the preset among them.
 
-    Where fewer epochs are given than the preset has, the parts of its schedule are shorter in proportion.
-
-    Raises:
-        ValueError: For a given setting that would do nothing.
+    Where fewer epochs are given than the preset has, the parts of its schedule are shorter in proportion. Raises
+    ValueError for a given setting that would do nothing.
     """
     preset = PRESETS[given.get("preset", Settings.preset)]
     settings = {**preset, **given}
@@ -199,12 +190,7 @@ def flag(name: str) -> str:
 
 
 def add_flags(parser: argparse.ArgumentParser, choices: dict[str, Collection[str]]) -> None:
-    """Add the flag of each setting, with no default: a flag that is not given leaves nothing behind.
-
-    Args:
-        parser: The parser of a command line.
-        choices: The names that some settings choose from.
-    """
+    """Add the flag of each setting, without a default; choices: The names that some settings choose from."""
     group = parser.add_argument_group("settings")
     for each in fields(Settings):
         kind, default, names = each.metadata["kind"], each.default, choices.get(each.name)

@@ -7,7 +7,7 @@ import torch
 from reference.quadrature import bernoulli, integrate, log_evidence
 from torch.distributions import Bernoulli
 
-from cvae.context import Context, Processes
+from cvae.context import Context
 from cvae.data.images import ImageSet
 from cvae.data.tasks import FixedMask, quadrants
 from cvae.model import likelihood
@@ -22,6 +22,7 @@ from cvae.model.likelihood import (
     evaluate,
     variance_of_means,
 )
+from cvae.processes import Processes
 
 COUNT = 3 * NOISE_IMAGES + 4
 CONTEXT = Context(torch.device("cpu"))

@@ -172,7 +172,7 @@ def test_batch_that_cannot_be_shared(work: Path) -> None:
 
 EXCHANGES = """
 import json, torch
-from cvae.errors import DataError
+from cvae.errors import CvaeError, DataError
 from cvae.processes import Processes
 
 processes = Processes()
@@ -180,13 +180,13 @@ rank = processes.rank
 
 def read(of):
     if rank == of:
-        raise DataError("no such file here")
+        raise MemoryError("no room here") if of else DataError("no such file here")
     return f"of {rank}"
 
 def refused(ask, of):
     try:
         return ask(lambda: read(of))
-    except DataError as error:
+    except CvaeError as error:
         return str(error)
 
 with processes.connected(torch.device("cpu")):
@@ -207,11 +207,13 @@ def test_sums_means_and_objects() -> None:
     """Whole numbers are not averaged; a failure in one process is raised in all; the main one answers for all."""
     command = [sys.executable, "-c", EXCHANGES]
     ranks = [start(command, ROOT, environment=ENVIRONMENT | rank) for rank in two_ranks()]
-    lost = "no such file here"
     for rank, (code, out, err) in enumerate([finish(process) for process in ranks]):
         assert (code, err) == (0, "")
         means = [[3.0] * 3, 4.0, [1.5, 5.0], rank, [0.2, 1.0], 10, [[0.0, 1.0]]]
-        assert json.loads(out) == [*means, lost, f"of {rank}", lost, "of 0"]
+        *numbers, memory, own, lost, main = json.loads(out)
+        assert numbers == means
+        assert memory.startswith("the memory does not suffice (no room here)")
+        assert (own, lost, main) == (f"of {rank}", "no such file here", "of 0")
 
 
 # When one of them ends

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from cvae.context import Processes
 from cvae.data.sources import load_test
 from cvae.model.likelihood import Likelihoods
+from cvae.processes import Processes
 from cvae.report.evaluation import Evaluation, by_name, by_setting
 from cvae.report.selection import short_names
 from cvae.report.tables import MNIST, render

@@ -8,21 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from cvae.run.state import fitting
 from support.inprocess import TINY, call_train, interrupted_after, make_tiny_data, results
 from support.steps import CPU
 
 import cvae.run.log
-from cvae.context import Processes
 from cvae.data.images import ImageSet
 from cvae.data.sources import load_train
 from cvae.errors import DataError, DiskError, UsageError
 from cvae.model.likelihood import noise
 from cvae.model.objectives import objective
+from cvae.processes import Processes
 from cvae.run import checkpoint
 from cvae.run.folder import read_json, read_settings
 from cvae.run.load import load
 from cvae.run.log import RunLog
-from cvae.run.state import fitting
 from cvae.training.phase import Phase
 
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from cvae import context
-from cvae.context import Processes
 from cvae.data.images import ImageSet
 from cvae.data.tasks import FixedMask, Task, quadrants
 from cvae.model.cvae import CVAE, noise
 from cvae.model.networks import NETWORKS, Tutorial, build
 from cvae.model.objectives import OBJECTIVES, log_likelihood, objective
+from cvae.processes import Processes
 from cvae.run.session import Run
 from cvae.settings import Settings
 from cvae.training.phase import Phase
