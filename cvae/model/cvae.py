@@ -225,7 +225,7 @@ class CVAE(nn.Module):
             batch = some(whole, slice(first, first + NOISE_IMAGES))
             encoded = self.encode(batch, self.guess(batch), True)
             log_weights = [
-                self.draw(encoded, eps, True).log_weights(batch)
+                self.draw(encoded, eps.to(batch.x.dtype), True).log_weights(batch)
                 for eps in noise_portions(samples, len(batch.x), self, random)
             ]
             estimates.append(log_mean_exp(torch.cat(log_weights).double()))
@@ -246,7 +246,9 @@ class CVAE(nn.Module):
 
 def noise(samples: int, count: int, model: CVAE, random: torch.Generator) -> Tensor:
     """Draw eps ~ N(0, 1), `[samples, count, latent_dim]`, from and on the generator's device."""
-    return torch.randn(samples, count, model.latent_dim, generator=random, device=random.device)
+    return torch.randn(
+        samples, count, model.latent_dim, generator=random, device=random.device, dtype=torch.float32
+    )  # whatever the default type is
 
 
 def noise_portions(samples: int, count: int, model: CVAE, random: torch.Generator) -> list[Tensor]:

@@ -34,7 +34,7 @@ from cvae.settings import LARGEST_SIDE, PRECISIONS, Settings
 CONFIG, METRICS, SUMMARY, OBSERVED = "config.json", "metrics.jsonl", "summary.json", "observed.png"
 BEST, LAST, INIT, EVENTS, LOCK = "best.pt", "last.pt", "init.pt", "events.out.tfevents.", ".lock"
 WEIGHTS, COMPLETIONS, LEARNING, CURVES = "model.safetensors", "completions.png", "learning.gif", "curves.png"
-FILES = (SUMMARY, COMPLETIONS, LEARNING, CURVES, LAST, BEST, WEIGHTS, INIT, METRICS, OBSERVED, CONFIG)
+FILES = (SUMMARY, COMPLETIONS, LEARNING, CURVES, LAST, BEST, WEIGHTS, METRICS, INIT, OBSERVED, CONFIG)
 """The files of a run but its events; `config.json`, by which it is known, is moved and written last."""
 
 REFERENCE, PACKAGE = "reference", Path(__file__).resolve().parents[1]
@@ -305,10 +305,11 @@ def settle(folder: Path) -> None:
     """
     for stage in folder.glob(".new-*"):
         if os.path.isfile(stage / CONFIG):
-            for file in sorted((stage / "old").iterdir(), key=lambda file: file.name == CONFIG):
-                os.rename(file, folder / file.name)
-            for name in (OBSERVED, INIT) if not os.path.lexists(folder / CONFIG) else ():  # there was no run before
+            for name in () if os.path.lexists(folder / CONFIG) else (INIT, OBSERVED):  # the new run's, in their place
                 (folder / name).unlink(missing_ok=True)
+            for name in [*(path.name for path in (stage / "old").glob(EVENTS + "*")), *FILES]:
+                if os.path.lexists(stage / "old" / name):
+                    os.rename(stage / "old" / name, folder / name)
         shutil.rmtree(stage)
 
 

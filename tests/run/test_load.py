@@ -1,349 +1,309 @@
-"""A trained model by its folder or its name, and runs that are not what they should be: refused in one line."""
+"""A trained model as a run, as one file, as the beginning of another: what comes back, and what is refused."""
 
+import hashlib
 import json
+import random
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
+from reference.networks import TEST_NETWORKS
 from support.inprocess import TINY, call_eval, call_train, interrupted_after, make_tiny_data, results
 from support.trainings import contents
-from test_checkpoint import saved_by_torch, sign
+from torch import Tensor
 
 import cvae
-from cvae.data.digits import as_digit
-from cvae.data.masks import MASKS
+from cvae.data.tasks import FixedMask, quadrants
 from cvae.errors import DataError
-from cvae.model.cvae import CVAE
-from cvae.model.networks import NETWORKS
-from cvae.model.objectives import OBJECTIVES, OF_PRIOR
-from cvae.report.figures import show
+from cvae.model.networks import NETWORKS, build
 from cvae.run import checkpoint
-from cvae.run.folder import read_record, read_settings, read_size
-from cvae.run.load import load
-from cvae.run.tutorial import load_tutorial
+from cvae.run.folder import RunFolder
+from cvae.run.load import load, load_trained, start_from
+from cvae.run.weights_file import as_safetensors, read_trained, read_weights, save_safetensors
+from cvae.settings import Settings
+from cvae.training.weights import Weights
+
+SMALL = Settings(hidden=(8, 7), latent_dim=4)
+TASK = FixedMask(quadrants(1, 10, 9), "1 quadrant")
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `data`, and below `runs` a finished run, one of the baseline only, and one that is not finished."""
-    folder = tmp_path_factory.mktemp("place")
-    words = ["--data", make_tiny_data(folder / "data"), *TINY, "--runs", folder / "runs", "--name"]
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run in float32, beside its data; and `baseline`, whose baseline alone is trained."""
+    place = tmp_path_factory.mktemp("place")
+    words = ["--data", make_tiny_data(place / "data"), *TINY, "--precision", "fp32", "--runs", place, "--name"]
     assert call_train(*words, "done").code == 0
     with interrupted_after("baseline", 1):
         assert call_train(*words, "baseline").code == 143
-    with interrupted_after("cvae", 1):
-        assert call_train(*words, "begun").code == 143
-    return folder
+    return place / "done"
 
 
 @pytest.fixture
-def copied(place: Path, tmp_path: Path) -> Callable[[str], Path]:
-    """Makes copies of runs, to be spoilt."""
-
-    def copy(name: str) -> Path:
-        return Path(shutil.copytree(place / "runs" / name, tmp_path / "runs" / name))
-
-    return copy
+def path(tmp_path: Path) -> Path:
+    """A file of a small model."""
+    save_safetensors(build(TASK, SMALL), SMALL, tmp_path / "model.safetensors")
+    return tmp_path / "model.safetensors"
 
 
-def change(run: Path, *keys: str, value: Any = None) -> None:
-    """Change an entry of a run's config.json; None: take it out."""
-    config = json.loads((run / "config.json").read_text())
-    inner = config
-    for key in keys[:-1]:
-        inner = inner[key]
-    if value is None:
-        del inner[keys[-1]]
-    else:
-        inner[keys[-1]] = value
-    (run / "config.json").write_text(json.dumps(config))
+def assert_equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    assert left.keys() == right.keys()
+    assert all(torch.equal(tensor, right[name]) for name, tensor in left.items())
 
 
-def assert_refused(run: Path, reason: str, resume: bool = True) -> None:
-    """By all that open it, in one line; nothing in it is changed."""
-    before = contents(run)
-    with pytest.raises(DataError, match=reason) as caught:
-        load(run)
-    line = str(caught.value)
-    assert "\n" not in line
-    assert str(run) in line
-    if (run / "summary.json").exists():
-        ended = call_eval("--runs", run)
-        assert (ended.code, ended.line) == (3, line)
-    if resume:
-        ended = call_train("--resume", run, "--epochs", "3")
-        assert ended.code == 3
-        assert str(run) in ended.line
-    after = contents(run)
-    assert before.keys() == after.keys() - {".lock"} | before.keys() & {".lock"}
-    assert all(after[name] == before[name] for name in before if name != ".lock")
+# Runs
 
 
-# What is loaded
+def test_model_of_a_run(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best weights, frozen, in evaluation mode; by path and by name."""
+    monkeypatch.chdir(done.parent.parent)
+    for model in (cvae.load(done), cvae.load("done", "cpu", done.parent), cvae.load(f"{done.parent.name}/done")):
+        assert_equal(model.state_dict(), checkpoint.load(done / "best.pt")["model"])
+        assert not any(module.training for module in model.modules())
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+        assert torch.equal(model.task.observed, TASK.observed)
+    assert load_trained(done).images["train"]["count"] == 60
+    assert cvae.load("reference/q1").task.name == "1 quadrant"
 
 
-def test_by_folder_and_by_name(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    best = checkpoint.load(place / "runs/done/best.pt")["model"]
-    monkeypatch.chdir(place)
-    for model in (load(place / "runs/done"), load("runs/done"), load("done"), load("done", runs=str(place / "runs"))):
-        assert isinstance(model, CVAE)
-        state = model.state_dict()
-        assert state.keys() == best.keys()
-        assert all(torch.equal(tensor, best[name]) for name, tensor in state.items())
-    monkeypatch.chdir(place.parent)
-    assert load("done", runs=place / "runs").latent_dim == 4
+def test_default_type_of_the_process_does_not_matter(done: Path, path: Path) -> None:
+    for run in (done, path):
+        expected = load(run).state_dict()
+        torch.set_default_dtype(torch.float64)
+        try:
+            model = load(run)
+            picture = torch.zeros(10, 9, dtype=torch.uint8)
+            assert model.complete(picture, 2).dtype == torch.float32
+            assert model.log_likelihood(picture, 2, seed=0).isfinite().all()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert_equal(model.state_dict(), expected)
 
 
-def test_it_is_ready_to_use(place: Path) -> None:
-    """Frozen, in evaluation mode, with the split that it was trained with."""
-    model = load(place / "runs/done", "cpu")
-    assert not any(module.training for module in model.modules())
-    for parameter in model.parameters():
-        assert (parameter.requires_grad, parameter.dtype, parameter.device.type) == (False, torch.float32, "cpu")
-    assert (model.split.height, model.split.width) == (10, 9)
-    assert torch.equal(model.split.observed.nonzero(), torch.cartesian_prod(torch.arange(5, 10), torch.arange(4)))
-    x = model.split.split(torch.rand(3, 10, 9))[0]
-    completions = model.completions(x, torch.randn(5, 3, 4))
-    assert completions.shape == (5, 3, model.split.num_hidden)
-    assert 0 < completions.min() < completions.max() < 1
-    assert model.split.compose(x, completions).shape == (5, 3, 10, 9)
+def test_weights_as_version_0_3_named_them(done: Path, tmp_path: Path) -> None:
+    """Layers side by side were one tensor, and the checkpoint had a digest behind it."""
+    run = Path(shutil.copytree(done, tmp_path / "run"))
+    content = checkpoint.load(run / "best.pt")
+    state = {k: v[None] for k, v in content["model"].items() if "prior" not in k and "recognition" not in k}
+    for name in [name for name in content["model"] if name.startswith("prior_net")]:
+        pair = [content["model"][name], content["model"][name.replace("prior", "recognition")]]
+        state[name.replace("prior_net", "encoders")] = torch.stack(pair)
+    body = checkpoint.packed({**content, "model": state})
+    (run / "best.pt").write_bytes(body + b"SHA-256\0" + hashlib.sha256(body).digest())
+    assert_equal(load(run).state_dict(), load(done).state_dict())
 
 
-def test_what_the_package_offers() -> None:
-    assert cvae.load is load
-    assert cvae.load_tutorial is load_tutorial
-    assert cvae.as_digit is as_digit
-    assert cvae.show is show
-    assert cvae.__all__ == ["as_digit", "load", "load_tutorial", "show"]
-    assert cvae.__version__
-    with pytest.raises(AttributeError, match="'cvae' has no attribute 'no_such'"):
-        cvae.no_such  # noqa: B018
-
-
-def test_best_weights_of_a_run_that_is_not_finished(place: Path) -> None:
-    run = place / "runs/begun"
-    assert not (run / "summary.json").exists()
-    best = checkpoint.load(run / "best.pt")
-    assert best["phase"] == "cvae"
-    model = load(run)
-    assert all(torch.equal(tensor, best["model"][name]) for name, tensor in model.state_dict().items())
-
-
-@pytest.mark.parametrize("observed", [None, *MASKS])
-def test_any_mask(place: Path, tmp_path: Path, observed: str | None) -> None:
-    chosen = ["--quadrants", "3"] if observed is None else ["--observed", observed]
-    words = ["--data", place / "data", *TINY, "--runs", tmp_path, *chosen]
-    assert call_train(*words).code == 0
-    [run] = tmp_path.iterdir()
-    assert run.name == (observed or "q3")
-    expected = MASKS[observed](10, 9) if observed else torch.arange(90).view(10, 9).ne(-1)
-    if observed is None:
-        expected[5:, 4:] = False
-    model = load(run)
-    assert torch.equal(model.split.observed, expected)
-    [record] = json.loads(call_eval("--runs", run, "--format", "json").out)
-    assert record["observed"] == (observed or "3 quadrants")
-    assert record["quadrants"] == (None if observed else 3)
-    assert record["nn_nll"]["mean"] > 0
-
-
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("network", NETWORKS)
-def test_any_network_and_objective(place: Path, tmp_path: Path, network: str, objective: str) -> None:
-    """From `train.py` to the table of `eval.py`; some train no recognition network, and show nothing of it."""
-    words = ["--data", place / "data", *TINY, "--runs", tmp_path, "--network", network, "--objective", objective]
-    assert call_train(*words, "--particles", "2").code == 0
-    run = tmp_path / "q1"
-    assert type(load(run)) is NETWORKS[network]
-    terms = {
-        "elbo": {"elbo", "log_likelihood", "kl"},
-        "iwae": {"iwae", "elbo", "log_likelihood", "kl"},
-        "gsnn": {"gsnn"},
-        "hybrid": {"hybrid", "elbo", "log_likelihood", "kl", "gsnn"},
-        "multisample": {"multisample", "gsnn"},
-    }[objective]
-    for record in results(run)["metrics"][1:]:
-        for part, more in {"train": set(), "validation": {"active_units"} if "kl" in terms else set()}.items():
-            assert {name.removeprefix(f"{part}_") for name in record if name.startswith(part)} == terms | more
-    ended = call_eval("--runs", run, "--format", "json")
-    assert (ended.code, ended.err) == (0, "")
-    [record] = json.loads(ended.out)
-    assert (record["network"], record["objective"]) == (network, objective)
-    for name in ("cvae_neg_elbo", "cvae_is_nll"):
-        assert (record[name]["mean"] is None) == (objective in OF_PRIOR)
-    assert record["cvae_mc_nll"]["mean"] > record["floor"]["mean"]
-
-
-# Settings that were added since
-
-
-def test_config_has_the_size_of_the_images(place: Path) -> None:
-    assert read_size(place / "runs/done") == (10, 9)
-    record = read_record(place / "runs/done")
-    assert [record[part]["count"] for part in ("train", "validation", "test")] == [60, 12, 12]
-
-
-@pytest.mark.parametrize("name", ["network", "objective", "alpha", "observed", "particles", "average", "compile"])
-def test_setting_that_the_run_did_not_have_yet(place: Path, copied: Callable[[str], Path], name: str) -> None:
-    """It opens as what it was: evaluated, loaded, gone on with to the same end."""
-    table = call_eval("--runs", place / "runs/done", "--format", "csv")
-    run = copied("done")
-    change(run, "settings", name)
-    assert load(run).latent_dim == 4
-    ended = call_eval("--runs", run, "--format", "csv")
-    assert (ended.code, ended.err, ended.out) == (0, "", table.out)
-    assert call_train("--resume", run).out.endswith(f"\n{run} is finished: nothing is left to do\n")
-    begun = copied("begun")
-    change(begun, "settings", name)
-    assert call_train("--resume", begun).code == 0
-    assert results(begun) == results(place / "runs/done")
-
-
-def test_setting_of_a_later_version(copied: Callable[[str], Path]) -> None:
-    run = copied("done")
-    change(run, "settings", "shades", value=2)
-    assert_refused(run, "this version knows no setting 'shades'")
-
-
-@pytest.mark.parametrize("name", ["network", "objective", "observed"])
-def test_name_of_a_later_version(copied: Callable[[str], Path], name: str) -> None:
-    """Also before the first checkpoint."""
-    for spoilt in ("done", "baseline"):
-        run = copied(spoilt)
-        change(run, "settings", name, value="hierarchical")
-        assert_refused(run, f"config.json: this version knows no {name} 'hierarchical'")
-    for path in (run / "last.pt", run / "best.pt"):
-        path.unlink()
-    assert_refused(run, f"config.json: this version knows no {name} 'hierarchical'")
-
-
-# Runs that are not what they should be
-
-
-def test_no_such_run(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(place)
-    with pytest.raises(DataError, match=r"^runs/nowhere is no run folder: it has no config\.json$"):
-        load("nowhere")
-    with pytest.raises(DataError, match=r"^data is no run folder: it has no config\.json$"):
-        load("data")
-    with pytest.raises(DataError, match="is no run folder"):
-        load("x" * 5000)
-
-
-def test_only_the_baseline_is_trained(place: Path) -> None:
-    run = place / "runs/baseline"
-    with pytest.raises(DataError) as caught:
-        load(run)
-    assert str(caught.value) == (
-        f"{run}: only its baseline is trained so far; go on with python train.py --resume {run}"
-    )
-
-
-@pytest.mark.parametrize("spoil", ["flip", "cut", "empty", "missing"])
-def test_damaged_weights(copied: Callable[[str], Path], spoil: str) -> None:
-    run = copied("done")
-    best = run / "best.pt"
-    content = best.read_bytes()
-    middle = len(content) // 2
-    spoilt = {
-        "flip": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :],
-        "cut": content[:-100],
-        "empty": b"",
-    }
-    best.unlink()
-    if spoil != "missing":
-        best.write_bytes(spoilt[spoil])
-    before = contents(run)
-    with pytest.raises(DataError, match=r"best\.pt: (is damaged|cannot be read)") as caught:
-        load(run)
-    ended = call_eval("--runs", run)
-    assert ended.code == 3
-    assert ended.line == str(caught.value)
-    assert contents(run) == before
-
-
-def test_weights_that_are_not_those_of_the_settings(place: Path, copied: Callable[[str], Path]) -> None:
-    """The checkpoint's digest is right: other shapes, numbers of another type, or none at all."""
-    state = checkpoint.load(place / "runs/done/best.pt")["model"]
-    for name, value in (("hidden", [8]), ("latent_dim", 9), ("hidden", [30_000, 30_000]), ("network", "paper")):
-        run = copied("done")
-        change(run, "settings", name, value=value)
-        assert_refused(run, "does not hold the weights of a CVAE of the run's settings", resume=False)
-        shutil.rmtree(run)
-    run = copied("done")
-    for forged in (
-        {name: tensor.double() for name, tensor in state.items()},
-        {name: tensor.half() for name, tensor in state.items()},
-        {name: tensor.long() for name, tensor in state.items()},
-        {name: tensor.tolist() for name, tensor in state.items()},
-        {**state, "more": torch.zeros(1)},
-        {name: tensor for name, tensor in state.items() if "bias" not in name},
-        {},
-        None,
-        3,
+def test_runs_that_cannot_be_loaded(done: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(done, tmp_path / "run"))
+    for name, spoil, reason in (
+        ("none", lambda: None, "is no run folder: it has no config.json"),
+        ("run", lambda: (run / "best.pt").write_bytes(b"PK"), "best.pt: is damaged, or no checkpoint of this program"),
+        ("run", lambda: (run / "best.pt").unlink(), r"best.pt: cannot be read \(No such file or directory\)"),
     ):
-        checkpoint.save(run / "best.pt", {"phase": "cvae", "model": forged})
-        assert_refused(run, "does not hold the weights", resume=False)
+        spoil()
+        with pytest.raises(DataError, match=reason):
+            load(name, runs=tmp_path)
+    with pytest.raises(DataError, match="only its baseline is trained so far; go on with python train"):
+        load("baseline", runs=done.parent)
+    with pytest.raises(ValueError, match="the device 'qpu' cannot be used"):
+        load(done, "qpu")
 
 
-@pytest.mark.parametrize("side", ["height", "width"])
-def test_another_size_than_that_of_the_weights(copied: Callable[[str], Path], side: str) -> None:
-    """Nor is the run gone on with on images of another size than it was begun on."""
-    run = copied("done")
-    change(run, "images", side, value=12)
-    assert_refused(run, "does not hold the weights of a CVAE of the run's settings")
-    assert "was begun on images of 1" in call_train("--resume", run, "--epochs", "3").line
+@pytest.mark.parametrize("setting", [{"hidden": [9, 7]}, {"network": "paper"}, {"quadrants": 2}], ids=str)
+def test_weights_of_other_settings(done: Path, tmp_path: Path, setting: dict[str, Any]) -> None:
+    run = Path(shutil.copytree(done, tmp_path / "run"))
+    config = json.loads((run / "config.json").read_text())
+    config["settings"] |= setting
+    (run / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DataError, match=r"best\.pt: does not hold the weights of a CVAE of the run's settings"):
+        load(run)
 
 
-@pytest.mark.parametrize("size", [0, 1, -9, 10.0, "9", True, 1 << 40, [9]], ids=repr)
-def test_size_that_no_image_has(copied: Callable[[str], Path], size: Any) -> None:
-    run = copied("done")
-    change(run, "images", "width", value=size)
-    assert_refused(run, "does not say the size of the images; train anew with this version")
+# One file
 
 
-def test_test_images_of_another_size(place: Path, tmp_path: Path, copied: Callable[[str], Path]) -> None:
-    """Or such ones to go on with: named in one line, with both sizes."""
-    other = make_tiny_data(tmp_path / "other", 9, 10)
-    for name in ("done", "begun", "baseline"):
-        run = copied(name)
-        change(run, "settings", "data", value=str(other))
-        ended = call_train("--resume", run, "--epochs", "3")
-        assert ended.code == 3
-        assert ended.line.startswith(f"{run}: was begun on images of 10×9 pixels, and these have 9×10; --data ")
-    run = tmp_path / "runs/done"
-    ended = call_eval("--runs", run, "--figure", tmp_path / "figure.png")
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("network", [*NETWORKS, *TEST_NETWORKS])
+def test_any_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, network: str, half: bool) -> None:
+    """What comes back is float32; half precision rounds the weights once. Buffers that count stay numbers."""
+    if network in TEST_NETWORKS:
+        monkeypatch.setitem(NETWORKS, network, TEST_NETWORKS[network])
+    settings = replace(SMALL, network=network, levels=2 if network == "deep" else 1)
+    model = build(TASK, settings)
+    saved = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    Weights(model, None)  # as in a training, where all of them are parts of one vector
+    save_safetensors(model, settings, tmp_path / "any name.safetensors", half)
+    loaded, size = load(str(tmp_path / "any name.safetensors")), (tmp_path / "any name.safetensors").stat().st_size
+    rounded = {name: t.half().float() if half and t.is_floating_point() else t for name, t in saved.items()}
+    assert_equal(loaded.state_dict(), rounded)
+    assert {t.dtype for t in loaded.state_dict().values()} == {t.dtype for t in saved.values()}
+    assert type(loaded) is type(model)
+    assert size < 20_000 + (2 if half else 4) * sum(tensor.numel() for tensor in saved.values())
+
+
+@pytest.mark.parametrize("folder", ["/home/somebody/", "C:\\home\\somebody\\"])
+def test_nothing_of_the_machine_is_passed_on(tmp_path: Path, folder: str) -> None:
+    """The names of files are, and a mask that was a picture is there itself."""
+    settings = replace(SMALL, observed=f"{folder}my mask.png", data=f"{folder}faces", data_root=f"{folder}sets")
+    task = FixedMask(torch.rand(10, 9, generator=torch.Generator().manual_seed(0)) < 0.3)
+    path = tmp_path / "m.safetensors"
+    save_safetensors(build(task, settings), settings, path)
+    assert b"somebody" not in path.read_bytes()
+    model, read, images = read_trained(path)
+    assert torch.equal(model.task.observed, task.observed)
+    assert (model.task.name, read.data, images) == ("my mask", "faces", {"height": 10, "width": 9})
+
+
+def test_written_again_it_is_the_same(path: Path) -> None:
+    trained, again = read_trained(path), path.with_name("again.safetensors")
+    again.write_bytes(as_safetensors(trained))
+    assert (read_weights(path)[0], trained[1:]) == (read_weights(again)[0], read_trained(again)[1:])
+    assert_equal(read_trained(again).model.state_dict(), trained.model.state_dict())
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(DataError) as caught:
+        load_trained(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_files_that_are_refused(path: Path) -> None:
+    """Damage, another program's weights, and metadata that does not suit the tensors: one line that names the file."""
+    content, dice = path.read_bytes(), random.Random(0)
+    metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+    tensors = safetensors.torch.load(content)
+    for length in (0, 7, 100, len(content) - 1):
+        path.write_bytes(content[:length])
+        refused(path)
+    for _ in range(100):  # in the header
+        at = dice.randrange(2000)
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1 << dice.randrange(8)]) + content[at + 1 :])
+        try:
+            load(path)
+        except DataError:
+            refused(path)
+    cases: list[tuple[dict[str, Tensor], dict[str, str], str]] = [
+        (tensors, {}, "holds no CVAE of this program, by its metadata (KeyError)"),
+        (tensors, {**metadata, "settings": "{"}, "by its metadata (JSONDecodeError)"),
+        (tensors, {**metadata, "settings": '{"network": "wide"}'}, "this version knows no network 'wide'"),
+        (tensors, {**metadata, "observed": "01\n1"}, "by its metadata"),
+        (tensors, {**metadata, "images": '{"height": 9, "width": 10}'}, "by its metadata (ValueError)"),
+        (tensors, {**metadata, "settings": json.dumps({"hidden": [30_000, 30_000]})}, "does not hold the weights"),
+        ({**tensors, "more": torch.zeros(1)}, metadata, "does not hold the weights"),
+        ({name: tensor.double() for name, tensor in tensors.items()}, metadata, "does not hold the weights"),
+    ]
+    for changed, texts, reason in cases:
+        path.write_bytes(safetensors.torch.save(changed, texts))
+        assert reason in refused(path)
+
+
+def test_published_run_is_evaluated_and_begun_with_and_not_resumed(done: Path, tmp_path: Path) -> None:
+    """Its own checkpoint comes first, as long as it is there."""
+    run = Path(shutil.copytree(done, tmp_path / "q1"))
+    (run / "model.safetensors").write_bytes(as_safetensors(load_trained(done)))
+    for name in ("best.pt", "last.pt"):
+        (run / name).unlink()
+    assert_equal(load(run).state_dict(), load(done).state_dict())
+    assert RunFolder(run).is_passed_on
+    assert call_eval(run, "--format", "csv").out.replace("q1", "done") == call_eval(done, "--format", "csv").out
+    words = ["--data", done.parent / "data", *TINY, "--runs", tmp_path, "--name", "new", "--init", run]
+    assert f"begins with the weights of {run}/model.safetensors\n" in call_train(*words).out
+    before = contents(run)
+    ended = call_train("--resume", run, "--epochs", "3")
     assert ended.code == 3
-    assert ended.line == (
-        f"{run}: was begun on images of 10×9 pixels, and these have 9×10; --data says where its own are"
-    )
-    assert not (tmp_path / "figure.png").exists()
+    assert ended.line == f"{run}: has published weights, for eval.py and --init; it cannot be resumed"
+    assert contents(run) == before
+    shutil.copy(done / "best.pt", run)
+    save_safetensors(build(TASK, SMALL), SMALL, run / "model.safetensors")
+    assert_equal(load(run).state_dict(), load(done).state_dict())
 
 
-# Runs of earlier formats
+# Another run's weights
 
 
-def test_run_that_does_not_say_the_size_of_its_images(copied: Callable[[str], Path]) -> None:
-    for name in ("done", "begun"):
-        run = copied(name)
-        change(run, "images")
-        assert_refused(run, "does not say the size of the images; train anew with this version")
+def test_begins_with_the_weights_of_another_run(done: Path, tmp_path: Path) -> None:
+    """At a rate that changes nothing, all validations are those of the other's best weights; resumed or not."""
+    words = ["--data", done.parent / "data", *TINY, "--precision", "fp32", "--learning-rate", "1e-30"]
+    words += ["--runs", tmp_path, "--init", done, "--name"]
+    ended = call_train(*words, "whole")
+    assert f"begins with the weights of {done}/best.pt\n" in ended.out
+    lines = {(line["phase"], line["epoch"]): line for line in results(done)["metrics"]}
+    summary = RunFolder(done).summary
+    assert summary is not None
+    best = lines["cvae", summary["best_epoch"]]
+    for line in results(tmp_path / "whole")["metrics"]:
+        name, expected = "validation_elbo", best
+        if line["phase"] == "baseline":
+            name, expected = "validation_log_likelihood", lines["baseline", 1]
+        assert line[name] == pytest.approx(expected[name], rel=1e-6)  # sums of some hundred float32
+    assert RunFolder(tmp_path / "whole").config["init"] == {
+        "run": str(done),
+        "file": "best.pt",
+        "sha256": hashlib.sha256((done / "best.pt").read_bytes()).hexdigest(),
+        "not_fitting": "",
+    }
+    with interrupted_after("baseline", 1):
+        assert call_train(*words, "parts").code == 143
+    assert call_train("--resume", tmp_path / "parts").code == 0
+    assert results(tmp_path / "parts") == results(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("file", ["best.pt", "last.pt"])
-def test_checkpoint_of_an_earlier_format(copied: Callable[[str], Path], file: str) -> None:
-    run = copied("done")
-    content = {**checkpoint.load(run / file), "format": 2}
-    (run / file).write_bytes(sign(saved_by_torch(content)))
-    ended = call_eval("--runs", run) if file == "best.pt" else call_train("--resume", run, "--epochs", "3")
-    assert ended.code == 3
-    line = f"{run}/{file}: is not a checkpoint of format 3, the only one that this version reads; train anew"
-    assert ended.line == line or (file == "last.pt" and ended.line.startswith(f"{line}. The run cannot go on"))
+MISFITS: dict[str, tuple[Callable[[Settings], Settings], str]] = {
+    "nothing": (lambda s: s, ""),
+    "hidden": (
+        lambda s: replace(s, hidden=(8, 9)),
+        "baseline_net.layers.1, baseline_net.layers.2, prior_net.layers.1, prior_net.layers.2, "
+        "recognition_net.layers.1, recognition_net.layers.2, generation_net.layers.1, generation_net.layers.2",
+    ),
+    "latent": (
+        lambda s: replace(s, latent_dim=5),
+        "prior_net.layers.2, recognition_net.layers.2, generation_net.layers.0",
+    ),
+}
 
 
-def test_settings_of_the_finished_run_are_those_it_was_begun_with(place: Path) -> None:
-    settings = read_settings(place / "runs/done")
-    assert (settings.hidden, settings.epochs, settings.data) == ((8, 7), 2, str(place / "data"))
+@pytest.mark.parametrize("name", MISFITS)
+def test_what_does_not_fit_is_named_and_stays_new(done: Path, name: str) -> None:
+    change, expected = MISFITS[name]
+    model = build(TASK, change(SMALL))
+    new = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    line, record = start_from(done, model)
+    assert record["not_fitting"] == expected
+    assert (f"; drawn anew, as these do not fit: {expected}" in line) == bool(expected)
+    other = checkpoint.load(done / "best.pt")["model"]
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, other[key] if other[key].shape == tensor.shape else new[key])
+
+
+def test_weights_that_face_other_pixels_do_not_fit(done: Path) -> None:
+    """A mask of as many pixels: all weights fit by their shape, and half of them would stand for other pixels."""
+    other = FixedMask(TASK.observed.roll(1, 1), "moved")
+    model = build(other, SMALL)
+    line, record = start_from(done, model)
+    assert (other.x_dim, other.y_dim) == (TASK.x_dim, TASK.y_dim)
+    assert "the mask is another, and so nothing fits that is as large as a part of the image (20, 70, 90)" in line
+    facing = ["baseline_net.layers.0", "baseline_net.layers.2", "prior_net.layers.0", "recognition_net.layers.0"]
+    assert record["not_fitting"] == ", ".join([*facing, "generation_net.layers.2"])
+
+
+def test_baseline_alone_and_last_weights(done: Path, tmp_path: Path) -> None:
+    model = build(TASK, replace(SMALL, seed=9))
+    assert "drawn anew" in start_from(done.with_name("baseline"), model)[0]
+    best = checkpoint.load(done.with_name("baseline") / "best.pt")["model"]
+    assert_equal(model.baseline_net.state_dict(), best)
+    run = Path(shutil.copytree(done, tmp_path / "run"))
+    (run / "best.pt").unlink()
+    assert start_from(run, model)[1]["file"] == "last.pt"
+    assert_equal(model.state_dict(), checkpoint.load(run / "last.pt")["average"])
+    for spoil in (lambda: checkpoint.save(run / "last.pt", {"average": [1]}), lambda: (run / "last.pt").unlink()):
+        spoil()
+        with pytest.raises(DataError, match=str(run)):
+            start_from(run, model)
+    words = ["--data", done.parent / "data", *TINY, "--runs", tmp_path]
+    assert "is the folder of the new run too" in call_train(*words, "--init", tmp_path / "run", "--name", "run").line

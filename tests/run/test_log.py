@@ -1,26 +1,27 @@
-"""What a run writes as it goes: a disk that is full is said by each method by itself, whatever comes after it."""
+"""What a run writes as it goes: each epoch once, for TensorBoard and for programs; a full disk in one line."""
 
+import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support.disk import largest_file
+from support.trainings import events
 
 from cvae.errors import DiskError
-from cvae.run.folder import METRICS
-from cvae.run.log import RunLog
+from cvae.run.folder import RunFolder
+from cvae.run.log import RunLog, read_pictures
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="has no limit for the size of files")
+PICTURE = torch.arange(3 * 8 * 8, dtype=torch.uint8).view(3, 8, 8)
 
-PICTURE = torch.zeros(3, 8, 8, dtype=torch.uint8)
-WRITES: dict[str, Callable[[RunLog], object]] = {
-    "epoch": lambda log: log.epoch("cvae", {"epoch": 1, "train_elbo": -1.0}, PICTURE),
-    "finish": lambda log: log.finish({"seed": 0}, {"validation_elbo": -1.0}),
-}
+
+def record(epoch: int) -> dict[str, Any]:
+    return {"epoch": epoch, "train_elbo": -1.5 * epoch, "validation_elbo": float("nan"), "learning_rate": 0.5}
 
 
 @pytest.fixture
@@ -32,17 +33,82 @@ def log(tmp_path: Path) -> Iterator[RunLog]:
         log.close()
 
 
-@pytest.mark.parametrize("method", WRITES)
+def test_what_is_logged(log: RunLog, tmp_path: Path) -> None:
+    log.describe({"seed": 0, "data": "a\\b"})
+    log.epoch("cvae", record(1), PICTURE)
+    log.finish({"seed": 0, "hidden": [8, 7]}, {"validation_loss": 2.0})
+    assert RunFolder(tmp_path).metrics() == [{"phase": "cvae", **record(1), "validation_elbo": None}]
+    view = events(tmp_path)
+    assert view["scalars"]["cvae/elbo/train"] == [(1, -1.5)]
+    assert view["scalars"]["validation_loss"] == [(0, 2.0)]
+    assert "cvae/elbo/validation" not in view["scalars"]
+    assert b"| seed | 0 |" in view["texts"]["settings/text_summary"][0][1]
+    assert "hparams" in view["plugins"].values()
+    assert read_pictures(tmp_path).keys() == {("cvae", 1)}
+
+
+def test_taken_back_to_a_position(log: RunLog, tmp_path: Path) -> None:
+    """What was written after it is gone from both files, torn records too; what is not ours stays as it is."""
+    log.epoch("cvae", record(1), PICTURE)
+    position = log.position()
+    log.epoch("cvae", record(2), PICTURE)
+    log.close()
+    [path] = tmp_path.glob("events.*")
+    with open(path, "ab") as file:
+        file.write(b"torn")
+    foreign, later = path.with_suffix(".somebody"), path.with_suffix(".9.train")
+    foreign.write_bytes(b"foreign")
+    later.write_bytes(b"begun and not saved")
+    for _ in range(2):
+        again = RunLog(tmp_path, position)
+        again.epoch("cvae", record(2), PICTURE)
+        again.close()
+        assert [line["epoch"] for line in RunFolder(tmp_path).metrics()] == [1, 2]
+        assert foreign.read_bytes() == b"foreign"
+        assert not later.exists()
+    foreign.unlink()
+    assert list(tmp_path.glob("events.*")) == [path]
+    assert [step for step, _ in events(tmp_path)["scalars"]["cvae/elbo/train"]] == [1, 2]
+
+
+@pytest.mark.parametrize("spoil", ["unlink", "cut"])
+def test_events_that_are_lost_are_no_obstacle(log: RunLog, tmp_path: Path, spoil: str) -> None:
+    """What follows goes into a file of its own, which TensorBoard can read."""
+    log.epoch("cvae", record(1), PICTURE)
+    position = log.position()
+    log.close()
+    [path] = tmp_path.glob("events.*")
+    path.unlink()
+    if spoil == "cut":
+        position[f"{path.name}.train"] = 1000
+        path.with_name(f"{path.name}.train").write_bytes(b"cut off")
+    again = RunLog(tmp_path, position)
+    again.epoch("cvae", record(2), PICTURE)
+    again.close()
+    new = [p for p in tmp_path.glob("events.*") if p.stat().st_size > 100]
+    assert len(new) == 1
+    assert [line["epoch"] for line in RunFolder(tmp_path).metrics()] == [1, 2]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no limit for the size of files")
+@pytest.mark.parametrize("method", ["epoch", "finish", "describe"])
 def test_full_disk(log: RunLog, tmp_path: Path, method: str) -> None:
-    """One line of text with the folder in it."""
-    log.epoch("cvae", {"epoch": 0, "train_elbo": -2.0}, PICTURE)
+    """One line with the folder in it, from each method by itself, and no sign of an epoch that was not written."""
+    log.epoch("cvae", record(1), PICTURE)
+    write = {
+        "epoch": lambda: log.epoch("cvae", record(2), PICTURE),
+        "finish": lambda: log.finish({"seed": 0}, {"validation_elbo": -1.0}),
+        "describe": lambda: log.describe({"seed": 0}),
+    }[method]
     expected = rf"{re.escape(str(tmp_path))}: the log cannot be written \([^\n]+\)\Z"
     with largest_file(max(log.position().values())), pytest.raises(DiskError, match=expected):
-        WRITES[method](log)
+        write()
 
 
-def test_metrics_that_cannot_grow(log: RunLog, tmp_path: Path) -> None:
-    """The line of an epoch is refused at once, not when the log is brought to the disk."""
-    with largest_file(0), pytest.raises(DiskError, match=r"the log cannot be written \([^\n]+\)\Z"):
-        log.epoch("cvae", {"epoch": 1, "train_elbo": -1.0}, PICTURE)
-    assert (tmp_path / METRICS).stat().st_size == 0
+def test_metrics_are_whole_lines_of_json(log: RunLog, tmp_path: Path) -> None:
+    log.epoch("baseline", {**record(1), "skipped_steps": 0}, PICTURE)
+    [line] = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line)["skipped_steps"] == 0
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"phase": "cv')
+    assert len(RunFolder(tmp_path).metrics()) == 1

@@ -8,7 +8,7 @@ A line of JSON on stdin asks for a script, in as many children at once as there 
 and a line of JSON on stdout tells what became of each: its exit code (negative: the signal that ended it), what it
 printed, and the moments it came to, if it was watched, which costs time. The moments are those at which a training is
 about to change something on the disk, each as "function call file". It may kill itself, with SIGKILL, at one of them,
-counted from its start. file_size: in bytes, the largest that it may write; memory: so much more than it has now.
+counted from its start. file_size: the largest that it may write, in bytes; memory: so much more than it has now.
 """
 
 import json
@@ -17,7 +17,6 @@ import resource
 import signal
 import sys
 import tempfile
-import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -33,7 +32,7 @@ import train  # noqa: E402
 
 MAIN = {"train.py": train.main, "eval.py": evaluation.main}
 PATIENCE = 300  # seconds after which a child hangs, and is ended by SIGALRM
-CALLS = {"write", "replace", "rename", "truncate", "unlink", "mkdir"}
+CALLS = {"write", "flush", "replace", "rename", "truncate", "unlink", "mkdir"}
 OURS = str(ROOT / "cvae")
 
 
@@ -43,26 +42,23 @@ class Moments:
     def __init__(self, kill_at: int | None):
         self.kill_at = kill_at
         self.seen: list[str] = []
-        self._pieces = 0
 
     def __call__(self, frame: FrameType, event: str, function: Any) -> None:
         code = frame.f_code
-        if event == "call" and code.co_qualname == "SummaryWriter.flush":
-            self.note("flush events")
-        if event != "c_call" or not (code.co_filename.startswith(OURS) or "pathlib" in code.co_filename):
-            return
-        call = f"{code.co_name} {function.__name__}"
-        if function.__name__ not in CALLS and call != "sync_folder fsync":
+        if (
+            event != "c_call"
+            or function.__name__ not in CALLS
+            or not (code.co_filename.startswith(OURS) or "pathlib" in code.co_filename)
+        ):
             return
         if isinstance(function.__self__, str):
             return  # its replace
-        # A checkpoint is written in dozens of pieces, of which the twentieth will do.
-        self._pieces = self._pieces + 1 if call == "write write" else 0
-        if self._pieces in (0, 20):
-            path = frame.f_locals.get("path", frame.f_locals.get("self"))
-            if function.__name__ == "unlink" and isinstance(path, Path) and not path.exists():
-                return  # it changes nothing
-            self.note(f"{call} {path.name}" if isinstance(path, Path) else call)
+        path = frame.f_locals.get("path", frame.f_locals.get("self"))
+        if function.__name__ == "unlink" and isinstance(path, Path) and not path.exists():
+            return  # it changes nothing
+        call = f"{code.co_name} {function.__name__}" + (f" {path.name}" if isinstance(path, Path) else "")
+        if self.seen[-1:] != [call] or call != "_add flush":  # of an epoch's many events the first one will do
+            self.note(call)
 
     def note(self, moment: str) -> None:
         if len(self.seen) == self.kill_at:
@@ -73,15 +69,12 @@ class Moments:
 class Child:
     """A script under way."""
 
-    def __init__(self, asked: dict[str, Any], environment: dict[str, str], previous: int):
-        """previous: the process id of the child before."""
+    def __init__(self, asked: dict[str, Any], environment: dict[str, str]):
         self.files = {name: tempfile.TemporaryFile("w+") for name in ("out", "err", "moments")}  # noqa: SIM115
         self.pid = os.fork()
         if self.pid == 0:
             os.dup2(self.files["out"].fileno(), 1)
             os.dup2(self.files["err"].fileno(), 2)
-            if str(os.getpid()) <= str(previous):
-                time.sleep(1.1)  # event files are named after second and process, and are read in the order of names
             signal.alarm(PATIENCE)
             os.chdir(asked["cwd"])
             os.environ.update(environment)
@@ -122,11 +115,7 @@ class Child:
 if __name__ == "__main__":
     torch.set_num_threads(1)  # no thread may be lost in a fork
     answers, sys.stdout = sys.stdout, sys.stderr
-    pid = 0
     for line in sys.stdin:
         asked = json.loads(line)
-        children = []
-        for environment in asked["environments"]:
-            children.append(Child(asked, environment, previous=pid))
-            pid = children[-1].pid
+        children = [Child(asked, environment) for environment in asked["environments"]]
         print(json.dumps([child.result() for child in children]), file=answers, flush=True)

@@ -12,7 +12,7 @@ import torch
 import eval as evaluation
 import train
 from cvae.errors import Interrupted
-from cvae.run.folder import read_metrics
+from cvae.run.folder import RunFolder
 from cvae.run.session import Run
 from support.scripts import write_contrary, write_data
 from support.trainings import checkpoints, untimed
@@ -81,4 +81,4 @@ def interrupted_after(phase: str, epoch: int) -> Iterator[None]:
 
 def results(folder: Path) -> dict[str, Any]:
     """The checkpoints and the metrics of a run, apart from times."""
-    return {**checkpoints(folder), "metrics": [untimed(record) for record in read_metrics(folder / "metrics.jsonl")]}
+    return {**checkpoints(folder), "metrics": [untimed(record) for record in RunFolder(folder).metrics()]}

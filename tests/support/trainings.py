@@ -20,8 +20,8 @@ from torch import Tensor
 
 from cvae.data.readers import mnist
 from cvae.run import checkpoint
-from cvae.run.folder import read_json, read_metrics
-from support.scripts import PATIENCE, ROOT, small_mnist, write_contrary
+from cvae.run.folder import RunFolder, read_json
+from support.scripts import PATIENCE, ROOT, small_mnist, usual_signals, write_contrary
 
 SMALL = [
     "--hidden", "32", "32", "--latent-dim", "8", "--train-limit", "300", "--batch-size", "32",
@@ -93,7 +93,7 @@ def leavings(folder: Path) -> dict[str, Any]:
     return {
         "names": names,
         "settings": read_json(folder / "config.json")["settings"],
-        "metrics": [untimed(record) for record in read_metrics(folder / "metrics.jsonl")],
+        "metrics": [untimed(record) for record in RunFolder(folder).metrics()],
         "summary": untimed(read_json(summary)) if summary.exists() else None,
         "figures": {path.name: path.read_bytes() for ending in ("png", "gif") for path in folder.glob(f"*.{ending}")},
         **checkpoints(folder),
@@ -124,8 +124,8 @@ def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
 
 def epochs_logged(folder: Path) -> list[tuple[str, int]]:
     """The epochs in `metrics.jsonl`, which may not be there yet."""
-    path = folder / "metrics.jsonl"
-    return [(record["phase"], record["epoch"]) for record in read_metrics(path)] if path.exists() else []
+    records = RunFolder(folder).metrics() if (folder / "metrics.jsonl").exists() else []
+    return [(record["phase"], record["epoch"]) for record in records]
 
 
 def said(output: str) -> str:
@@ -142,7 +142,7 @@ def start(command: list[str | Path], cwd: Path, environment: dict[str, str] = EN
     """A command under way, in a process group of its own."""
     return subprocess.Popen(
         list(map(str, command)), cwd=cwd, env=environment, text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=usual_signals,
     )  # fmt: skip
 
 
@@ -201,7 +201,7 @@ def forking() -> subprocess.Popen[str]:
     """The process of `forked_scripts.py`, one for all tests."""
     process = subprocess.Popen(
         [sys.executable, str(Path(__file__).with_name("forked_scripts.py"))],
-        env=ENVIRONMENT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        env=ENVIRONMENT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=usual_signals,
     )  # fmt: skip
     atexit.register(process.communicate)
     return process
