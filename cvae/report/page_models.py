@@ -16,8 +16,8 @@ from cvae.model.cvae import CVAE
 from cvae.model.densities import bernoulli_entropy, bernoulli_log_prob
 from cvae.report import figures
 from cvae.report.selection import OF_THE_IMAGES, find_runs
-from cvae.run.folder import COME_WITH, REFERENCE
-from cvae.run.load import is_passed_on, load_trained
+from cvae.run.folder import COME_WITH, REFERENCE, RunFolder
+from cvae.run.load import load_trained
 from cvae.settings import Settings
 
 MOST_SAMPLES, ESTIMATE_SAMPLES = 25, 100  # completions, and samples of z for each estimate of a log-likelihood
@@ -128,5 +128,5 @@ def read(named: Sequence[Path], runs: Path, device: torch.device) -> dict[str, S
 def _at_hand(runs: Path) -> dict[str, Path]:
     """Return the runs below a folder, and those that come with the program, by name."""
     come_with = [folder for place in COME_WITH for folder in sorted(place.glob(f"{REFERENCE}/*"))]
-    passed_on = {f"{REFERENCE}/{folder.name}": folder for folder in come_with if is_passed_on(folder)}
+    passed_on = {f"{REFERENCE}/{folder.name}": folder for folder in come_with if RunFolder(folder).is_passed_on}
     return {folder.name: folder for folder in find_runs([], runs)[0]} | passed_on

@@ -311,36 +311,3 @@ def settle(folder: Path) -> None:
                 if os.path.lexists(stage / "old" / name):
                     os.rename(stage / "old" / name, folder / name)
         shutil.rmtree(stage)
-
-
-# Old names, for rooms that are not moved yet
-
-
-def read_settings(path: Path) -> Settings:
-    """Return `RunFolder(path).settings`."""
-    return RunFolder(path).settings
-
-
-def read_size(path: Path) -> tuple[int, int]:
-    """Return `RunFolder(path).size`."""
-    return RunFolder(path).size
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """Return `RunFolder(path).record`."""
-    return RunFolder(path).record
-
-
-def read_split(path: Path) -> FixedMask:
-    """Return `RunFolder(path).task`."""
-    return RunFolder(path).task
-
-
-def read_precision(path: Path) -> str:
-    """Return `RunFolder(path).precision`."""
-    return RunFolder(path).precision
-
-
-def read_metrics(path: Path, size: int | None = None) -> list[dict[str, Any]]:
-    """Return `RunFolder(path.parent).metrics()`."""
-    return RunFolder(path.parent).metrics(size)

@@ -108,8 +108,3 @@ def _same_mask(folder: Path, task: Task) -> bool:
         return isinstance(task, FixedMask) and torch.equal(RunFolder(folder).task.observed, task.observed)
     except DataError:
         return True
-
-
-def is_passed_on(folder: Path) -> bool:
-    """Return `RunFolder(folder).is_passed_on`: old name."""
-    return RunFolder(folder).is_passed_on

@@ -107,13 +107,3 @@ def assembled(path: Path, settings: Settings, task: Task, state: object) -> CVAE
             raise
         raise DataError(f"{path}: does not hold the weights of a CVAE of the run's settings") from None
     return model.requires_grad_(False).eval()
-
-
-def load_safetensors(path: Path, device: torch.device | str = "cpu") -> CVAE:
-    """Return the CVAE in a file."""
-    return read_trained(path, device).model
-
-
-def with_digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
-    """Return a file of tensors and texts: old name."""
-    return safetensors.torch.save(tensors, metadata)

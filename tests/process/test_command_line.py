@@ -18,7 +18,7 @@ from support.trainings import fork_script, running, train_command, wait_until
 
 import train
 from cvae.run import checkpoint
-from cvae.run.folder import read_metrics
+from cvae.run.folder import RunFolder
 
 WIDE = [*TINY, "--hidden", "256", "256"]  # whose checkpoints are larger by far than those of its baseline
 
@@ -72,7 +72,7 @@ def test_several_runs_by_one_command(folder: Path, trained: subprocess.Completed
         assert config["settings"]["data"] == str(folder / "data")
         assert [config["images"][part]["count"] for part in ("train", "validation", "test")] == [60, 12, 12]
         assert config["versions"]["torch"] == torch.__version__
-        records = read_metrics(run / "metrics.jsonl")
+        records = RunFolder(run).metrics()
         assert [(record["phase"], record["epoch"]) for record in records] == [("baseline", 1), ("cvae", 1), ("cvae", 2)]
         for record in records[1:]:
             for part in ("train", "validation"):
@@ -105,7 +105,7 @@ def test_any_network_and_objective_from_training_to_table(here: Path, words: str
     given = ["--network", network, "--objective", objective, "--particles", particles, *more]
     ended = call_train("--data", "data", "--runs", words, *TINY, *given)
     assert (ended.code, ended.err) == (0, "")
-    for record in read_metrics(here / words / "q1/metrics.jsonl")[1:]:
+    for record in RunFolder(here / words / "q1").metrics()[1:]:
         train_loss, validation_loss = (-record[f"{part}_{objective}"] for part in ("train", "validation"))
         assert f"loss {train_loss:.2f}, on validation images {validation_loss:.2f} nats" in ended.out
     table = call_eval("--runs", words).out
@@ -169,7 +169,7 @@ def test_existing_run_is_replaced_only_if_asked(here: Path, tmp_path: Path) -> N
     assert call_train(*words, "--overwrite").code == 0
     assert (tmp_path / "q1/best.pt").read_bytes() != before["q1/best.pt"]
     assert (tmp_path / "q1/notes").exists(), "no file of the run"
-    assert len(read_metrics(tmp_path / "q1/metrics.jsonl")) == 3
+    assert len(RunFolder(tmp_path / "q1").metrics()) == 3
 
 
 # Data: exit 3; disk: exit 5; memory: exit 2
@@ -212,7 +212,7 @@ def small_disk(folder: Path, tmp_path: Path) -> Iterator[Path]:
 def assert_baseline_intact(run: Path) -> None:
     assert {checkpoint.load(run / name)["phase"] for name in ("last.pt", "best.pt")} == {"baseline"}
     assert not list(run.glob("*.tmp"))
-    assert read_metrics(run / "metrics.jsonl")[0]["phase"] == "baseline"
+    assert RunFolder(run).metrics()[0]["phase"] == "baseline"
 
 
 def test_full_disk(folder: Path, small_disk: Path) -> None:

@@ -15,7 +15,7 @@ from cvae.data.images import ImageSet
 from cvae.data.sources import load_train
 from cvae.model.objectives import elbo
 from cvae.report.tables import MNIST, laid_out
-from cvae.run.folder import CONFIG, WEIGHTS, read_settings
+from cvae.run.folder import CONFIG, WEIGHTS, RunFolder
 
 LARGEST = 10_000_000  # bytes of one file of weights
 ABSOLUTE = re.compile(r"(=|^)(/|[A-Za-z]:[\\/])")
@@ -51,7 +51,7 @@ def test_records_are_of_the_runs(reference: ModuleType) -> None:
     assert {folder.name for folder in folders if (folder / WEIGHTS).exists()} == set(reference.WITH_WEIGHTS)
     for name, record in records.items():
         folder = reference.folder(name)
-        settings, config = read_settings(folder), json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        settings, config = RunFolder(folder).settings, json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         assert (settings.preset, settings.seed) == expected[name]
         assert (record["images"], record["samples"], record["unfinished_at_epoch"]) == (10_000, 1000, None)
         assert [record[key] for key in ("seed", "network", "objective", "targets")] == [
