@@ -74,7 +74,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--port", type=int, metavar="N", help=f"port of the page (default: {PORT}, or the next free one)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:n (default: %(default)s)")
     add("--no-browser", action="store_true", help="do not open the page in the browser")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.port is not None and not 0 <= options.port < 1 << 16:
+        parser.error(f"--port has to be from 0 (any that is free) to 65535, not {options.port}")
+    return options
 
 
 def listen(port: int | None) -> socket.socket:
@@ -82,8 +85,8 @@ def listen(port: int | None) -> socket.socket:
     for number in range(PORT, PORT + PORTS) if port is None else [port]:
         try:
             return socket.create_server((HOST, number))
-        except (OSError, OverflowError) as error:
-            problem = getattr(error, "strerror", None) or error
+        except OSError as error:
+            problem = error.strerror or error
     if port is None:
         raise UsageError(f"no port from {PORT} to {PORT + PORTS - 1} is free; --port names another one")
     raise UsageError(f"--port {port} cannot be used ({problem}); name another one, or leave --port out")
