@@ -34,8 +34,15 @@ from cvae.context import Context, opened
 from cvae.data.sources import load_test, named
 from cvae.errors import DataError, UsageError
 from cvae.report import figures, realism, tables
-from cvae.report.evaluation import by_setting, evaluate_run
-from cvae.report.selection import Subject, find_runs, is_comparable, open_run, short_names
+from cvae.report.evaluation import (
+    Subject,
+    by_setting,
+    evaluate_run,
+    find_runs,
+    is_comparable,
+    open_run,
+    short_names,
+)  # fmt: skip
 from cvae.run.folder import find_run
 from cvae.run.plan import absolute, user_path
 from cvae.settings import Settings
@@ -48,27 +55,22 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, path = parser.add_argument, user_path
-    words = "run or folder of runs, as a path or a name below runs/ (default: runs/)"
-    add("named", nargs="*", type=path, metavar="RUN", help=words)
+    add("named", nargs="*", type=path, metavar="RUN", help="run or folder of runs, as above (default: all below runs/)")
     add("--runs", nargs="+", action="extend", type=path, default=[], metavar="RUN", help="the same; may be repeated")
     add("--unfinished", action="store_true", help="evaluate the best weights so far of runs that are not finished")
     add("--against", type=path, metavar="RUN", help="run to compare the others with, image by image")
     add("--seeds", action="store_true", help="runs that differ in their seeds alone as one column, their mean")
-    words = "samples of z per image, a row of each estimate for each S (default: 100 1000)"
-    add("--samples", type=int, nargs="+", default=[100, 1000], metavar="S", help=words)
+    add("--samples", type=int, nargs="+", default=[100, 1000], metavar="S", help="samples of z (default: 100 1000)")
     words = "type of matrix products; auto: bf16 on CPUs that have it, else fp32"
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help=words)
     add("--format", choices=tables.FORMATS, default="text", help="format of the table (default: %(default)s)")
-    words = "write completions as a picture in the format of its name, one for each run"
-    add("--figure", type=path, metavar="PATH", help=words)
-    words = "write each completion as a PNG file, in a folder for each run; replaces none"
-    add("--samples-to", type=path, metavar="DIR", help=words)
-    words = "test images for --figure and --samples-to, counted from 0 (default: the first ten)"
-    add("--digits", type=numbers, metavar="N,N,…", help=words)
+    add("--figure", type=path, metavar="PATH", help="write completions as a picture, one for each run")
+    add("--samples-to", type=path, metavar="DIR", help="write each completion as a PNG file; replaces none")
+    add("--digits", type=numbers, metavar="N,N,…", help="test images for these, from 0 (default: the first ten)")
     add("--realism", action="store_true", help="measure realism and diversity of completions too: a second table")
     add("--realism-images", type=int, metavar="N", help="measure on the first N test images only (default: all)")
     add("--realism-figure", type=path, metavar="PATH", help="draw completions of ever more ambiguous images")
-    add("--data", metavar="PATH", help="where the images of the runs are now, as for train.py")
+    add("--data", default="", metavar="PATH", help="where the images of the runs are now, as for train.py")
     add("--data-root", metavar="DIR", help="where torchvision's data sets are now, as for train.py")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:n (default: %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="random seed of the noise (default: %(default)s)")
@@ -81,8 +83,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if options.digits and not (options.figure or options.samples_to):
         parser.error("--digits chooses test images for --figure and --samples-to: give one of them")
     try:
-        places = (options.data and named(options.data), options.data_root and absolute(options.data_root))
-        options.moved = {name: place for name, place in zip(("data", "data_root"), places, strict=True) if place}
+        places = {"data": named(options.data), "data_root": options.data_root and absolute(options.data_root)}
+        options.moved = {name: place for name, place in places.items() if place}
         Settings(**options.moved)
         for figure in filter(None, (options.figure, options.realism_figure)):
             figures.ending(figure)
@@ -97,12 +99,7 @@ def numbers(word: str) -> list[int]:
 
 
 def open_runs(options: argparse.Namespace, context: Context) -> tuple[dict[str, Subject], dict[str, str], list[str]]:
-    """Read the runs.
-
-    Returns:
-        The runs by their names in the table; for each that is compared with another one, the name of that; and a line
-        about each that is left out or cannot be compared.
-    """
+    """Return the runs by name, which of them each is compared with, and a line about each problem."""
     processes, against = context.processes, options.against and find_run(options.against, RUNS)
     folders, problems = processes.on_main(partial(find_runs, options.named + options.runs, RUNS))
     if against and against.resolve() not in [folder.resolve() for folder in folders]:

@@ -15,7 +15,7 @@ from cvae.errors import DataError
 from cvae.model.cvae import CVAE
 from cvae.model.densities import bernoulli_entropy, bernoulli_log_prob
 from cvae.report import figures
-from cvae.report.selection import OF_THE_IMAGES, find_runs
+from cvae.report.evaluation import OF_THE_IMAGES, find_runs
 from cvae.run.folder import COME_WITH, REFERENCE, RunFolder
 from cvae.run.load import load_trained
 from cvae.settings import Settings

@@ -23,8 +23,8 @@ from cvae.model.cvae import CVAE, NOISE_IMAGES
 from cvae.model.likelihood import Estimate, estimate
 from cvae.report import measures
 from cvae.report.classifier import Classifier, open_judges
+from cvae.report.evaluation import Subject
 from cvae.report.figures import INK, PAPER, as_picture, as_tensor, completion_rows, draw_rows, write_picture
-from cvae.report.selection import Subject
 from cvae.report.tables import laid_out
 
 COMPLETIONS = 50  # of each image, S

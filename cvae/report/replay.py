@@ -21,8 +21,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from cvae.console import command, complain, program, say
 from cvae.errors import DataError
+from cvae.report.evaluation import find_runs
 from cvae.report.figures import FONT_SIZE, INK, NOT_GIVEN, PAPER, write_picture
-from cvae.report.selection import find_runs
 from cvae.run.checkpoint import write_atomically
 from cvae.run.folder import COMPLETIONS, LEARNING, METRICS, RunFolder
 from cvae.run.log import read_pictures

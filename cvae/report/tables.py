@@ -152,18 +152,13 @@ def _notes(runs: Sequence[Evaluation]) -> list[str]:
     notes = [f"± is the standard error over the {counts} test images.{half} docs/table.md explains the rows."]
     names = {run.name: printable(run.name) for run in runs}
     if several := [run for run in runs if len(run.seeds) > 1]:
-        seeds = [
-            f"{names[run.name]}: seeds {', '.join(str(one.settings.seed) for one in run.seeds)}" for run in several
-        ]
-        notes.append(
-            f"Several seeds are one column, their mean; seeds ± is the deviation between them. {'; '.join(seeds)}."
-        )
+        seeds = {names[run.name]: ", ".join(str(one.settings.seed) for one in run.seeds) for run in several}
+        words = "Several seeds are one column, their mean; seeds ± is the deviation between them."
+        notes.append(f"{words} {'; '.join(f'{name}: seeds {each}' for name, each in seeds.items())}.")
     grey = [run for run in runs if run.settings.targets == "grey"]
     if floors := ", ".join(f"{run.values['floor', 0].mean():.1f} for {names[run.name]}" for run in grey):
-        floor = (
-            "Grey levels under a Bernoulli are no normalised density; their own entropy is a floor under every row but "
-        )
-        notes.append(f"{floor}the gap: {floors}.")
+        words = "Grey levels under a Bernoulli are no normalised density; their own entropy is a floor under every row"
+        notes.append(f"{words} but the gap: {floors}.")
     known = {run.settings.quadrants for run in grey if run.images == MNIST and run.settings.observed is None}
     if figures := "; ".join(f"NN {TUTORIAL[k][0]}, CVAE {TUTORIAL[k][1]} with {k}" for k in sorted(known)):
         notes.append(f"The tutorial's published table, by quadrants of MNIST: {figures}. Its CVAE row is a −ELBO.")

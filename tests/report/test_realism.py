@@ -24,7 +24,7 @@ from cvae.data.sources import load_labels, load_test, load_train
 from cvae.data.tasks import quadrants
 from cvae.model.cvae import NOISE_IMAGES
 from cvae.report import classifier, realism
-from cvae.report.selection import Subject
+from cvae.report.evaluation import Subject
 from cvae.run.folder import RunFolder
 from cvae.settings import Settings
 

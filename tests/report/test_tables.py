@@ -16,8 +16,7 @@ import torch
 from cvae.data.sources import load_test
 from cvae.model.likelihood import Likelihoods
 from cvae.processes import Processes
-from cvae.report.evaluation import Evaluation, by_name, by_setting
-from cvae.report.selection import short_names
+from cvae.report.evaluation import Evaluation, by_name, by_setting, short_names
 from cvae.report.tables import MNIST, render
 from cvae.settings import Settings
 
