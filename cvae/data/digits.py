@@ -10,54 +10,59 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
-from torch.nn import functional
+from torch.nn.functional import max_pool2d
 
 from cvae.data.given import Picture, as_levels
 from cvae.data.readers import Array
 from cvae.errors import DataError
 
-BOX = 20 / 28  # of the picture's side, the digit's longer one
+BOX = 20 / 28  # the digit's longer side, as a share of the picture's
 WORKING_SIDE = 256  # pixels that a large picture is reduced to, which takes its noise away too
-FRAME = 1 / 8  # of a side: how wide the border is that shows what is behind the digit
-FITS = 10  # of the light on the border, each to the half of it that the one before fits best
+FRAME = 1 / 8  # width of the border that shows what is behind the digit, as a share of a side
+FITS = 10  # fits of the light on the border, each to the half of it that the one before fits best
 LEAST_CONTRAST = 16  # grey levels
-WIDEST = 1 / 3  # of the longer side: wider than any line
-INK = 0.25  # of the strongest ink: what counts as ink
-LEAST_PART = 0.05  # of the largest part's pixels: what is smaller is a speck
-THIN, THICK = 0.07, 0.1  # of the box's longer side: lines thinner than this are drawn as thick as that
+WIDEST = 1 / 3  # width that no line has, as a share of the longer side
+INK = 0.25  # share of the strongest ink that counts as ink
+LEAST_PART = 0.05  # share of the largest part's pixels that a speck stays below
+THIN, THICK = 0.07, 0.1  # shares of the box's longer side: lines thinner than the first are drawn as thick as the second
 
 
 def as_digit(picture: Picture, height: int = 28, width: int = 28) -> Tensor:
-    """The digit in a picture of any size, uint8 `[height, width]`, light on black.
+    """Find the digit in a picture of any size.
 
-    picture: a Pillow image, the path of a file, or grey levels, uint8 `[h, w]`. In turn: a large picture is reduced;
-    the light on its border, a quadratic function of the place, is taken as what is behind the digit everywhere; what
-    differs from it in the direction that most does is ink, so that dark on light is turned round; shadows, specks, and
-    what reaches an edge are left out; lines much thinner than MNIST's are thickened; the rest is MNIST's way, in
-    proportion. Raises DataError where there is no ink or a file cannot be read, and ValueError for no such picture.
+    In turn: a large picture is reduced; the light on its border, a quadratic function of the place, is taken as what is
+    behind the digit everywhere; what differs from it in the direction that most does is ink, so that dark on light is
+    turned round; shadows, specks, and what reaches an edge are left out; lines much thinner than MNIST's are thickened;
+    the rest is MNIST's way, in proportion.
+
+    Args:
+        picture: A Pillow image, the path of a file, or grey levels, uint8 `[h, w]`.
+        height, width: The size of the result.
+
+    Returns:
+        uint8 `[height, width]`, light on black.
+
+    Raises:
+        DataError: Where there is no ink, or a file cannot be read.
+        ValueError: For no such picture.
     """
-    ink = _ink(_reduced(as_levels(picture)))
+    image = Image.fromarray(as_levels(picture))
+    if max(image.size) > WORKING_SIDE:
+        image.thumbnail((WORKING_SIDE, WORKING_SIDE), Image.Resampling.BOX)
+        image = image.filter(ImageFilter.MedianFilter(3))
+    ink = _ink(np.asarray(image).astype(np.float64))
     strongest = np.quantile(ink, 0.999)
     if strongest < LEAST_CONTRAST:
         name = picture if isinstance(picture, str | os.PathLike) else "the picture"
         raise DataError(f"{name}: no digit is seen in it; transparent pixels count as black")
-    found = _largest_parts(ink > INK * strongest)
-    near = np.asarray(Image.fromarray(found).convert("L").filter(ImageFilter.MaxFilter(3))) > 0  # its soft edges too
-    full = np.quantile(ink[found], 0.75)
-    digit = Image.fromarray((np.where(near, ink / full, 0).clip(0, 1) * 255).astype(np.uint8))
+    kept = _largest_parts(ink > INK * strongest)
+    near = np.asarray(Image.fromarray(kept).convert("L").filter(ImageFilter.MaxFilter(3))) > 0  # its soft edges too
+    digit = Image.fromarray((np.where(near, ink / np.quantile(ink[kept], 0.75), 0).clip(0, 1) * 255).astype(np.uint8))
     return torch.from_numpy(_centred(_thickened(digit.crop(digit.getbbox())), height, width))
 
 
-def _reduced(levels: Array) -> Array:
-    picture = Image.fromarray(levels)
-    if max(picture.size) > WORKING_SIDE:
-        picture.thumbnail((WORKING_SIDE, WORKING_SIDE), Image.Resampling.BOX)
-        picture = picture.filter(ImageFilter.MedianFilter(3))
-    return np.asarray(picture).astype(np.float64)
-
-
 def _ink(levels: Array) -> Array:
-    """How much darker each pixel is than what is behind it, or how much lighter where that is what most differs."""
+    """Return how much darker each pixel is than what is behind it, or how much lighter where that most differs."""
     height, width = levels.shape
     down, across = (part.ravel() for part in np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j])
     terms = np.stack([np.ones_like(down), down, across, down * across, down**2, across**2], axis=1)
@@ -75,45 +80,39 @@ def _ink(levels: Array) -> Array:
 
 
 def _lines(ink: Array) -> Array:
-    """The ink without what is wider than any line: shadows, the table beside the paper."""
+    """Return the ink without what is wider than any line: shadows, the table beside the paper."""
     size = int(WIDEST * max(ink.shape)) // 2 * 2 + 1
     wide = torch.from_numpy(ink)[None]
     for sign in (-1, 1):  # the least around each pixel, and then the largest of that
         for kernel in ((size, 1), (1, size)):
-            padding = kernel[0] // 2, kernel[1] // 2
-            wide = sign * functional.max_pool2d(sign * wide, kernel, stride=1, padding=padding)
+            wide = sign * max_pool2d(sign * wide, kernel, stride=1, padding=(kernel[0] // 2, kernel[1] // 2))
     lines: Array = ink - wide[0].numpy()
     return lines
 
 
 def _largest_parts(ink: Array) -> Array:
-    """The connected parts of ink, bool `[h, w]`, without specks, and without what reaches an edge if there is more."""
+    """Return the connected parts of ink, bool `[h, w]`, without specks, and those at an edge if there are others."""
     mask = torch.from_numpy(ink).float()
-    parts = mask * torch.arange(1, mask.numel() + 1).view(mask.shape)
-    while True:  # each pixel takes the largest number around it, as far as there is ink
-        spread = functional.max_pool2d(parts[None, None], 3, stride=1, padding=1)[0, 0] * mask
-        if torch.equal(spread, parts):
-            break
+    parts, spread = torch.zeros_like(mask), mask * torch.arange(1, mask.numel() + 1).view(mask.shape)
+    while not torch.equal(spread, parts):  # each pixel takes the largest number around it, as far as there is ink
         parts = spread
+        spread = max_pool2d(parts[None, None], 3, stride=1, padding=1)[0, 0] * mask
     labels = parts.long()
     sizes = torch.bincount(labels.flatten())
     sizes[0] = 0
     inner = sizes.clone()
     for edge in (labels[0], labels[-1], labels[:, 0], labels[:, -1]):
         inner[edge] = 0
-    if inner.max() >= LEAST_PART * sizes.max():
-        sizes = inner
-    kept = sizes >= (LEAST_PART * sizes.max()).clamp(min=1)
-    return kept[labels].numpy()
+    sizes = inner if inner.max() >= LEAST_PART * sizes.max() else sizes
+    return (sizes >= (LEAST_PART * sizes.max()).clamp(min=1))[labels].numpy()
 
 
 def _thickened(digit: Image.Image) -> Image.Image:
-    """The digit, cropped to its box, with lines that are not much thinner than those of MNIST."""
+    """Return the digit, cropped to its box, with lines that are not much thinner than those of MNIST."""
     side = max(digit.size)
     full = np.pad(np.asarray(digit) > 127, 1)
     inner = full[1:-1, 1:-1] & full[:-2, 1:-1] & full[2:, 1:-1] & full[1:-1, :-2] & full[1:-1, 2:]
-    outline = full.sum() - inner.sum()
-    thickness = 2 * full.sum() / max(outline, 1)
+    thickness = 2 * full.sum() / max(full.sum() - inner.sum(), 1)  # the area over the outline
     if thickness >= THIN * side:
         return digit
     more = round((THICK * side - thickness) / 2)
@@ -123,16 +122,14 @@ def _thickened(digit: Image.Image) -> Image.Image:
 
 
 def _centred(digit: Image.Image, height: int, width: int) -> Array:
-    """A digit cropped to its box, scaled and placed as MNIST's are."""
+    """Return a digit cropped to its box, scaled and placed as MNIST's are."""
     scale = min(BOX * height / digit.height, BOX * width / digit.width)
     size = max(1, round(digit.width * scale)), max(1, round(digit.height * scale))
-    pixels = np.asarray(digit.resize(size, Image.Resampling.BICUBIC)).astype(np.float64)
-    total = pixels.sum()
-    corner = []
+    pixels = np.asarray(digit.resize(size, Image.Resampling.BICUBIC))
+    result, slices = np.zeros((height, width), np.uint8), []
     for axis, (side, room) in enumerate(zip(pixels.shape, (height, width), strict=True)):
-        centre = (pixels.sum(1 - axis) * np.arange(side)).sum() / total  # MNIST: at index 14 of 28
-        corner.append(min(max(round(room / 2 - centre), 0), room - side))
-    result = np.zeros((height, width), np.uint8)
-    top, left = corner
-    result[top : top + pixels.shape[0], left : left + pixels.shape[1]] = pixels.astype(np.uint8)
+        centre = np.average(np.arange(side), weights=pixels.sum(1 - axis, dtype=float))  # MNIST: at index 14 of 28
+        first = min(max(round(room / 2 - centre), 0), room - side)
+        slices.append(slice(first, first + side))
+    result[tuple(slices)] = pixels
     return result
