@@ -34,15 +34,7 @@ from cvae.context import Context, opened
 from cvae.data.sources import load_test, named
 from cvae.errors import DataError, UsageError
 from cvae.report import figures, realism, tables
-from cvae.report.evaluation import (
-    Subject,
-    by_setting,
-    evaluate_run,
-    find_runs,
-    is_comparable,
-    open_run,
-    short_names,
-)  # fmt: skip
+from cvae.report.evaluation import Subject, by_setting, evaluate_run, find_runs, is_comparable, open_run, short_names
 from cvae.run.folder import find_run
 from cvae.run.plan import absolute, user_path
 from cvae.settings import Settings

@@ -22,7 +22,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.utils._pytree import tree_flatten
 
 import eval as evaluation
-from cvae.data.sources import load_test, load_train
+from cvae.data.sources import load_test
 from cvae.report import export
 from cvae.run.load import load
 from cvae.settings import Settings
@@ -66,29 +66,22 @@ def records(ended: Ended) -> list[dict[str, Any]]:
 
 
 def assert_agree(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
-    """To the rounding of sums in another order."""
+    """To the rounding of products in another order: float32, sums of fewer than 100 terms."""
     leaves, others = tree_flatten(found), tree_flatten(expected)
     assert leaves[1] == others[1]
     for one, other in zip(leaves[0], others[0], strict=True):
-        assert one == (pytest.approx(other, rel=1e-6) if isinstance(other, float) else other)
+        assert one == (pytest.approx(other, rel=1e-5) if isinstance(other, float) else other)
 
 
-def change(run: Path, *keys: str, value: Any) -> None:
-    """Change an entry of a run's config.json."""
+def change(run: Path, **settings: Any) -> None:
+    """Change settings in a run's config.json."""
     config = json.loads((run / "config.json").read_text())
-    inner = config
-    for key in keys[:-1]:
-        inner = inner[key]
-    inner[keys[-1]] = value
+    config["settings"] |= settings
     (run / "config.json").write_text(json.dumps(config))
 
 
-def settings_of(place: Path) -> Settings:
-    return Settings(data=str(place / "data"))
-
-
 def images_of(place: Path) -> torch.Tensor:
-    return load_test(settings_of(place)).images
+    return load_test(Settings(data=str(place / "data"))).images
 
 
 def pixels(path: Path) -> np.ndarray[Any, Any]:
@@ -143,21 +136,12 @@ def test_precision_and_seed_of_the_noise() -> None:
     assert 0 < distance < 6 * wide["cvae_is_nll"]["stderr"]
 
 
-def test_levels_of_z(place: Path) -> None:
-    """A network of several: each has its KL and its active units."""
-    assert call_train("--data", "data", "--network", "deep", "--levels", "2", *TINY, "--runs", "levels").code == 0
-    (record,) = records(call_eval("levels", "--format", "json"))
-    assert (len(record["kl"]), record["units"]) == (2, [2, 2])
-    assert all(level["mean"] > 0 for level in record["kl"])
-    active = "+".join(map(str, record["active_units"]))
-    assert re.search(rf"^Active units of z +{re.escape(active)} of 4$", call_eval("levels").out, re.MULTILINE)
-
-
 def test_against(place: Path, copied: Callable[..., Path], tmp_path: Path, table: list[dict[str, Any]]) -> None:
     """The named run is in the table, first if nobody named it; a line says of other masks and images that they are."""
     copy, other, images = copied("copy"), copied("other"), images_of(place).flip(0)
-    change(other, "settings", "data", value=str(write_data(tmp_path / "flipped", images.repeat(2, 1, 1), images)))
-    change(other, "images", value={"height": 10, "width": 9})
+    change(other, data=str(write_data(tmp_path / "flipped", images.repeat(2, 1, 1), images)))
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "images": {"height": 10, "width": 9}}))
     ended = call_eval(copy, other, "q2", "--against", "q1", "--format", "json")
     assert ended.code == 3
     assert ended.err.splitlines() == [
@@ -213,12 +197,12 @@ def mixed(place: Path, copied: Callable[..., Path], tmp_path: Path) -> dict[str,
     lines["no-config"] = " is no run folder: it has no config.json"
     (copied("begun") / "summary.json").unlink()
     lines["begun"] = ": is not finished; python train.py --resume "
-    change(copied("later"), "settings", "shades", value=2)
+    change(copied("later"), shades=2)
     lines["later"] = "/config.json: this version knows no setting 'shades'"
-    change(copied("no-data"), "settings", "data", value=str(tmp_path / "gone"))
+    change(copied("no-data"), data=str(tmp_path / "gone"))
     lines["no-data"] = f": {tmp_path}/gone: "
-    write_data(tmp_path / "negative", 255 - load_train(settings_of(place)).train, 255 - images_of(place))
-    change(copied("other-data"), "settings", "data", value=str(tmp_path / "negative"))
+    negative = write_data(tmp_path / "negative", 255 - images_of(place), 255 - images_of(place))
+    change(copied("other-data"), data=str(negative))
     lines["other-data"] = ": was begun on other test images of the same number and size"
     return lines
 
@@ -273,7 +257,7 @@ def test_images_that_have_moved(
     place: Path, copied: Callable[..., Path], tmp_path: Path, table: list[dict[str, Any]]
 ) -> None:
     run, images = copied(), images_of(place)
-    change(run, "settings", "data", value=str(tmp_path / "gone"))
+    change(run, data=str(tmp_path / "gone"))
     assert records(call_eval(run, "--data", "data", "--format", "json")) == table[:1]
     for name, test, difference in (
         ("fewer", images[:7], "was begun on 50 test images, and here are 7"),
@@ -293,7 +277,7 @@ def test_images_that_runs_share_are_read_once(place: Path, monkeypatch: pytest.M
         return load_test(s, **more)
 
     monkeypatch.setattr(evaluation, "load_test", watched)
-    about = load_test(settings_of(place)).about
+    about = load_test(Settings(data=str(place / "data"))).about
     assert call_eval("runs").out.startswith(f"{about}\n\nnats per image")
     assert len(read) == 1
     assert about not in call_eval("--format", "csv").out
@@ -314,27 +298,17 @@ def test_one_figure_and_one_folder_per_run(copied: Callable[..., Path], tmp_path
 
 
 def test_samples_of_chosen_images(place: Path, tmp_path: Path) -> None:
-    """Pixel for pixel: what is given stays, what is not comes from the model, and the noise is the image's own."""
-    ended = call_eval("q3", "--digits", "11,2,2", "--samples-to", tmp_path / "one")
-    assert (ended.code, ended.err) == (0, "")
-    assert ended.out.endswith(f"\nsamples: {tmp_path / 'one'}\n")
+    """Each image once; what is given stays, and the noise is the image's own, whichever others are drawn beside it."""
+    assert call_eval("q3", "--digits", "11,2,2", "--samples-to", tmp_path / "one").code == 0
+    assert call_eval("q3", "--digits", "2,5", "--samples-to", tmp_path / "two").code == 0
     files = {path.name: pixels(path) for path in (tmp_path / "one").iterdir()}
     assert sorted(files) == [f"q3-image{i}-{part}.png" for i in (11, 2) for part in PARTS]
-    model = load("q3")
-    images, observed = images_of(place), model.task.observed.numpy()
+    images, observed = images_of(place).numpy(), load("q3").task.observed.numpy()
     for i in (11, 2):
-        truth = images[i].numpy()
-        named = {part: files[f"q3-image{i}-{part}.png"] for part in PARTS}
-        assert (named["truth"] == truth).all()
-        assert (named["input"][observed] == truth[observed][:, None]).all()
-        assert len(np.unique(named["input"][~observed], axis=0)) == 1, "one colour"
-        x = model.task.split(images[i] / 255)[0]
-        guess = model.task.compose(x, model.baseline_net(x[None]).sigmoid()[0]) * 255
-        assert np.abs(named["nn"] - guess.numpy()).max() <= 0.51
-        samples = [named[part] for part in PARTS if part.startswith("sample")]
-        assert all((sample[observed] == truth[observed]).all() for sample in samples)
+        assert (files[f"q3-image{i}-truth.png"] == images[i]).all()
+        samples = [files[f"q3-image{i}-{part}.png"] for part in PARTS if part.startswith("sample")]
+        assert all((sample[observed] == images[i][observed]).all() for sample in samples)
         assert len({sample.tobytes() for sample in samples}) == 10
-    assert call_eval("q3", "--digits", "2,5", "--samples-to", tmp_path / "two").code == 0
     for part in PARTS:
         name = f"q3-image2-{part}.png"
         assert np.abs(pixels(tmp_path / "two" / name).astype(int) - files[name]).max() <= 1, "the same once more"

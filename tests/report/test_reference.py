@@ -66,14 +66,14 @@ def test_records_are_of_the_runs(reference: ModuleType) -> None:
         assert (name, records[name]["against"]["run"]) == (f"paper-{records[name]['objective']}", "paper-q1")
 
 
-@pytest.mark.parametrize("run", ["q1", "q2", "q3", "default-q1"])
+@pytest.mark.parametrize("run", ["q1", "default-q1"])
 def test_weights(run: str) -> None:
     """Half precision, and still the validation −ELBO with which the training ended, to 0.1 nats: other noise alone
     moves it by 0.02."""
     folder = ROOT / "runs" / "reference" / run
     assert (folder / WEIGHTS).stat().st_size <= LARGEST
     model = cvae.load(f"reference/{run}")
-    images = ImageSet(load_train().validation, model.split)
+    images = ImageSet(load_train().validation, model.task)
     random = context.generator("cpu", 0, "reference")
     total = 0.0
     with torch.inference_mode():

@@ -20,19 +20,19 @@ from cvae.report.evaluation import Evaluation, by_name, by_setting, short_names
 from cvae.report.tables import MNIST, render
 from cvae.settings import Settings
 
-COUNT, SAMPLES = 50, (3, 40)
+COUNT, SAMPLES, UNITS = 50, (3, 40), [(3, 4), (0, 2)]
 
 
 def evaluated(name: str = "q1", images: str = "0" * 64, epochs: int | None = None, **settings: Any) -> Evaluation:
     """A run's evaluation, of random numbers that come from its name."""
     random = torch.Generator().manual_seed(sum(name.encode()))
-    rows = {"cvae_mc_nll": (2,), "cvae_is_nll": (2,), "ess": (2,), "kl": (1,)}
+    rows = {"cvae_mc_nll": (2,), "cvae_is_nll": (2,), "ess": (2,), "kl": (2,)}
     values = {
         key: 10 * torch.rand(*rows.get(key, ()), COUNT, dtype=torch.float64, generator=random)
         for key in Likelihoods._fields
     }
     s = Settings(**settings)
-    return Evaluation(name, s, SAMPLES, by_name(Likelihoods(**values), SAMPLES, s), [(3, 4)], "fp32", images, epochs)
+    return Evaluation(name, s, SAMPLES, by_name(Likelihoods(**values), SAMPLES, s), UNITS, "fp32", images, epochs)
 
 
 def of_seeds(count: int = 3) -> list[Evaluation]:
@@ -58,7 +58,8 @@ def test_every_number_of_a_run() -> None:
     run = evaluated()
     (record,) = json.loads(render([run], "json"))
     printed = dict(map(cells, render([run], "text").splitlines()[2:12]))
-    assert (record["samples"], record["images"], record["units"], record["active_units"]) == (40, COUNT, [4], [3])
+    assert (record["samples"], record["images"], record["units"], record["active_units"]) == (40, COUNT, [4, 2], [3, 0])
+    assert [level["mean"] for level in record["kl"]] == pytest.approx([numpy_of(run, "kl", i).mean() for i in (1, 2)])
     for key, label in (("nn_nll", "NN (baseline)"), ("cvae_neg_elbo", "CVAE (−ELBO)"), ("floor", None)):
         values = numpy_of(run, key)
         wanted = {"mean": values.mean(), "stderr": values.std(ddof=1) / math.sqrt(COUNT)}
@@ -77,7 +78,7 @@ def test_every_number_of_a_run() -> None:
     gap = numpy_of(run, "nn_nll") - numpy_of(run, "cvae_is_nll", 40)
     assert record["gap"] == pytest.approx(gap.mean(), rel=1e-12)
     assert printed["Performance gap"] == mean_and_error(gap)
-    assert printed["Active units of z"] == "3 of 4"
+    assert printed["Active units of z"] == "3+0 of 6"
 
 
 def test_csv_has_what_json_has() -> None:
@@ -86,7 +87,7 @@ def test_csv_has_what_json_has() -> None:
     for row, record in zip(rows, json.loads(render(runs, "json")), strict=True):
         assert float(row["nn_nll_stderr"]) == record["nn_nll"]["stderr"]
         assert float(row["by_samples_3_ess_median"]) == record["by_samples"]["3"]["ess"]["median"]
-        assert (float(row["kl_1_mean"]), row["active_units_1"]) == (record["kl"][0]["mean"], "3")
+        assert (float(row["kl_2_mean"]), row["active_units_2"]) == (record["kl"][1]["mean"], "0")
         against = record["against"]
         assert row["against_nn_nll_mean"] == ("" if against is None else str(against["nn_nll"]["mean"]))
 
