@@ -24,7 +24,10 @@ LEAST_CONTRAST = 16  # grey levels
 WIDEST = 1 / 3  # width that no line has, as a share of the longer side
 INK = 0.25  # share of the strongest ink that counts as ink
 LEAST_PART = 0.05  # share of the largest part's pixels that a speck stays below
-THIN, THICK = 0.07, 0.1  # shares of the box's longer side: lines thinner than the first are drawn as thick as the second
+THIN, THICK = (
+    0.07,
+    0.1,
+)  # shares of the box's longer side: lines thinner than the first are drawn as thick as the second
 
 
 def as_digit(picture: Picture, height: int = 28, width: int = 28) -> Tensor:

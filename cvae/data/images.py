@@ -1,6 +1,6 @@
 """Images on the device, as rows of a task, in batches; bent, and drawn black or white."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -46,11 +46,9 @@ class ImageSet:
         return len(self.rows)
 
     def set_guesses(self, baseline: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> None:
-        """Compute a frozen baseline's logits for all images, now and whenever they are redrawn.
+        """Compute a frozen baseline's logits of ŷ for all images, now and whenever they are redrawn.
 
-        Args:
-            baseline: x `[B, x_dim]` → logits of ŷ `[B, y_dim]`.
-            dtype: The type to keep them in; logits of half-precision products are no more exact than it.
+        dtype: The type to keep them in; logits of half-precision products are no more exact than it.
         """
         self._baseline = baseline
         self.guesses = torch.empty(len(self), self.task.y_dim, dtype=dtype, device=self.rows.device)
@@ -59,19 +57,16 @@ class ImageSet:
     @torch.no_grad()
     def _guess(self, guesses: Tensor, size: int = 1000) -> None:
         assert self._baseline is not None
-        for rows, batch in zip(guesses.split(size), self.batches(size), strict=True):
-            rows.copy_(self._baseline(batch.x))
+        for i, part in enumerate(guesses.split(size)):
+            part.copy_(self._baseline(self.batch(slice(i * size, (i + 1) * size)).x))
 
     def redraw(
         self, *key: object, binary: bool, bend: float = 0.0, done: Callable[[int], object] = lambda count: None
     ) -> None:
         """Draw the rows anew from the images; they and the guesses change in place, where a CUDA graph reads them.
 
-        Args:
-            key: The key of the random numbers.
-            binary: Whether pixels are drawn black or white (`binarized`).
-            bend: The share of the images that are bent (`bent`).
-            done: Called with the number of images that were just drawn.
+        key: The key of the random numbers. binary: Whether pixels are drawn black or white (`binarized`). bend: The
+        share of the images that are bent (`bent`). done: Called with the number of images that were just drawn.
         """
         for i, first in enumerate(range(0, len(self), AT_ONCE)):
             part = slice(first, first + AT_ONCE)
@@ -87,11 +82,6 @@ class ImageSet:
         guess = None if self.guesses is None else _select(self.guesses, rows)
         return self.task.batch(_select(self.rows, rows))._replace(guess=guess)
 
-    def batches(self, size: int) -> Iterator[Batch]:
-        """Yield the images in order, `size` at a time and the rest at last."""
-        for first in range(0, len(self), size):
-            yield self.batch(slice(first, first + size))
-
 
 def _select(table: Tensor, rows: Tensor | slice) -> Tensor:
     return table[rows] if isinstance(rows, slice) else table.index_select(0, rows)
@@ -100,14 +90,8 @@ def _select(table: Tensor, rows: Tensor | slice) -> Tensor:
 def binarized(images: Tensor, *key: object) -> Tensor:
     """Draw each pixel white with the probability grey / 255; black and white ones stay.
 
-    A draw on the CPU is the same on every machine. Source: Salakhutdinov and Murray 2008, who draw MNIST's pixels so.
-
-    Args:
-        images: uint8, of any shape.
-        key: The key of the random numbers, as in `derive_seed`.
-
-    Returns:
-        uint8, 0 or 255.
+    A draw on the CPU is the same on every machine; key: see `derive_seed`. Returns uint8, 0 or 255.
+    Source: Salakhutdinov and Murray 2008, who draw MNIST's pixels so.
     """
     if images.dtype != torch.uint8:
         raise ValueError(f"grey levels are uint8, 0 to 255, not {described(images)}")

@@ -106,11 +106,9 @@ class FixedMask(Task):
             raise ValueError(f"a mask is bool [height, width], True = given, not {described(observed)}")
         self.observed, self.name, self.about = observed, name, about
         self.height, self.width = observed.shape
-        self.num_pixels = observed.numel()
-        self.x_dim = self.num_observed = int(observed.sum())
-        self.y_dim = self.num_hidden = self.num_pixels - self.num_observed
-        if self.num_observed == 0 or self.num_hidden == 0:
-            raise ValueError(f"{self.num_observed} of {self.num_pixels} pixels are observed; some have to be, not all")
+        self.x_dim, self.y_dim = int(observed.sum()), int((~observed).sum())
+        if self.x_dim == 0 or self.y_dim == 0:
+            raise ValueError(f"{self.x_dim} of {observed.numel()} pixels are observed; some have to be, not all")
         self.order = torch.argsort(~observed.flatten(), stable=True)
         self._places: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
 
@@ -155,15 +153,11 @@ class FixedMask(Task):
 def quadrants(count: int, height: int = 28, width: int = 28) -> Tensor:
     """Return the mask in which `count` quadrants are observed.
 
-    1 quadrant: the bottom left one; 2: the left half; 3: all but the bottom right one. The halves of an odd size are
-    cut by floor division, so that the left and the upper half are the smaller ones. Source: the MNIST experiment of
-    Sohn et al. 2015, with the choice of quadrants of the Pyro tutorial.
+    1 quadrant: the bottom left one; 2: the left half; 3: all but the bottom right one. Halves of an odd size are cut by
+    floor division. Source: the MNIST experiment of Sohn et al. 2015, with the choice of quadrants of the Pyro tutorial.
 
     Returns:
         bool `[height, width]`, True = given.
-
-    Raises:
-        ValueError: Unless `count` is 1, 2 or 3 and both sides have at least 2 pixels.
     """
     if count not in (1, 2, 3):
         raise ValueError(f"1, 2 or 3 quadrants can be observed, not {count}")

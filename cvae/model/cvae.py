@@ -26,31 +26,19 @@ NOISE_IMAGES, SAMPLES_AT_ONCE = 10, 100
 
 
 class Latent(NamedTuple):
-    """One level of z.
+    """One level of z. The distributions are `[B, Z]`, or `[L, B, Z]` where they depend on a level above."""
 
-    Attributes:
-        z: The samples, `[L, B, Z]`.
-        eps: The noise that they were made of, `[L, B, Z]`.
-        q: The distribution that they were drawn from: the recognition network's, or p itself.
-        p: The prior network's distribution. Both `[B, Z]`, or `[L, B, Z]` where they depend on a level above.
-    """
-
-    z: Tensor
-    eps: Tensor
-    q: Gaussian
-    p: Gaussian
+    z: Tensor  # the samples, [L, B, Z]
+    eps: Tensor  # the noise that they were made of, [L, B, Z]
+    q: Gaussian  # what they were drawn from: the recognition network's distribution, or p itself
+    p: Gaussian  # the prior network's distribution
 
 
 class Draw(NamedTuple):
-    """L samples of z for each of B images, and the generation network's prediction from each.
+    """L samples of z for each of B images, and the generation network's prediction from each."""
 
-    Attributes:
-        logits: The logits of p(y|x,z), `[L, B, y_dim]`.
-        latents: The levels of z, from top to bottom.
-    """
-
-    logits: Tensor
-    latents: tuple[Latent, ...]
+    logits: Tensor  # of p(y|x,z), [L, B, y_dim]
+    latents: tuple[Latent, ...]  # the levels of z, from top to bottom
 
     def log_likelihood(self, batch: Batch) -> Tensor:
         """Return log p(y|x,z) of the batch's y, nats `[L, B]`."""
@@ -95,10 +83,7 @@ class CVAE(nn.Module):
     def encode(self, batch: Batch, guess: Tensor, recognise: bool) -> Any:
         """Return what all draws of z for a batch have in common, in the network's own form.
 
-        Args:
-            batch: The images.
-            guess: The logits of ŷ, `[B, y_dim]`.
-            recognise: Whether z will be drawn from the recognition network; else y is not looked at.
+        guess: The logits of ŷ, `[B, y_dim]`. recognise: As in `draw`; where it is False, y is not looked at.
         """
         raise NotImplementedError
 
@@ -115,21 +100,12 @@ class CVAE(nn.Module):
         raise NotImplementedError
 
     def from_posterior(self, batch: Batch, eps: Tensor, detach_z: bool = False) -> Draw:
-        """Draw z from the recognition network, q(z|x,y).
-
-        Args:
-            batch: The images.
-            eps: Noise, N(0, 1), `[L, B, latent_dim]`.
-            detach_z: As in `draw`.
-
-        Raises:
-            ValueError: For tensors of other shapes.
-        """
+        """Draw z from the recognition network, q(z|x,y), as `draw` does. Raises ValueError for other shapes."""
         guess = self._checked_guess(batch, eps, batch.y)
         return self.draw(self.encode(batch, guess, True), eps, True, detach_z)
 
     def from_prior(self, batch: Batch, eps: Tensor) -> Draw:
-        """Draw z from the prior network, p(z|x), which does not see y; arguments and errors as in `from_posterior`."""
+        """Draw z from the prior network, p(z|x), as `draw` does. Raises ValueError for other shapes."""
         return self.draw(self.encode(batch, self._checked_guess(batch, eps), False), eps, False)
 
     def _checked_guess(self, batch: Batch, eps: Tensor, y: Tensor | None = None) -> Tensor:

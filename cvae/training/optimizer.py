@@ -60,11 +60,7 @@ class GuardedAdam:
 
     @torch.no_grad()
     def step(self, loss: Tensor, gradient: Tensor) -> Tensor:
-        """Update the weights, unless the loss or the gradient's norm is not finite.
-
-        Args:
-            loss: The loss, a scalar.
-            gradient: The gradient of `scaled(loss)`, as `Weights.take_gradient` returns it.
+        """Update the weights, unless the loss or the norm of the gradient, that of `scaled(loss)`, is not finite.
 
         Returns:
             Whether the step was skipped, a bool scalar.
@@ -74,9 +70,7 @@ class GuardedAdam:
         skip = skipped.float()
         divisor = self.scale
         if self.clip is not None:
-            divisor = torch.maximum(
-                norm / self.clip, torch.ones_like(norm) if self.scale is None else self.scale
-            ).float()
+            divisor = torch.maximum(norm / self.clip, norm.new_ones(()) if self.scale is None else self.scale).float()
         vector = self.weights.vector
         for rows, decay, updates in self._parts:
             adamw(

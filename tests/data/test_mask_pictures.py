@@ -80,7 +80,7 @@ def test_soft_edges_are_cut_at_half(tmp_path: Path, name: str) -> None:
     task = make_task(Settings(observed=str(path)), 28, 28)
     assert task.about.endswith("; grey levels from 128 on = white")
     assert task.name == "disc"
-    assert abs(task.num_observed - np.asarray(disc).sum() / 255 / 64) < 4
+    assert abs(task.x_dim - np.asarray(disc).sum() / 255 / 64) < 4
 
 
 def test_mask_of_a_run_has_the_size_of_its_images(tmp_path: Path) -> None:
