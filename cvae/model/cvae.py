@@ -76,10 +76,6 @@ class CVAE(nn.Module):
         self.baseline_net = baseline_net.requires_grad_(False)
         self.latent_dim = latent_dim
 
-    @property
-    def split(self) -> Any:  # old name of the task, for rooms that are not moved yet
-        return self.task
-
     def encode(self, batch: Batch, guess: Tensor, recognise: bool) -> Any:
         """Return what all draws of z for a batch have in common, in the network's own form.
 
