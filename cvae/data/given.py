@@ -23,8 +23,7 @@ def as_images(picture: Picture, task: Task) -> Tensor:
         task: The task of the model.
 
     Raises:
-        ValueError: For another size or type.
-        DataError: For a file that cannot be read.
+        ValueError: For another size or type; DataError: for a file that cannot be read.
     """
     images = _tensor(picture)
     if images.dtype == torch.bool:

@@ -107,7 +107,7 @@ def _scaled(picture: Image.Image, side: int) -> Array:
 
 
 def read_picture(path: str | Path, side: int | None = None, notes: list[str] | None = None) -> Array:
-    """Return the grey levels of a picture's file.
+    """Return the grey levels of a picture's file, uint8 `[height, width]`; raise DataError if it cannot be read.
 
     It is turned as its EXIF orientation says; transparent pixels are black; of several frames the first is taken.
 
@@ -115,12 +115,6 @@ def read_picture(path: str | Path, side: int | None = None, notes: list[str] | N
         path: The file.
         side: Height and width that the picture is scaled to.
         notes: Takes what was chosen, in words.
-
-    Returns:
-        uint8 `[height, width]`.
-
-    Raises:
-        DataError: For a file that cannot be read, with its name.
     """
     with naming(path, "cannot be read as a picture"), catch_warnings():
         simplefilter("ignore")

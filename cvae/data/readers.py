@@ -45,20 +45,12 @@ UNPACKERS: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"\xfd7": 
 
 
 class Source(NamedTuple):
-    """A set of images as it was read.
+    """A set of images as it was read; or of their classes, int64 `[N]`, where these were asked for."""
 
-    Attributes:
-        form: What it is stored as, in words.
-        place: Where it lies; "" for MNIST, which comes with the package.
-        parts: `train`, `validation` and `test`, or `all` where the set is not divided: uint8 `[N, height, width]`;
-            or the classes of the images, int64 `[N]`, where these were asked for.
-        notes: What was chosen in reading it, in words.
-    """
-
-    form: str
-    place: str
-    parts: dict[str, Tensor]
-    notes: list[str]
+    form: str  # in words
+    place: str  # "" for MNIST, which comes with the package
+    parts: dict[str, Tensor]  # train, validation and test, or all where it is not divided: uint8 [N, height, width]
+    notes: list[str]  # what was chosen in reading it, in words
 
 
 @contextmanager
@@ -252,7 +244,7 @@ def _grey(colours: Array) -> Array:
 
 def checked(images: Array, name: Callable[[int], str], notes: list[str]) -> Tensor:
     """Return images uint8 `[N, height, width]`, those of levels 0 and 1 as black and white; refuse constant ones."""
-    low, high = (images.reshape(len(images), -1).min(1), images.reshape(len(images), -1).max(1))
+    low, high = images.min((1, 2)), images.max((1, 2))
     if len(constant := np.flatnonzero(low == high)):
         more = f" (and {len(constant) - 1} more)" if len(constant) > 1 else ""
         raise DataError(f"{name(int(constant[0]))}: is of one grey level throughout{more}; leave it out")

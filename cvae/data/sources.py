@@ -34,13 +34,7 @@ DEFAULTS = Settings()
 
 
 class TrainImages(NamedTuple):
-    """The images of a training, each part uint8 `[N, height, width]`, 0 to 255.
-
-    Attributes:
-        train, validation: The images.
-        about: One line for the user: form, place, counts, size, and what was chosen in reading them.
-        record: What identifies the images, as `config.json` keeps it: see `record`.
-    """
+    """The images of a training, uint8 `[N, height, width]`, 0 to 255; a line about them; their `record`."""
 
     train: Tensor
     validation: Tensor
@@ -49,7 +43,7 @@ class TrainImages(NamedTuple):
 
 
 class TestImages(NamedTuple):
-    """The images of an evaluation; `about` and `record`, of the one part, as of `TrainImages`."""
+    """The images of an evaluation, as in `TrainImages`."""
 
     images: Tensor
     about: str
@@ -70,8 +64,7 @@ def load_train(s: Settings = DEFAULTS, show: bool = False, check: Callable[[], N
         check: Called before each picture; what it raises ends the reading.
 
     Raises:
-        DataError: For images that are not there, damaged or too few, with the file.
-        UsageError: For too little memory.
+        DataError: For images that are not there, damaged or too few; UsageError: for too little memory.
     """
     images, about = _load(s, tuple(WORDS), show, check)
     return TrainImages(
@@ -86,14 +79,7 @@ def load_test(s: Settings = DEFAULTS, show: bool = False, check: Callable[[], No
 
 
 def load_labels(s: Settings, part: str) -> Tensor:
-    """Load the classes of the images of one part, `train`, `validation` or `test`, in the order of the images.
-
-    Returns:
-        int64 `[N]`.
-
-    Raises:
-        DataError: Where there are none, or they cannot be read.
-    """
+    """Load the classes of the images of one part, int64 `[N]`, in the order of the images; raise DataError for none."""
     word = s.data or MNIST
     is_name = word in NAMES
     source = _read_named(word, s, tuple(WORDS), "labels") if is_name else read_idx_set(Path(word), WORDS, "labels")
@@ -187,7 +173,7 @@ def named(word: str) -> str:
     """
     path = os.path.expanduser(word)
     name = None if os.path.lexists(path) else _name_of(word)
-    return name or (os.path.realpath(path) if word else word)
+    return name or (word and os.path.realpath(path))
 
 
 def _name_of(word: str) -> str | None:
@@ -223,35 +209,29 @@ def _held_out(source: Source, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def record(**parts: Tensor | None) -> dict[str, Any]:
-    """Return what identifies images, uint8 `[N, height, width]`.
+    """Return what identifies images, uint8 `[N, height, width]`, as `config.json` keeps it.
 
     Returns:
         Their `height` and `width`, and for each part its `count` and the `sha256` of its bytes; None where it is None.
     """
-    entries: dict[str, Any] = {}
+    entries: dict[str, Any] = {"height": 0, "width": 0} | dict.fromkeys(parts)
     for part, images in parts.items():
-        entries[part] = None
         if images is not None:
-            height, width = images.shape[1:]
+            entries["height"], entries["width"] = images.shape[1:]
             digest = hashlib.sha256(images.contiguous().numpy().data).hexdigest()
             entries[part] = {"count": len(images), "sha256": digest}
-    return {"height": height, "width": width, **entries}
+    return entries
 
 
 def difference(recorded: dict[str, Any], here: dict[str, Any]) -> str | None:
-    """Return in what the images that are here differ from the recorded ones, in the parts that both have; or None.
-
-    Raises:
-        KeyError, TypeError or AttributeError: For a record that is none.
-    """
+    """Return in what the images that are here differ from the recorded ones, in the parts that both have; or None."""
     sizes = [f"{each['height']}×{each['width']}" for each in (recorded, here)]
     if sizes[0] != sizes[1]:
         return f"images of {sizes[0]} pixels, and these have {sizes[1]}"
     for part in WORDS:
         before, now = recorded.get(part), here.get(part)
-        if before is None or now is None or before == now:
-            continue
-        if before["count"] != now["count"]:
+        if before and now and before["count"] != now["count"]:
             return f"{before['count']} {part} images, and here are {now['count']}"
-        return f"other {part} images of the same number and size (their SHA-256 differs)"
+        if before and now and before != now:
+            return f"other {part} images of the same number and size (their SHA-256 differs)"
     return None
