@@ -6,7 +6,6 @@ import torch
 from PIL import Image
 from reference.quadrature import integrate
 
-import cvae
 from cvae.data.images import ImageSet
 from cvae.errors import DataError
 from cvae.model.cvae import NOISE_IMAGES, noise
@@ -154,16 +153,3 @@ def test_shapes_that_would_broadcast_are_refused(make_toy, network):
             assert line in str(error.value)
     with pytest.raises(ValueError, match=r"are uint8 \[N, height, width\], 0 to 255, not float32"):
         ImageSet(toy.images, toy.task)
-
-
-def test_showing(toy):
-    """A row for each picture, a column for each sample; levels are shown as the floats that they stand for."""
-    completions = toy.cvae.complete(toy.images, samples=3, seed=0)
-    sizes = [cvae.show(each).size for each in (completions, completions[0], completions[0, 0])]
-    assert sizes[0][0] < sizes[1][0]  # three in a row, five in a row, one
-    assert sizes[0][1] > sizes[1][1] >= sizes[2][1]
-    levels = (completions * 255).round().to(torch.uint8)
-    assert cvae.show(levels).tobytes() == cvae.show(completions).tobytes()
-    for wrong in (completions * 2, completions[None], torch.rand(3), torch.zeros(0, 6, 6), NUMBERS):
-        with pytest.raises(ValueError, match=r"^pictures to be shown are uint8 or floats"):
-            cvae.show(wrong)

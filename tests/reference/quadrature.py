@@ -12,7 +12,7 @@ from cvae.data.tasks import Batch
 from cvae.model.cvae import CVAE
 from cvae.model.densities import Gaussian
 
-NUM_POINTS = 10_001
+NUM_POINTS = 4_001
 
 
 class Integrals(NamedTuple):
