@@ -112,7 +112,7 @@ def test_hidden_pixels_never_reach_prior_or_baseline(make_toy, network):
 def test_known_guess_is_the_computed_one(toy):
     """Bit for bit; it has no gradient; what is given is what is used; in half precision, all else stays in float64."""
     model, guess = toy.cvae, toy.cvae.baseline_net(toy.x)
-    assert not model.guess(toy.batch).requires_grad
+    assert not copy.deepcopy(model).requires_grad_(True).guess(toy.batch).requires_grad
     for draw in (lambda batch: model.from_posterior(batch, toy.eps), lambda batch: model.from_prior(batch, toy.eps)):
         known = [draw(toy.batch._replace(guess=each)) for each in (guess, guess + 1, guess.bfloat16())]
         assert same(known[0], draw(toy.batch))
