@@ -82,22 +82,11 @@ def test_values_that_make_no_sense(name: str) -> None:
 def test_flag(parser: argparse.ArgumentParser, name: str) -> None:
     """It says nothing of other settings; its help ends with the default, and lists the names that there are."""
     words, expected, _ = CASES[name]
-    parsed = vars(parser.parse_args([flag(name), *words.split()]))
-    assert parsed == {name: expected}
-    assert type(parsed[name]) is type(expected)
+    assert repr(vars(parser.parse_args([flag(name), *words.split()]))) == repr({name: expected})
     (action,) = (action for action in parser._actions if action.dest == name)
-    default = getattr(Settings(), name)
-    shown = " ".join(map(str, default)) if name == "hidden" else "none" if default is None else default
-    assert action.help is not None
-    assert action.help.endswith(f"(default: {shown})")
-    assert all(choice in action.help for choice in CHOICES.get(name, ()))
-
-
-@pytest.mark.parametrize("name", CHOICES)
-def test_unknown_name(parser: argparse.ArgumentParser, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        parser.parse_args([flag(name), "no-such"])
-    assert f"argument {flag(name)}: invalid choice: 'no-such'" in capsys.readouterr().err
+    default = {"hidden": "500 500"}.get(name, getattr(Settings(), name))
+    assert str(action.help).endswith(f"(default: {'none' if default is None else default})")
+    assert all(choice in str(action.help) for choice in CHOICES.get(name, ()))
 
 
 def test_whole_numbers_are_numbers() -> None:
@@ -133,17 +122,13 @@ def test_runs_with_a_setting_that_is_gone_still_open() -> None:
     assert Settings.from_dict({**EVERYTHING.to_dict(), "compile": True}) == EVERYTHING
 
 
-@pytest.mark.parametrize("name", ["shades", "Epochs", "", "x" * 100_000, "batch-size", "\ud800"])
+@pytest.mark.parametrize("name", ["shades", "", "x" * 100_000, "batch-size"])
 def test_unknown_settings_are_refused_by_name(name: str) -> None:
+    with pytest.raises(ValueError, match="the settings are missing"):
+        Settings.from_dict([name])
     with pytest.raises(ValueError, match=r"^this version knows no setting '") as caught:
         Settings.from_dict({**Settings().to_dict(), name: 1})
     assert len(str(caught.value)) < 200
-
-
-@pytest.mark.parametrize("values", [None, [], "settings", 3], ids=repr)
-def test_settings_that_are_none(values: object) -> None:
-    with pytest.raises(ValueError, match="the settings are missing"):
-        Settings.from_dict(values)
 
 
 # Presets, and settings that need others

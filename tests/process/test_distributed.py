@@ -129,7 +129,7 @@ def test_begun_on_one_resumed_on_two(work: Path, forked: Forked, on_one: Path) -
     second_epoch = [i for i, moment in enumerate(moments) if moment == "epoch write"][2]
     assert forked(*STOPS, "--name", "moved", kill_at=second_epoch)["code"] == -9
     assert epochs_logged(work / "runs/moved") == [("baseline", 1), ("cvae", 1)]
-    assert "2 processes in place of 1" in train_on_two(work, "--resume", "moved")
+    assert "processes 2 in place of 1" in train_on_two(work, "--resume", "moved")
     assert_agree(on_one, work / "runs/moved")
 
 
