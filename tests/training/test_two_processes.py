@@ -23,7 +23,7 @@ def train_all(processes: Processes) -> list[dict[str, torch.Tensor]]:
     torch.set_default_dtype(torch.float64)
     found = []
     for network, objective in TOGETHER:
-        training = make_training(network, objective, processes=processes, clip=1.0, weight_decay=0.2)
+        training = make_training(network, objective, processes=processes, weight_decay=0.2)
         for number in (1, 2):
             train_epoch(training.phase, training.run, training.step, training.step, number)
         dropout = torch.rand(4)  # what would be dropped next
