@@ -95,7 +95,7 @@ class WeightAverage(Generic[Model]):
         self._since += 1
         every = 1 if step < 100 else min(20, max(1, self._window // 25))
         if self._window and (last or self._since >= every):
-            span = max(1.0, min(self._window, 1 + step / 9))
+            span = min(self._window, 1 + step / 9)
             share = 1 - (1 - 1 / span) ** self._since
             self._average.lerp_(self._vector, share)
             for averaged, buffer in self._buffers:

@@ -158,24 +158,3 @@ def test_errors_of_another_kind_are_not_hidden(emulation: Emulation):
         take_step(torch.ones(3))
     with pytest.raises(TypeError, match="a mistake"):
         take_step(torch.ones(3))
-
-
-def test_emulation_shows_what_a_graph_would_not_do(emulation: Emulation):
-    """A step that makes a new tensor of its result, keeps a number on the host, or waits for the device."""
-    results = {"new": torch.zeros(3), "host": 0, "in place": torch.zeros(3)}
-
-    def step(x: Tensor) -> None:
-        results["new"] = results["new"] + x
-        results["host"] += 1
-        results["in place"] += x
-
-    take_step = GraphedStep(step, print)
-    for _ in range(10):
-        take_step(torch.ones(3))
-    assert (results["in place"].tolist(), results["new"].tolist(), results["host"]) == ([10.0] * 3, [4.0] * 3, 4)
-    for reads in (lambda t: t.sum().item(), lambda t: t[t > 0], lambda t: bool(t.any())):
-        warnings: list[str] = []
-        take_step = GraphedStep(reads, warnings.append)
-        for _ in range(5):
-            take_step(torch.ones(3))
-        assert len(warnings) == 1

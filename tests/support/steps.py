@@ -77,18 +77,17 @@ def make_run(
 
 def make_training(
     network: str = "tutorial", name: str = "elbo", precision: str = "fp32", *, device: torch.device = CPU,
-    processes: Processes | None = None, task: Task | None = None, labels: Tensor | None = None,
-    folder: Path = Path("nowhere"), count: int = COUNT, side: int = SIDE, **settings: Any,
+    processes: Processes | None = None, count: int = COUNT, side: int = SIDE, **settings: Any,
 ) -> Training:  # fmt: skip
     """A training before its first step, of the default type; `settings`: other than `SMALL`."""
     is_baseline = name == "baseline"
     s = Settings(objective="elbo" if is_baseline else name, **{**SMALL, **settings})
-    task = task or FixedMask(quadrants(1, side, side))
+    task = FixedMask(quadrants(1, side, side))
     with pytest.MonkeyPatch.context() as patch:
         for other, builder in ALL_NETWORKS.items():
             patch.setitem(NETWORKS, other, builder)
         model = build(task, Settings(**{**s.to_dict(), "hidden": s.hidden, "network": network})).to(device)
-    images = ImageSet(pictures(count, side), task, device, labels, key=("first",))
+    images = ImageSet(pictures(count, side), task, device)
     if is_baseline:
         model.baseline_net.requires_grad_(True)
     else:
@@ -99,7 +98,7 @@ def make_training(
         noise=lambda count, random: () if is_baseline else (noise(s.particles, count, model, random),),
         picture=lambda model: torch.zeros(3, 4, 4, dtype=torch.uint8),
     )  # fmt: skip
-    run = make_run(s, precision, device, processes, folder)
+    run = make_run(s, precision, device, processes)
     return Training(model, phase, run, Step(phase, s, run.context))
 
 
