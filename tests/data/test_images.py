@@ -23,7 +23,7 @@ def baseline(x):
 
 
 def test_batches_are_the_images_scaled():
-    """Every grey level, by rows and by slices; in order, the rest at last."""
+    """Every grey level, by rows and by slices."""
     images, levels = ImageSet(LEVELS, TASK), LEVELS.float() / 255
     for choice in (torch.tensor([3, 0, 2, 2]), slice(1, 3)):
         x, y, weight, guess = images.batch(choice)
