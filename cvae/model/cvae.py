@@ -97,20 +97,19 @@ class CVAE(nn.Module):
 
     def from_posterior(self, batch: Batch, eps: Tensor, detach_z: bool = False) -> Draw:
         """Draw z from the recognition network, q(z|x,y), as `draw` does. Raises ValueError for other shapes."""
-        guess = self._checked_guess(batch, eps, batch.y)
-        return self.draw(self.encode(batch, guess, True), eps, True, detach_z)
+        return self.draw(self.encode(batch, self._checked_guess(batch, eps), True), eps, True, detach_z)
 
     def from_prior(self, batch: Batch, eps: Tensor) -> Draw:
         """Draw z from the prior network, p(z|x), as `draw` does. Raises ValueError for other shapes."""
         return self.draw(self.encode(batch, self._checked_guess(batch, eps), False), eps, False)
 
-    def _checked_guess(self, batch: Batch, eps: Tensor, y: Tensor | None = None) -> Tensor:
+    def _checked_guess(self, batch: Batch, eps: Tensor) -> Tensor:
         """Return the baseline's guess. Shapes that do not fit would broadcast, and be wrong without a word."""
         count = batch.x.shape[0]
         one_for_all = eps.dim() == 3 and count != eps.shape[1] == 1
         _check("x", batch.x, (count, self.task.x_dim))
         _check("eps", eps, (eps.shape[0], 1 if one_for_all else count, self.latent_dim))
-        for name, tensor in (("y", y), ("weight", batch.weight), ("guess", batch.guess)):
+        for name, tensor in (("y", batch.y), ("weight", batch.weight), ("guess", batch.guess)):
             if tensor is not None:
                 _check(name, tensor, (count, self.task.y_dim))
         return self.guess(batch)
