@@ -163,6 +163,7 @@ def test_one_array_is_divided(tmp_path: Path, name: str) -> None:
         (lambda a: a.astype(np.int64), "int64 up to 255 taken as levels of 0 to 255"),
         (lambda a: a.astype(">u2") * 257, "16-bit levels scaled to 8"),
         (lambda a: np.minimum(a.astype("<i4") * 257 + 99, 65535), "16-bit levels scaled to 8"),
+        (lambda a: np.maximum(a.astype("<i4") * 257 - 99, 0), "16-bit levels scaled to 8"),
         (lambda a: a / 255, "floats from 0 to 1"),
         (lambda a: (a / 255).astype(np.float16), "floats from 0 to 1"),
         (lambda a: (a / 255).astype(">f4")[..., None].repeat(3, 3), "floats from 0 to 1"),
