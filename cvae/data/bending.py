@@ -39,12 +39,10 @@ def bent(images: Tensor, share: float, *key: object) -> Tensor:
     across = torch.stack([angle.cos() * width, shear - angle.sin() * height], dim=-1)
     down = torch.stack([angle.sin() * width, angle.cos() * height], dim=-1)
     pushed = 2 * PUSH * torch.randn(len(images), 2, KNOTS, KNOTS, generator=random, device=images.device)
-    portions = zip(
-        *(tensor.split(AT_ONCE) for tensor in (images, torch.stack([across, down], dim=1), pushed)), strict=True
-    )
-    return torch.where(
-        chosen[:, None, None], with_levels_of(images, torch.cat([warped(*each) for each in portions])), images
-    )
+    matrices = torch.stack([across, down], dim=1)
+    portions = zip(*(tensor.split(AT_ONCE) for tensor in (images, matrices, pushed)), strict=True)
+    seen = torch.cat([warped(*portion) for portion in portions])
+    return torch.where(chosen[:, None, None], with_levels_of(images, seen), images)
 
 
 def warped(images: Tensor, matrices: Tensor, pushed: Tensor) -> Tensor:

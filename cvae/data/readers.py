@@ -90,7 +90,7 @@ def read_idx_set(path: Path, wanted: Collection[str], kind: str = "images") -> S
         raise DataError(f"{path}: holds several sets of images; say which: --data with {choices}")
     for place, files in sets:
         source = Source("IDX files in", str(place), {}, [])
-        for part in (part for part in wanted if (part, kind) in files):
+        for part in (part for part in wanted if {(part, "images"), (part, kind)} <= files.keys()):
             array = read_idx(files[part, kind])
             if kind == "images":
                 source.parts[part] = as_images(array, str(files[part, kind]), source.notes)
@@ -183,9 +183,6 @@ def _parts(path: Path, arrays: Mapping[str, Array]) -> dict[str, str]:
     return parts
 
 
-# Grey levels
-
-
 def as_images(array: Array, name: str, notes: list[str]) -> Tensor:
     """Return an array of images as uint8 `[N, height, width]`, 0 to 255; notes takes what was chosen, in words.
 
@@ -205,12 +202,10 @@ def as_images(array: Array, name: str, notes: list[str]) -> Tensor:
         notes.append(SIXTEEN_BIT if most > 255 else "floats from 0 to 1")
     elif most == 255 and array.dtype != np.uint8:
         notes.append(f"{array.dtype.name} up to {brightest} taken as levels of 0 to 255")
+    array = np.moveaxis(array, 1, 3) if array.shape[2:] == (height, width) else array  # channels last
     images = np.empty((len(array), height, width), np.uint8)
     for first in range(0, len(array), AT_ONCE):
-        some = array[first : first + AT_ONCE]
-        if some.ndim == 4:
-            some = np.moveaxis(some, 1, 3) if some.shape[2:] == (height, width) else some
-        images[first : first + AT_ONCE] = levels(some, most, name, first)
+        images[first : first + AT_ONCE] = levels(array[first : first + AT_ONCE], most, name, first)
     notes += [GREY] * (array.size == 3 * images.size)
     return checked(images, lambda row: f"{name}: image {row}", notes)
 

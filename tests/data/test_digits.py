@@ -1,7 +1,6 @@
 """Digits in photographs are read as MNIST's pictures: MNIST's own digits, on paper in bad light, are the judge."""
 
 import contextlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -71,14 +70,6 @@ def test_what_else_is_on_the_paper_is_left_out(digits: Tensor) -> None:
     for y, x in ((100, 100), (130, 500), (300, 40), (690, 550)):
         spoilt[y : y + 8, x : x + 8] = 50
     assert error(as_digit(Image.fromarray(spoilt)), clean) < 1
-
-
-def test_orientation_of_a_camera(digits: Tensor, tmp_path: Path) -> None:
-    picture = photograph(digits[3])
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
-    picture.rotate(90, expand=True).save(tmp_path / "turned.jpg", exif=exif, quality=95)
-    assert error(as_digit(tmp_path / "turned.jpg"), as_digit(picture)) < 2
 
 
 def test_thin_lines_become_as_thick_as_those_of_mnist() -> None:
