@@ -207,6 +207,13 @@ def mixed(place: Path, copied: Callable[..., Path], tmp_path: Path) -> dict[str,
     return lines
 
 
+def test_images_that_runs_share_are_read_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    monkeypatch.setattr(evaluation, "load_test", lambda s, **more: read.append(s) or load_test(s, **more))
+    assert call_eval("runs").out.startswith(f"IDX files in {place}/data: 50 test images of 10×9 pixels\n\n")
+    assert len(read) == 1
+
+
 def test_runs_that_cannot_be_evaluated_are_left_out(
     place: Path, tmp_path: Path, table: list[dict[str, Any]], mixed: dict[str, str]
 ) -> None:
@@ -234,23 +241,16 @@ def test_no_run_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert call_eval().line == "runs: has no run in it; python train.py trains a run"
 
 
-def test_unfinished_runs(copied: Callable[..., Path], table: list[dict[str, Any]]) -> None:
-    run = copied()
-    (run / "summary.json").unlink()
-    assert records(call_eval(run, "--unfinished", "--format", "json")) == [{**table[0], "unfinished_at_epoch": 2}]
-    assert "  q1 (1 quadrant, epoch 2 so far)\n" in call_eval(run, "--unfinished").out
-
-
-def test_published_folder_is_evaluated(place: Path, table: list[dict[str, Any]]) -> None:
-    """It does not say where the images are on this machine."""
+def test_unfinished_runs_and_published_weights(place: Path, table: list[dict[str, Any]]) -> None:
+    """Both have no summary; published weights do not say where the images are on this machine."""
+    shutil.copytree("runs/q1", "begun/q1", ignore=shutil.ignore_patterns("summary.json"))
+    assert records(call_eval("begun", "--unfinished", "--format", "json")) == [{**table[0], "unfinished_at_epoch": 2}]
+    assert "  q1 (1 quadrant, epoch 2 so far)\n" in call_eval("begun", "--unfinished").out
     assert call(export, "q1", "--to", "hub-folder", "published").code == 0
     before = contents(place / "published")
     (record,) = records(call_eval("published", "--data", "data", "--format", "json"))
     assert record == {**table[0], "run": "published"}
     assert contents(place / "published") == before
-
-
-# Where the images are
 
 
 def test_images_that_have_moved(
@@ -267,20 +267,6 @@ def test_images_that_have_moved(
         ended = call_eval(run, "--data", tmp_path / name)
         assert (ended.code, ended.out) == (3, "")
         assert ended.line.startswith(f"{run}: {difference}")
-
-
-def test_images_that_runs_share_are_read_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = []
-
-    def watched(s: Settings, **more: Any) -> Any:
-        read.append(s.data)
-        return load_test(s, **more)
-
-    monkeypatch.setattr(evaluation, "load_test", watched)
-    about = load_test(Settings(data=str(place / "data"))).about
-    assert call_eval("runs").out.startswith(f"{about}\n\nnats per image")
-    assert len(read) == 1
-    assert about not in call_eval("--format", "csv").out
 
 
 # Pictures
