@@ -39,7 +39,8 @@ from cvae.model.objectives import Totals, log_likelihood, maximised, objective, 
 from cvae.processes import Processes
 from cvae.report.figures import completions
 from cvae.report.replay import draw_all
-from cvae.run.folder import Progress, RunFolder, find_run, quoted, refuse_existing
+from cvae.run.claim import refuse_existing
+from cvae.run.folder import Progress, RunFolder, find_run, quoted
 from cvae.run.plan import parse, plan, shared_images
 from cvae.run.session import Run
 from cvae.settings import Settings

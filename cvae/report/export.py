@@ -36,8 +36,8 @@ from cvae.data.mask_pictures import mask_png
 from cvae.data.tasks import FixedMask, is_picture, mask_name
 from cvae.errors import DataError, DiskError, UsageError
 from cvae.model.cvae import CVAE
-from cvae.run.checkpoint import atomic_file, write_atomically
-from cvae.run.folder import CONFIG, OBSERVED, WEIGHTS, as_json, quoted
+from cvae.run.checkpoint import atomic_file, write_atomically, write_json
+from cvae.run.folder import CONFIG, OBSERVED, WEIGHTS, quoted
 from cvae.run.load import load_trained
 from cvae.run.plan import user_path
 from cvae.run.weights_file import Trained, as_safetensors, description, passed_on, read_trained
@@ -177,7 +177,7 @@ def export_folder(folder: Path, trained: Trained, half: bool = False) -> str:
     line = export(folder / WEIGHTS, trained, half)
     s, task = passed_on(trained.settings), trained.model.task
     config = {"settings": s.to_dict(), "images": trained.images, "version": __version__}
-    write_atomically(folder / CONFIG, as_json(config))
+    write_json(folder / CONFIG, config)
     if is_picture(s) and isinstance(task, FixedMask):
         write_atomically(folder / OBSERVED, mask_png(task.observed))
     write_atomically(folder / "README.md", card(folder.resolve().name, trained).encode())

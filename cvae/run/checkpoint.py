@@ -1,6 +1,7 @@
-"""Files that cannot be half-written, and checkpoints, whose content cannot do harm. Knows nothing of CVAEs."""
+"""Files that cannot be half-written, checkpoints, whose content cannot do harm, and JSON. Knows nothing of CVAEs."""
 
 import io
+import json
 import os
 import secrets
 from collections.abc import Iterator, Mapping
@@ -42,10 +43,10 @@ def unpickled(path: Path, problem: str) -> Any:
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
-def kinds(state: object) -> dict[str, tuple[torch.Size, torch.dtype]] | None:
-    """Return the shape and type of each tensor of a model, by name; None if this is no state of a model."""
+def kinds(state: object) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Return the shape and type of each tensor of a model, by name; nothing if this is no state of a model."""
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-        return None
+        return {}
     return {name: (tensor.shape, tensor.dtype) for name, tensor in state.items()}
 
 
@@ -74,9 +75,9 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that appears at `path` at the end of the block, on the disk and not only in a cache.
+    """Open a file that takes its place at `path` at the end of the block, on the disk and not only in a cache.
 
-    Until then it has a name of its own beside it, so that two writers do not meet. Raises DiskError.
+    Until then it has a name of its own, so that two writers do not meet. Raises DiskError.
     """
     temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(6)}.tmp")
     with telling_of_disk(f"{path}: cannot be written", "; what stood there is intact"):
@@ -101,3 +102,20 @@ def sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def read_json(path: Path) -> Any:
+    """Return what a JSON file says. Raises DataError, naming the file, if it cannot be read."""
+    content = read(path)
+    with taken_for_damage(f"{path}: is no valid JSON", ValueError, RecursionError):
+        return json.loads(content)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a JSON file atomically. Raises DiskError."""
+    write_atomically(path, as_json(value))
+
+
+def as_json(value: object) -> bytes:
+    """Return what a JSON file of this value holds."""
+    return (json.dumps(value, indent=2) + "\n").encode()

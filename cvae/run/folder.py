@@ -1,4 +1,4 @@
-"""Run folders: found and read, made and begun anew; each is held by one training at a time.
+"""Run folders: where they are, and what they say.
 
 A run folder holds `config.json` (settings, images, machine, when it was resumed where), `metrics.jsonl` (a line per
 epoch and phase), TensorBoard's events, `last.pt` (everything to go on from), `best.pt` (the best weights) and, once it
@@ -10,29 +10,23 @@ import json
 import math
 import os
 import reprlib
-import secrets
 import shlex
-import shutil
-import sys
-from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from filelock import BaseFileLock, FileLock, Timeout
-
 from cvae.data.tasks import MASKS, FixedMask, is_picture, make_task
-from cvae.errors import DataError, UsageError, taken_for_damage
+from cvae.errors import DataError, taken_for_damage
 from cvae.model.networks import NETWORKS
 from cvae.model.objectives import OBJECTIVES
 from cvae.run import checkpoint
-from cvae.run.checkpoint import telling_of_disk
+from cvae.run.checkpoint import read_json
 from cvae.settings import LARGEST_SIDE, PRECISIONS, Settings
 
 CONFIG, METRICS, SUMMARY, OBSERVED = "config.json", "metrics.jsonl", "summary.json", "observed.png"
-BEST, LAST, INIT, EVENTS, LOCK = "best.pt", "last.pt", "init.pt", "events.out.tfevents.", ".lock"
+BEST, LAST, INIT, EVENTS = "best.pt", "last.pt", "init.pt", "events.out.tfevents."
 WEIGHTS, COMPLETIONS, LEARNING, CURVES = "model.safetensors", "completions.png", "learning.gif", "curves.png"
 FILES = (SUMMARY, COMPLETIONS, LEARNING, CURVES, LAST, BEST, WEIGHTS, METRICS, INIT, OBSERVED, CONFIG)
 """The files of a run but its events; `config.json`, by which it is known, is moved and written last."""
@@ -55,10 +49,7 @@ class Progress:
     seconds: float = 0.0
 
     def is_over(self, epochs: int, patience: int, unbent: int = 0) -> bool:
-        """Return whether the phase has had its epochs, or `patience` of them without improvement.
-
-        unbent: The last epochs without bent images, which are worth the most: patience begins anew with them.
-        """
+        """Return whether the phase has had its epochs, or `patience` without gain; the last, unbent ones count anew."""
         begin = max(0, epochs - unbent) if unbent else 0
         return self.epoch >= epochs or self.epoch - max(self.best_epoch, begin) >= patience
 
@@ -87,15 +78,10 @@ class RunFolder:
         """What identifies the images that the run is trained on, as `data.sources.record` gives it."""
         return known_record(self.config.get("images"), self.path / CONFIG)
 
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of the images."""
-        return self.record["height"], self.record["width"]
-
     @cached_property
     def task(self) -> FixedMask:
         """What turns images into x and y."""
-        return make_task(self.settings, *self.size, picture=self.path / OBSERVED)
+        return make_task(self.settings, self.record["height"], self.record["width"], picture=self.path / OBSERVED)
 
     @property
     def precision(self) -> str:
@@ -151,10 +137,9 @@ class RunFolder:
 
 
 def find_run(run: str | Path, runs: str | Path) -> Path:
-    """Return the folder of a run: the one of this path, or else the one below the folder of runs.
+    """Return the folder of a run: of this path, or else below the folder of runs; `reference/NAME` from anywhere.
 
-    Where there is neither, a plain name is meant as the second, and a path as the first; `reference/NAME` is also found
-    where it comes with the program.
+    Where there is none, a plain name is meant below the folder of runs, and a path as it is.
     """
     path, below = Path(run), Path(runs) / run
     known = [place / path for place in COME_WITH] if path.parts[:1] == (REFERENCE,) else []
@@ -188,126 +173,3 @@ def known_record(images: Any, file: Path) -> dict[str, Any]:
     if not sizes_known or not all(isinstance(part, dict | None) for part in parts):
         raise DataError(f"{file}: does not say the size of the images; train anew with this version")
     return images  # type: ignore[no-any-return]
-
-
-def read_json(path: Path) -> Any:
-    """Return what a JSON file says. Raises DataError, naming the file, if it cannot be read."""
-    content = checkpoint.read(path)
-    with taken_for_damage(f"{path}: is no valid JSON", ValueError, RecursionError):
-        return json.loads(content)
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write a JSON file atomically. Raises DiskError."""
-    checkpoint.write_atomically(path, as_json(value))
-
-
-def as_json(value: object) -> bytes:
-    """Return what a JSON file of this value holds."""
-    return (json.dumps(value, indent=2) + "\n").encode()
-
-
-# How a run comes into being
-
-
-def refuse_existing(path: Path, overwrite: bool) -> None:
-    """Raise UsageError if there is something at `path` that a new run must not replace; hidden files count as none."""
-    with suppress(OSError):
-        if not os.path.lexists(path) or all(name.startswith(".") for name in os.listdir(path)):
-            return
-    config: Any = {}
-    with suppress(DataError):
-        config = RunFolder(path).config
-    is_damaged_run = os.path.isfile(path / CONFIG) and os.path.isfile(path / METRICS)
-    if not isinstance(config.get("settings"), dict) and not is_damaged_run:
-        raise UsageError(f"{path} is no run folder and is left as it is; choose another --name")
-    if not overwrite:
-        raise UsageError(f"{path} exists already: --resume {quoted(path)} goes on with it, --overwrite starts it anew")
-
-
-def hold(folder: Path, warn: Callable[[str], None]) -> BaseFileLock | None:
-    """Return the lock on a folder, until it is released or the process ends, however it ends.
-
-    None where the file system has no locks: `warn` is told in one line. The file of the lock stays where it is.
-
-    Raises:
-        UsageError: Another process holds the folder.
-        DiskError: It is not writable.
-    """
-    with telling_of_disk(f"{folder}: cannot be written to"):
-        open(folder / LOCK, "a").close()
-    hard: dict[str, Any] = {} if sys.platform == "win32" else {"fallback_to_soft": False}
-    lock = FileLock(folder / LOCK, thread_local=False, preserve_lock_file=True, **hard)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UsageError(f"{folder} is held by another training; wait for it, or choose another --name") from None
-    except (OSError, NotImplementedError) as error:
-        reason = getattr(error, "strerror", None) or error
-        warn(f"{folder} cannot be locked on this file system ({reason}): see that no other training uses it")
-        return None
-    return lock
-
-
-def create_run(
-    path: Path, files: Mapping[str, bytes], overwrite: bool, warn: Callable[[str], None]
-) -> BaseFileLock | None:
-    """Make a run folder, or with `overwrite` begin the one that is there anew; return the lock on it, as `hold` does.
-
-    Whatever fails, and wherever the process is killed, there is the old run, whole, or the new one, or a free folder.
-    What somebody else has put into the folder stays.
-
-    Args:
-        path: The folder.
-        files: What is in it from the beginning, by name; `config.json` is one of them.
-        overwrite: Whether an old run may be replaced.
-        warn: As `hold` takes it.
-
-    Raises:
-        UsageError: Something is there that must not be replaced, or a training holds the folder.
-        DiskError: It cannot be written.
-    """
-    is_new = not os.path.isdir(path)
-    with telling_of_disk(f"{path}: cannot be made"):
-        path.mkdir(parents=True, exist_ok=True)
-    lock = hold(path, warn)
-    stage, names = path / f".new-{secrets.token_hex(6)}", sorted(files, key=FILES.index)
-    try:
-        with telling_of_disk(f"{path}: cannot be written to", "; what stood there is intact"):
-            settle(path)
-            refuse_existing(path, overwrite)
-            (stage / "old").mkdir(parents=True)
-            for name in names:
-                checkpoint.write_atomically(stage / name, files[name])
-            for file in [*path.glob(EVENTS + "*"), *(path / name for name in FILES)]:
-                if os.path.lexists(file):
-                    os.rename(file, stage / "old" / file.name)
-            for name in names:
-                os.rename(stage / name, path / name)
-        checkpoint.sync_folder(path)
-        shutil.rmtree(stage, ignore_errors=True)
-    except BaseException:
-        with suppress(OSError):
-            settle(path)
-            if is_new:
-                (path / LOCK).unlink()
-                path.rmdir()
-        if lock is not None:
-            lock.release()
-        raise
-    return lock
-
-
-def settle(folder: Path) -> None:
-    """Undo a replacement that did not come to its end: until the new `config.json` is in its place, the old run stays.
-
-    Only who holds the folder may do so. Raises OSError.
-    """
-    for stage in folder.glob(".new-*"):
-        if os.path.isfile(stage / CONFIG):
-            for name in () if os.path.lexists(folder / CONFIG) else (INIT, OBSERVED):  # the new run's, in their place
-                (folder / name).unlink(missing_ok=True)
-            for name in [*(path.name for path in (stage / "old").glob(EVENTS + "*")), *FILES]:
-                if os.path.lexists(stage / "old" / name):
-                    os.rename(stage / "old" / name, folder / name)
-        shutil.rmtree(stage)

@@ -17,9 +17,8 @@ Config = dict[str, Any]
 
 def describe_machine(context: Context, words: Sequence[str]) -> Config:
     """Return what a run's numbers and times may depend on beside its settings; words: the command's arguments."""
-    device = context.device
+    device, count = context.device, context.processes.count
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
-    count = context.processes.count
     return {
         "git_revision": _git_revision(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
@@ -37,17 +36,18 @@ def differences(config: Config, now: Config) -> list[str]:
     return [f"{name} {here[name]} in place of {before.get(name)}" for name in counted if here[name] != before.get(name)]
 
 
-def changes(config: Config, settings: Settings) -> dict[str, list[Any]]:
-    """Return the settings that are others now than they were, by name: each as it was and as it is."""
-    before = Settings.from_dict(config["settings"]).to_dict()
-    return {name: [before[name], value] for name, value in settings.to_dict().items() if value != before[name]}
-
-
-def resumed(config: Config, settings: Settings, last: dict[str, Any], machine: Config) -> Config:
+def resumed(config: Config, images: Config, settings: Settings, last: dict[str, Any], machine: Config) -> Config:
     """Return the configuration of a run that goes on from its last checkpoint, {} for none; its beginning stays."""
-    where = {"phase": last.get("phase", "baseline"), "epoch": last["progress"]["epoch"] if last else 0}
-    record = {**where, "changed": changes(config, settings), **machine}
-    return {**config, "settings": settings.to_dict(), "resumed": [*config.get("resumed", []), record]}
+    before, now = Settings.from_dict(config["settings"]).to_dict(), settings.to_dict()
+    record = {
+        "phase": last.get("phase", "baseline"),
+        "epoch": last["progress"]["epoch"] if last else 0,
+        "changed": {name: [before[name], value] for name, value in now.items() if value != before[name]},
+        **machine,
+    }
+    known = {part: recorded for part, recorded in config["images"].items() if recorded is not None}
+    history = [*config.get("resumed", []), record]
+    return {**config, "settings": now, "images": {**images, **known}, "resumed": history}
 
 
 def processor() -> str:

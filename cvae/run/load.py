@@ -67,14 +67,11 @@ def check_device(device: torch.device | str) -> None:
 def start_from(folder: Path, model: CVAE) -> tuple[str, dict[str, Any]]:
     """Put the best weights of a run into a model, or the last ones if it has no best, as far as name and shape fit.
 
-    Weights that face pixels, by their size, do not fit either if the runs' masks differ: each stands for one pixel. Of
-    a run whose baseline alone is trained so far, the weights go into the baseline.
+    Weights that face pixels, by their size, do not fit either if the runs' masks differ: each stands for one pixel. If
+    the baseline alone is trained so far, the weights go into the baseline. Raises DataError if none fit.
 
     Returns:
         A line for the user, and what `config.json` is to say: the folder, the file, its SHA-256, and what did not fit.
-
-    Raises:
-        DataError: No weights can be read, or none fit.
     """
     path = next((folder / name for name in (BEST, LAST, WEIGHTS) if os.path.lexists(folder / name)), folder / BEST)
     content = {"model": read_weights(path)[1]} if path.name == WEIGHTS else checkpoint.load(path)
@@ -87,12 +84,8 @@ def start_from(folder: Path, model: CVAE) -> tuple[str, dict[str, Any]]:
         pixels = {task.x_dim, task.y_dim, task.x_dim + task.y_dim}
         sizes = ", ".join(map(str, sorted(pixels)))
         remark = f"; the mask is another, and so nothing fits that is as large as a part of the image ({sizes})"
-    wanted = kinds(begun) or {}
-    fitting = {
-        name: tensor
-        for name, tensor in weights.items()
-        if (tensor.shape, tensor.dtype) == wanted.get(name) and pixels.isdisjoint(tensor.shape)
-    }
+    wanted = {name: kind for name, kind in kinds(begun).items() if pixels.isdisjoint(kind[0])}
+    fitting = {name: weights[name] for name, kind in kinds(weights).items() if kind == wanted.get(name)}
     if not fitting:
         raise DataError(f"{path}: has no weights that fit this network; leave --init out, or give that run's settings")
     model.load_state_dict({**begun, **fitting})

@@ -19,11 +19,8 @@ from cvae.errors import printable
 from cvae.run.checkpoint import telling_of_disk
 from cvae.run.folder import EVENTS, METRICS
 
-PICTURES = "/completions"
-"""The end of the pictures' tags, after the phase."""
-
-OURS = ".train"
-"""The end of our event files' names."""
+PICTURES, OURS = "/completions", ".train"
+"""The ends of the pictures' tags, after the phase, and of our event files' names."""
 
 
 class RunLog:
@@ -101,10 +98,7 @@ class RunLog:
 
 
 def read_pictures(folder: Path) -> dict[tuple[str, int], bytes]:
-    """Return the pictures of a run, PNG files, by phase and epoch, as far as its events can be read.
-
-    A run that was resumed may have several event files; of an epoch that is in them twice, the last picture counts.
-    """
+    """Return the pictures of a run, PNG files, by phase and epoch, as far as its events can be read."""
     view = EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 1, "tensors": 1}).Reload()
     return {
         (tag.removesuffix(PICTURES), event.step): event.encoded_image_string

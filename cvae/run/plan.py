@@ -21,30 +21,27 @@ MOVABLE = ("epochs", "data", "data_root", "device")
 
 
 def parse(argv: Sequence[str] | None, manual: str | None) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """Return the command line, and the settings given on it, by name; `quadrants` is a list still.
+    """Return the command line, its words among it, and the settings given on it, by name; `quadrants` is a list still.
 
-    Args:
-        argv: The words of the command line, which are `words` of the result; None: the program's.
-        manual: What --help prints.
+    manual: What --help prints.
     """
     parser = argparse.ArgumentParser(description=manual, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser, {**CHOICES, "observed": MASKS, "preset": PRESETS})
-    add, run = parser.add_argument, {"type": user_path, "metavar": "RUN"}
+    add = partial(parser.add_argument, metavar="RUN")
     add("--runs", type=user_path, default=Path("runs"), metavar="DIR", help="folder of runs (default: %(default)s)")
     name = "name of the run's folder (default: q1, q2, q3 or the mask's name); with several runs, -q1, … is added"
-    add("--name", help=name)
-    add("--resume", help="name or folder of a run to go on with", **run)  # type: ignore[arg-type]
-    add("--init", help="name or folder of a run with whose weights the new one begins", **run)  # type: ignore[arg-type]
-    add("--overwrite", action="store_true", help="replace the run's folder if it exists")
-    add("--quiet", action="store_true", help="print nothing but errors")
-    argv = sys.argv[1:] if argv is None else argv
-    options = parser.parse_args(argv, argparse.Namespace(words=argv))
+    add("--name", metavar="NAME", help=name)
+    add("--resume", type=user_path, help="name or folder of a run to go on with")
+    add("--init", type=user_path, help="name or folder of a run with whose weights the new one begins")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run's folder if it exists")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    words = sys.argv[1:] if argv is None else argv
+    options = parser.parse_args(words, argparse.Namespace(words=words))
     if options.resume is not None and (options.name is not None or options.overwrite or options.init is not None):
         parser.error("--resume goes on with a run as it is: leave --name, --overwrite and --init out")
-
+    changes: dict[str, Callable[[Any], Any]] = {"hidden": tuple, "data": named, "data_root": absolute}
     given = {each.name: getattr(options, each.name) for each in fields(Settings) if hasattr(options, each.name)}
-    changed: dict[str, Callable[[Any], Any]] = {"hidden": tuple, "data": named, "data_root": absolute}
-    given |= {name: change(given[name]) for name, change in changed.items() if name in given}
+    given |= {name: change(given[name]) for name, change in changes.items() if name in given}
     if (mask := given.get("observed")) is not None:
         if "quadrants" in given:
             parser.error("--observed and --quadrants both say what is observed: leave one out")

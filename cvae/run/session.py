@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,57 +17,33 @@ from cvae.data.tasks import FixedMask, is_picture, make_task
 from cvae.errors import DataError, Interrupted, NonFiniteError, UsageError, first_line, taken_for_damage
 from cvae.model.cvae import CVAE
 from cvae.run import checkpoint, history
-from cvae.run.folder import (
-    BEST,
-    CONFIG,
-    FILES,
-    INIT,
-    LAST,
-    OBSERVED,
-    SUMMARY,
-    Progress,
-    RunFolder,
-    as_json,
-    create_run,
-    hold,
-    quoted,
-    write_json,
-)  # fmt: skip
+from cvae.run.claim import create_run, hold, settle
+from cvae.run.folder import BEST, CONFIG, FILES, INIT, LAST, OBSERVED, SUMMARY, Progress, RunFolder, quoted
 from cvae.run.load import start_from
 from cvae.run.log import RunLog
 from cvae.settings import Settings
 
-Weights = dict[str, Tensor]
 
-
+@dataclass
 class Run:
-    """A run that is trained. All processes call its methods; the main one alone reads, writes and prints.
+    """A run that is trained. All processes call its methods; the main one alone reads, writes and prints."""
 
-    Args:
-        folder: Where it is, or is to be.
-        settings: Its settings.
-        context: What it runs on.
-        interruption: Tells of signals.
-        quiet: Whether nothing is printed but warnings and errors.
-        init: The folder of the run whose weights it begins with.
-        words: The arguments of the command.
-    """
-
-    def __init__(
-        self, folder: Path, settings: Settings, context: Context, interruption: Interruption, quiet: bool = False,
-        init: Path | None = None, words: Sequence[str] = (),
-    ):  # fmt: skip
-        self.folder, self.settings, self.context, self.interruption = folder, settings, context, interruption
-        self.quiet, self.init, self.words = quiet, init, words
-        self._held = ExitStack()  # the lock and the log, in the main process
-        self._log: RunLog | None = None
-        self._going_on: Callable[[], None] = lambda: None  # what is written first once a run goes on
+    folder: Path
+    settings: Settings
+    context: Context
+    interruption: Interruption
+    quiet: bool = False
+    init: Path | None = None  # the run whose weights it begins with
+    words: Sequence[str] = ()  # of the command line
+    _open: ExitStack = field(default_factory=ExitStack)  # the lock and the log
+    _log: RunLog | None = None
+    _config: dict[str, Any] | None = None  # what `config.json` is to say from the moment at which the run goes on
 
     def __enter__(self) -> "Run":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._held.close()
+        self._open.close()
 
     def say(self, line: str) -> None:
         """Print a line, once for all processes."""
@@ -111,9 +87,7 @@ class Run:
             The checkpoint to go on from, {} at the beginning; None if nothing is left to do.
 
         Raises:
-            UsageError: The folder is taken.
-            DataError: The run cannot go on without losing anything.
-            DiskError: The folder cannot be written.
+            UsageError, DataError, DiskError: The folder is taken; cannot go on without loss; cannot be written.
         """
         processes = self.context.processes
         first = processes.on_main(lambda: images)
@@ -125,68 +99,62 @@ class Run:
             with left_as_it_is(self.folder, LAST if last else INIT):
                 model.load_state_dict(weights)
         if last == {}:
-            processes.on_main(partial(self._write_on, last))
+            processes.on_main(partial(self._begin_writing, last))
         return last
 
-    def _begin(self, model: CVAE, images: dict[str, Any], overwrite: bool) -> tuple[dict[str, Any], Weights | None]:
+    def _begin(self, model: CVAE, images: dict[str, Any], overwrite: bool) -> tuple[dict[str, Any], Any]:
         """Make the folder; return no checkpoint, and the weights that the run begins with, if they are another's."""
-        machine = history.describe_machine(self.context, self.words)
-        config, files = {"settings": self.settings.to_dict(), "images": images, **machine}, {}
-        weights = None
+        config = {"settings": self.settings.to_dict(), "images": images}
+        config |= history.describe_machine(self.context, self.words)
+        files, weights = {}, None
         if self.init is not None:
             line, config["init"] = start_from(self.init, model)
+            self.say(line)
             weights = model.state_dict()
             files[INIT] = checkpoint.packed({"model": weights})
-            self.say(line)
         if is_picture(self.settings) and isinstance(model.task, FixedMask):
             files[OBSERVED] = mask_png(model.task.observed)
-        self._hold(create_run(self.folder, {**files, CONFIG: as_json(config)}, overwrite, self.warn))
+        files[CONFIG] = checkpoint.as_json(config)
+        self._open.enter_context(create_run(self.folder, files, overwrite, self.warn))
         return {}, weights
 
-    def _go_on(self, images: dict[str, Any]) -> tuple[dict[str, Any] | None, Weights | None]:
+    def _go_on(self, images: dict[str, Any]) -> tuple[dict[str, Any] | None, Any]:
         """Return the checkpoint and the weights that a run goes on from; None if it is finished."""
+        self._open.enter_context(hold(self.folder, self.warn))
+        settle(self.folder)
         run, s = RunFolder(self.folder), self.settings
-        self._hold(hold(self.folder, self.warn))
         _refuse_others(run.record, images, f"{self.folder}: was begun on {{}}; --data says where its own are")
-        machine, config = history.describe_machine(self.context, self.words), {**run.config}
-        config["images"] = {**images, **{part: known for part, known in run.record.items() if known is not None}}
         with left_as_it_is(self.folder):
             last = run.last()
-            weights = last.get("model") if last.get("phase") == "cvae" else None
-            if "init" in config and weights is None:
-                weights = checkpoint.load(self.folder / INIT).get("model")
-        if last.get("phase") == "cvae":
+            is_cvae = last.get("phase") == "cvae"
+            begun = checkpoint.load(self.folder / INIT) if "init" in run.config and not is_cvae else {}
+        machine = history.describe_machine(self.context, self.words)
+        self._config = history.resumed(run.config, images, s, last, machine)
+        if is_cvae:
             progress = Progress(**last["progress"])
             if progress.epoch > s.epochs:
                 raise UsageError(f"{self.folder} has had {progress.epoch} epochs; --epochs cannot be less")
             is_whole = (run.summary or {}).get("epoch") == progress.epoch and (self.folder / BEST).is_file()
             if is_whole and progress.is_over(s.epochs, s.patience, s.unbent_epochs):
-                if history.changes(config, s):
-                    write_json(self.folder / CONFIG, history.resumed(config, s, last, machine))
+                if self._config["resumed"][-1]["changed"]:
+                    checkpoint.write_json(self.folder / CONFIG, self._config)
                 return None, None
+        if found := history.differences(run.config, machine):
+            self.say(f"{self.folder}: from here on not bit for bit as it began: {', '.join(found)}")
+        return last, (last if is_cvae else begun).get("model")
 
-        def going_on() -> None:
-            if found := history.differences(config, machine):
-                self.say(f"{self.folder}: from here on not bit for bit as it began: {', '.join(found)}")
-            write_json(self.folder / CONFIG, history.resumed(config, s, last, machine))
-
-        self._going_on = going_on
-        return last, weights
-
-    def _hold(self, lock: Any) -> None:
-        if lock is not None:
-            self._held.callback(lock.release)
-
-    def _write_on(self, last: dict[str, Any]) -> None:
-        """Begin to write: all that can be wrong was looked at."""
-        self._going_on()
-        for path in [self.folder / SUMMARY, *self.folder.glob(".*.tmp")]:
-            if path.name.removeprefix(".").startswith(FILES):  # a killed process may have left half a file of ours
-                path.unlink(missing_ok=True)
+    def _begin_writing(self, last: dict[str, Any]) -> None:
+        """Begin to write, since all that can be wrong was looked at."""
+        if self._config is not None:
+            checkpoint.write_json(self.folder / CONFIG, self._config)
+        with checkpoint.telling_of_disk(f"{self.folder}: cannot be written to"):
+            for path in [self.folder / SUMMARY, *self.folder.glob(".*.tmp")]:
+                if path.name.removeprefix(".").startswith(FILES):  # a killed process may have left half a file of ours
+                    path.unlink(missing_ok=True)
         if last:
             self._save_best(last)  # the process may have ended between the two files
         self._log = RunLog(self.folder, last.get("log", {}))
-        self._held.callback(self._log.close)
+        self._open.callback(self._log.close)
         if not last:
             self._log.describe(self.settings.to_dict())
 
@@ -195,7 +163,7 @@ class Run:
         with left_as_it_is(self.folder, LAST):
             for name, part in parts.items():
                 part.load_state_dict(last[name])
-        self.context.processes.on_main(partial(self._write_on, last))
+        self.context.processes.on_main(partial(self._begin_writing, last))
         return Progress(**last["progress"])
 
     def save_epoch(
@@ -228,10 +196,8 @@ class Run:
     def load_best(self, phase: str, progress: Progress, model: nn.Module) -> None:
         """Put the best weights of the phase trained last into a model. Raises NonFiniteError if no epoch had any."""
         if progress.best_epoch == 0:
-            raise NonFiniteError(
-                f"{phase}: the validation loss was NaN or infinite after each of {progress.epoch} epochs. "
-                "Try a lower --learning-rate, or look at the data"
-            )
+            problem = f"the validation loss was NaN or infinite after each of {progress.epoch} epochs"
+            raise NonFiniteError(f"{phase}: {problem}. Try a lower --learning-rate, or look at the data")
         model.load_state_dict(self.context.processes.on_main(lambda: checkpoint.load(self.folder / BEST)["model"]))
 
     def finish(self, progress: Progress, draw: Callable[[Path], Sequence[str]]) -> None:
@@ -252,7 +218,7 @@ class Run:
                 self.warn(line)
             results = {"validation_loss": progress.best_loss, "seconds": progress.seconds}
             self._log.finish(self.settings.to_dict(), results)
-            write_json(self.folder / SUMMARY, asdict(progress))
+            checkpoint.write_json(self.folder / SUMMARY, asdict(progress))
 
         self.context.processes.on_main(write)
 

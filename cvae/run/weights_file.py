@@ -40,11 +40,11 @@ def save_safetensors(model: CVAE, settings: Settings, path: Path, half: bool = F
 
 def as_safetensors(trained: Trained, half: bool = False) -> bytes:
     """Return what the file of a trained model holds; half: weights in float16."""
-    tensors = {
-        name: tensor.detach().to("cpu", torch.float16 if half and tensor.is_floating_point() else None, copy=True)
-        for name, tensor in trained.model.state_dict().items()
-    }  # a copy of each: training keeps all weights in one vector
-    return safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()}, description(trained))
+    tensors = trained.model.state_dict()
+    if half:
+        tensors = {name: t.half() if t.is_floating_point() else t for name, t in tensors.items()}
+    tensors = {name: t.cpu().clone() for name, t in tensors.items()}  # training keeps all weights in one vector
+    return safetensors.torch.save(tensors, description(trained))
 
 
 def description(trained: Trained) -> dict[str, str]:
@@ -75,7 +75,7 @@ def read_trained(path: Path, device: torch.device | str = "cpu") -> Trained:
         rows = [[{"0": False, "1": True}[letter] for letter in row] for row in metadata["observed"].split("\n")]
         task = FixedMask(torch.tensor(rows), mask_name(settings))
         if (images["height"], images["width"]) != (task.height, task.width):
-            raise ValueError("images of another size than the mask's")
+            raise ValueError
     return Trained(assembled(path, settings, task, tensors).to(device), settings, images)
 
 
@@ -89,11 +89,7 @@ def read_weights(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 def assembled(path: Path, settings: Settings, task: Task, state: object) -> CVAE:
-    """Return the model of these settings with these weights, in float32, frozen, in evaluation mode.
-
-    Raises:
-        DataError: they are not of these settings; `path` is the file to be named.
-    """
+    """Return the model of these settings with these weights, in float32, frozen; raise DataError if they do not fit."""
     try:
         state = upgraded(state) if isinstance(state, dict) else state
         with torch.device("meta"):  # no memory is taken before the weights are known to fit

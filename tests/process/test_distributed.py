@@ -28,7 +28,8 @@ from support.trainings import (
 
 from cvae.model.networks import build
 from cvae.run import checkpoint
-from cvae.run.folder import RunFolder, read_json
+from cvae.run.checkpoint import read_json
+from cvae.run.folder import RunFolder
 
 STOPS = [
     *SMALL, "--data", "contrary", "--batch-size", "60", "--baseline-epochs", "1", "--epochs", "9", "--patience", "1",

@@ -18,7 +18,8 @@ from support.scripts import ROOT
 from support.trainings import contents
 
 from cvae.errors import DataError, DiskError, UsageError
-from cvae.run.folder import RunFolder, create_run, find_run, hold
+from cvae.run.claim import create_run, hold
+from cvae.run.folder import RunFolder, find_run
 from cvae.settings import Settings
 
 CONFIG = {"settings": Settings(hidden=(8, 7)).to_dict(), "images": {"height": 10, "width": 9}, "precision": "bf16"}
@@ -45,8 +46,12 @@ def words(done: Path, tmp_path: Path) -> list[str | Path]:
 
 def test_what_a_run_folder_says(done: Path, tmp_path: Path) -> None:
     run = RunFolder(done)
-    assert (run.settings.hidden, run.settings.data, run.size) == ((8, 7), str(done.parent / "data"), (10, 9))
-    assert (run.task.observed.shape, run.precision, run.is_passed_on) == ((10, 9), "fp32", False)
+    assert (run.settings.hidden, run.settings.data, run.task.observed.shape) == (
+        (8, 7),
+        str(done.parent / "data"),
+        (10, 9),
+    )
+    assert (run.precision, run.is_passed_on) == ("fp32", False)
     assert [run.record[part]["count"] for part in ("train", "validation", "test")] == [60, 12, 12]
     assert run.summary is not None
     assert run.summary["epoch"] == 2
@@ -60,7 +65,7 @@ def test_what_a_run_folder_says(done: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     assert (run.settings.hidden, run.summary, run.last()) == ((8, 7), None, {})
     (tmp_path / "config.json").unlink()  # it was read once
-    assert (run.size, run.precision) == ((10, 9), "bf16")
+    assert (run.task.observed.shape, run.precision) == ((10, 9), "bf16")
 
 
 @pytest.mark.parametrize(
@@ -160,14 +165,13 @@ def create_until(run: Path, fatal: int, error: BaseException, overwrite: bool) -
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "rename", fail_at_last)
         if isinstance(error, Killed):
-            patch.setattr("cvae.run.folder.settle", lambda folder: None)
+            patch.setattr("cvae.run.claim.settle", lambda folder: None)
         try:
             lock = create_run(run, NEW, overwrite, pytest.fail)
         except (Killed, DiskError):
             return True
-    assert lock is not None
-    lock.release()
-    return False
+    with lock:
+        return False
 
 
 def files(run: Path) -> dict[str, bytes]:
@@ -227,7 +231,7 @@ def test_commands_can_be_pasted(words: list[str | Path], tmp_path: Path) -> None
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from cvae.run.folder import hold
+from cvae.run.claim import hold
 lock = hold(Path(sys.argv[1]), print)
 if os.fork() == 0:
     print("held", flush=True)
@@ -257,11 +261,8 @@ def test_lock_ends_with_its_process(holder: subprocess.Popen[str], tmp_path: Pat
     holder.kill()
     holder.wait()
     for _ in range(2):
-        lock = hold(tmp_path, pytest.fail)
-        assert lock is not None
-        with pytest.raises(UsageError, match="is held by another training"):
+        with hold(tmp_path, pytest.fail), pytest.raises(UsageError, match="is held by another training"):
             hold(tmp_path, pytest.fail)
-        lock.release()
         assert (tmp_path / ".lock").exists()
 
 
@@ -274,7 +275,7 @@ def test_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(fcntl, "flock", flock)
     warnings: list[str] = []
-    assert hold(tmp_path, warnings.append) is None
+    hold(tmp_path, warnings.append)
     reason = f"cannot be locked on this file system ({os.strerror(number)}): see that no other training uses it"
     assert warnings == [f"{tmp_path} {reason}"]
 

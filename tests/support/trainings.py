@@ -20,7 +20,8 @@ from torch import Tensor
 
 from cvae.data.readers import mnist
 from cvae.run import checkpoint
-from cvae.run.folder import RunFolder, read_json
+from cvae.run.checkpoint import read_json
+from cvae.run.folder import RunFolder
 from support.scripts import PATIENCE, ROOT, small_mnist, usual_signals, write_contrary
 
 SMALL = [
