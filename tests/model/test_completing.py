@@ -8,7 +8,8 @@ from reference.quadrature import integrate
 
 from cvae.data.images import ImageSet
 from cvae.errors import DataError
-from cvae.model.cvae import NOISE_IMAGES, noise
+from cvae.model.cvae import NOISE_IMAGES, SAMPLES_AT_ONCE, noise
+from cvae.model.densities import log_mean_exp
 from cvae.model.networks import NETWORKS
 
 NUMBERS = torch.arange(36).view(6, 6)
@@ -92,6 +93,11 @@ def test_log_likelihood_matches_quadrature(make_toy):
     assert (exact.is_variance < 1).all()
     error = found - exact.log_evidence + 0.5 * exact.is_variance / samples
     assert (error.abs() < 5 * (exact.is_variance / samples).sqrt() + 1e-4).all()
+    few, random = toy.batch._replace(x=toy.x[:5], y=toy.y[:5]), torch.Generator().manual_seed(0)
+    eps = torch.cat([noise(SAMPLES_AT_ONCE, 5, toy.cvae, random) for _ in range(2)])[: SAMPLES_AT_ONCE + 3]
+    draw = toy.cvae.from_posterior(few, eps)  # the first of the draws
+    found = toy.cvae.log_likelihood(toy.images[:5], len(eps), torch.Generator().manual_seed(0))
+    torch.testing.assert_close(found, log_mean_exp(draw.log_weights(few)).double(), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(
