@@ -78,7 +78,7 @@ def small_portions(monkeypatch):
 @cases
 @pytest.mark.usefixtures("small_portions")
 def test_validation_is_the_mean_over_all_images(network, objective):
-    """Each counts once, those of the short last portion too; to the rounding of some thirty float32 terms."""
+    """Each counts once, those of the short last portion too; to a hundred roundings of float32."""
     training = make_training(network, objective)
     phase, seen = watched(training.phase)
     totals = phase.validate(phase.model, 0, training.run.context)
@@ -89,7 +89,7 @@ def test_validation_is_the_mean_over_all_images(network, objective):
         terms = training.phase.objective(model, phase.validation.batch(slice(None)), *eps)
     assert list(totals.means()) == list(terms)
     for name, mean in totals.means().items():
-        assert mean == pytest.approx(terms[name].double().mean().item(), rel=30 * 2**-23, abs=30 * 2**-23), name
+        assert mean == pytest.approx(terms[name].double().mean().item(), rel=100 * 2**-23, abs=100 * 2**-23), name
 
 
 @pytest.mark.usefixtures("small_portions")
