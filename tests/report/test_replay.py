@@ -35,15 +35,12 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = ["--data", data, *TINY, "--baseline-epochs", "2", "--epochs", "3", "--precision", "fp32"]
     ended = call_train(*words, "--runs", place, "--name", "done")
     assert (ended.code, ended.err) == (0, "")
-    summary = RunFolder(place / "done").summary
-    assert summary is not None
-    assert summary["best_epoch"] == 1
+    assert (RunFolder(place / "done").summary or {})["best_epoch"] == 1
     return place / "done"
 
 
 def said(ended: Ended) -> list[str]:
     """Return what the command complained of."""
-    assert all(line.startswith("cvae.report.replay: ") for line in ended.err.splitlines())
     return [line.removeprefix("cvae.report.replay: ") for line in ended.err.splitlines()]
 
 
@@ -95,12 +92,10 @@ def test_completions_are_those_of_the_best_weights(done: Path) -> None:
 def test_command_draws_the_same_again(done: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(done, tmp_path / "again"))
     before = {name: content for name, (content, _) in contents(run).items()}
-    assert before.keys() >= FIGURES
     for name in FIGURES:
         (run / name).unlink()
-    for word in (run, tmp_path):
-        assert call(replay, word) == Ended(0, f"{run}: drawn\n", "")
-        assert {name: content for name, (content, _) in contents(run).items()} == before
+    assert call(replay, tmp_path) == Ended(0, f"{run}: drawn\n", "")
+    assert {name: content for name, (content, _) in contents(run).items()} == before
 
 
 def test_failure_to_draw_is_a_warning(tmp_path: Path) -> None:
@@ -130,23 +125,19 @@ def test_run_that_is_not_finished(done: Path, tmp_path: Path, epochs: int) -> No
     assert torch.equal(pixels(run / "completions.png"), pictures["baseline" if epochs < 3 else "cvae", 1])
 
 
-@pytest.mark.parametrize("spoil", ["missing", "text", "cut"])
-def test_events_that_are_damaged(done: Path, tmp_path: Path, spoil: str) -> None:
+@pytest.mark.parametrize("share", [0, 0.8])
+def test_events_that_are_cut(done: Path, tmp_path: Path, share: float) -> None:
     """What can be read is drawn, and what is missing is said."""
     run = Path(shutil.copytree(done, tmp_path / "run", ignore=lambda *_: FIGURES))
     [path] = run.glob("events.*")
-    content = path.read_bytes()
-    path.unlink()
-    if spoil != "missing":
-        path.write_bytes(b"no events" if spoil == "text" else content[: 4 * len(content) // 5])
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
     count = len(logged(run))
-    assert (count in (3, 4)) if spoil == "cut" else (count == 0)
+    assert count in ((3, 4) if share else (0,))
     ended = call(replay, run)
     assert (ended.code, ended.out) == (3, f"{run}: drawn as far as its log goes\n")
-    end = "" if count else "not "
     assert said(ended) == [
         f"{run}: its events have pictures of {count} of 5 epochs; learning.gif shows these, and completions.png is "
-        f"{end}drawn"
+        + ("drawn" if count else "not drawn")
     ]
     assert (run / "completions.png").exists() == (run / "learning.gif").exists() == (count > 0)
 
