@@ -66,11 +66,11 @@ def records(ended: Ended) -> list[dict[str, Any]]:
 
 
 def assert_agree(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
-    """To the rounding of products in another order: float32, sums of fewer than 100 terms."""
+    """To rounding: log-weights of 50 nats in float32 are right to 1e-5, and effective samples go with exp of them."""
     leaves, others = tree_flatten(found), tree_flatten(expected)
     assert leaves[1] == others[1]
     for one, other in zip(leaves[0], others[0], strict=True):
-        assert one == (pytest.approx(other, rel=1e-5) if isinstance(other, float) else other)
+        assert one == (pytest.approx(other, rel=1e-4) if isinstance(other, float) else other)
 
 
 def change(run: Path, **settings: Any) -> None:
