@@ -31,7 +31,9 @@ def test_batches_are_the_images_scaled():
         assert torch.equal(y, levels[choice][:, ~TASK.observed])
         assert (weight, guess) == (None, None)
     assert [len(batch.x) for batch in (images.batch(slice(i, i + 3)) for i in (0, 3))] == [3, 1]
-    assert torch.equal(torch.cat([batch.y for batch in (images.batch(slice(i, i + 3)) for i in (0, 3))]), levels[:, ~TASK.observed])
+    assert torch.equal(
+        torch.cat([batch.y for batch in (images.batch(slice(i, i + 3)) for i in (0, 3))]), levels[:, ~TASK.observed]
+    )
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])

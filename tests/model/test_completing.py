@@ -105,11 +105,9 @@ def test_log_likelihood_matches_quadrature(make_toy):
     [
         (torch.full((6, 5), 0.5), "are [6, 6] or [B, 6, 6], uint8 or floats in [0, 1], not float32 [6, 5] from 0.5"),
         (torch.full((2, 2, 6, 6), 0.5), "not float32 [2, 2, 6, 6] from 0.5 to 0.5"),
-        (NUMBERS, "not int64 [6, 6] from 0 to 35"),
         (NUMBERS.numpy(), "not int64 [6, 6] from 0 to 35"),
         (NUMBERS.float(), "the observed part of a picture has to be uint8, or floats in [0, 1], not float32 [1, 9]"),
         (torch.full((6, 6), float("nan")), "not float32 [1, 9] from nan to nan"),
-        (NUMBERS.to(torch.complex64), "not complex64 [6, 6]"),
         ([[0.5]], "a picture is a tensor, a numpy array, a Pillow image or the path of a file, not: list"),
         (Image.new("L", (5, 6)), "not uint8 [6, 5] from 0 to 0; cvae.as_digit finds the digit in a photograph"),
     ],
@@ -122,21 +120,16 @@ def test_what_is_no_picture_for_the_model(toy, picture, line):
 
 
 def test_other_mistakes(toy, tmp_path):
-    for wrong, line in (
-        ({"samples": 0}, "samples has to be a number from 1 on, not 0"),
-        ({"temperature": -1.0}, "temperature has to be a number from 0 on, not -1.0"),
-        ({"temperature": float("nan")}, "temperature has to be a number from 0 on, not nan"),
-    ):
-        with pytest.raises(ValueError, match=f"^{line}$"):
-            toy.cvae.complete(toy.images, **wrong)
+    for temperature in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match=f"^temperature has to be a number from 0 on, not {temperature}$"):
+            toy.cvae.complete(toy.images, temperature=temperature)
     (tmp_path / "text.png").write_text("no picture")
     for call in (toy.cvae.complete, toy.cvae.log_likelihood):
-        with pytest.raises(ValueError, match=r"^samples has to be a number from 1 on"):
+        with pytest.raises(ValueError, match=r"^samples has to be a number from 1 on, not 0$"):
             call(toy.images, 0)
-        with pytest.raises(DataError, match=r"none.png: "):
-            call(tmp_path / "none.png")
-        with pytest.raises(DataError, match=r"text.png: cannot be read as a picture"):
-            call(tmp_path / "text.png")
+        for name in ("none.png", "text.png"):
+            with pytest.raises(DataError, match=f"{name}: cannot be read as a picture"):
+                call(tmp_path / name)
 
 
 @pytest.mark.parametrize("network", NETWORKS)

@@ -91,6 +91,7 @@ def test_values_match_quadrature(make, network, task):
 
 
 def test_several_levels_match_quadrature(make):
+    """Each level has its KL, and its active units, whose numbers depend on the seed alone."""
     model, images = make("two smooth levels", latent_dim=2, gain=1.0)
     found, exact = likelihoods(model, images, [1000]), log_evidence(model, images.batch(slice(None)), 31)
     for values in (found.cvae_is_nll, found.cvae_mc_nll):
@@ -99,6 +100,9 @@ def test_several_levels_match_quadrature(make):
         assert error.mean().abs() < 4 * error.std() / math.sqrt(COUNT)
     assert (found.cvae_neg_elbo + exact).mean() > 0.1  # a bound, which is not tight here
     assert found.kl.shape == (2, COUNT)
+    active = active_units(model, images, 0, CONTEXT)
+    assert [count for _, count in active] == [1, 1]
+    assert active_units(model, images, 0, CONTEXT) == active
 
 
 # What they depend on
@@ -240,12 +244,3 @@ def test_variance_of_means_is_not_biased_by_few_draws():
         assert (4 * error < 0.4 / draws).all()  # the draws' own variance, left in, would be 1 / draws
     torch.testing.assert_close(variance_of_means(means), means.double().var(0))
     assert variance_of_means(means[:1]).eq(0).all()
-
-
-@pytest.mark.parametrize("network", ["paper", "deep"])
-def test_active_units_of_any_network(make, network):
-    """They are those of z, of each level; the numbers depend on the seed and the images alone."""
-    model, images = make(network, latent_dim=4, levels=2 if network == "deep" else 1)
-    found = active_units(model, images, 0, CONTEXT)
-    assert [count for _, count in found] == ([4] if network == "paper" else [2, 2])
-    assert active_units(model, images, 0, CONTEXT) == found

@@ -26,11 +26,7 @@ class FixedNoise(dist.Normal):
 
 
 class Reference:
-    """Models and guides, each a function of a batch and noise `[B, Z]`, with the parameters of a CVAE.
-
-    Of hidden pixels that do not count, none is in the likelihood; grey levels are not in a Bernoulli's support, so that
-    they are not validated.
-    """
+    """Models and guides, each a function of a batch and noise `[B, Z]`, with the parameters of a CVAE."""
 
     def __init__(self, cvae: OneLevel):
         self.cvae = cvae
@@ -51,8 +47,9 @@ class Reference:
         return guess + self.cvae.generation_net(torch.relu(seen))
 
     def observe(self, batch: Batch, logits: Tensor) -> None:
-        counts = torch.ones_like(batch.y) if batch.weight is None else batch.weight
-        pyro.sample("y", dist.Bernoulli(logits=logits, validate_args=False).mask(counts > 0).to_event(1), obs=batch.y)
+        counts = True if batch.weight is None else batch.weight > 0
+        grey = dist.Bernoulli(logits=logits, validate_args=False)  # whose support has no grey level
+        pyro.sample("y", grey.mask(counts).to_event(1), obs=batch.y)
 
     def model(self, batch: Batch, eps: Tensor) -> None:
         with pyro.plate("images", len(batch.x)):
@@ -71,6 +68,3 @@ class Reference:
     def baseline_model(self, batch: Batch, eps: Tensor) -> None:
         with pyro.plate("images", len(batch.x)):
             self.observe(batch, self.cvae.baseline_net(batch.x))
-
-    def baseline_guide(self, batch: Batch, eps: Tensor) -> None:
-        pass

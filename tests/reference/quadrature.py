@@ -10,7 +10,6 @@ from torch.distributions import Bernoulli, Normal, kl_divergence
 
 from cvae.data.tasks import Batch
 from cvae.model.cvae import CVAE
-from cvae.model.densities import Gaussian
 
 NUM_POINTS = 4_001
 
@@ -29,11 +28,12 @@ class Integrals(NamedTuple):
 @torch.no_grad()
 def integrate(cvae: CVAE, batch: Batch) -> Integrals:
     """Return the integrals over z of a CVAE of one level with latent_dim 1, on a fine grid."""
-    p, q = gaussians(cvae, batch)
+    ((_, _, q, p),) = cvae.from_posterior(batch, batch.x.new_zeros(1, len(batch.x), 1)).latents
     ends = [gaussian.loc + sign * 10 * gaussian.log_scale.exp() for gaussian in (p, q) for sign in (-1, 1)]
     low, high = torch.cat(ends, 1).double().aminmax(dim=1)
     z = low + (high - low) * torch.linspace(0, 1, NUM_POINTS, dtype=torch.float64)[:, None]  # [points, B]
-    log_y = log_likelihood(cvae, batch, z[..., None])
+    eps = (z[..., None].to(batch.y.dtype) - p.loc) / p.log_scale.exp()  # z as noise of the prior network's draw
+    log_y = bernoulli(batch, cvae.from_prior(batch, eps).logits)
     log_p, log_q = (Normal(g.loc[:, 0].double(), g.log_scale[:, 0].double().exp()).log_prob(z) for g in (p, q))
     log_weight = log_y + log_p - log_q
 
@@ -49,18 +49,6 @@ def integrate(cvae: CVAE, batch: Batch) -> Integrals:
         is_variance=integral((2 * log_weight + log_q).exp()) / evidence**2 - 1,
         mc_variance=integral((2 * log_y + log_p).exp()) / evidence**2 - 1,
     )
-
-
-def gaussians(cvae: CVAE, batch: Batch) -> tuple[Gaussian, Gaussian]:
-    """Return p(z|x) and q(z|x,y) of a CVAE of one level."""
-    ((_, _, q, p),) = cvae.from_posterior(batch, batch.x.new_zeros(1, len(batch.x), cvae.latent_dim)).latents
-    return p, q
-
-
-def log_likelihood(cvae: CVAE, batch: Batch, z: Tensor) -> Tensor:
-    """Return log p(y|x,z), `[S, B]` float64, for z `[S, B, Z]` of one level: as noise of the prior network's draw."""
-    p, _ = gaussians(cvae, batch)
-    return bernoulli(batch, cvae.from_prior(batch, (z.to(batch.y.dtype) - p.loc) / p.log_scale.exp()).logits)
 
 
 def bernoulli(batch: Batch, logits: Tensor) -> Tensor:
