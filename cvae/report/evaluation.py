@@ -31,16 +31,13 @@ OF_THE_IMAGES = ("data", "data_root", "size", "transpose", "targets")  # setting
 
 
 class Subject(NamedTuple):
-    """A run to be evaluated, with all of it read that can be missing or wrong.
-
-    `settings` say where the images are now; `epochs` is the number that an unfinished run has had, else None.
-    """
+    """A run to be evaluated, with all of it read that can be missing or wrong."""
 
     folder: Path
-    settings: Settings
+    settings: Settings  # with the place of the images as it is now
     model: CVAE
     test: TestImages
-    epochs: int | None
+    epochs: int | None  # that an unfinished run has had
 
 
 def find_runs(words: Sequence[Path], runs: Path) -> tuple[list[Path], list[str]]:
@@ -94,11 +91,8 @@ def is_comparable(run: Subject, other: Subject) -> bool:
 def short_names(folders: Sequence[Path]) -> list[str]:
     """Return a name for each run: its folder's, with as many folders above it as tell it from the others."""
     parts = [Path(os.path.abspath(folder)).parts for folder in folders]
-    names = [part[-1] for part in parts]
-    for length in range(2, 1 + max(map(len, parts), default=0)):
-        counts, pairs = Counter(names), zip(names, parts, strict=True)
-        names = ["/".join(part[-length:]) if counts[name] > 1 else name for name, part in pairs]
-    return names
+    lengths = [next(n for n in range(1, 1 + len(own)) if [p[-n:] for p in parts].count(own[-n:]) == 1) for own in parts]
+    return ["/".join(own[-length:]) for own, length in zip(parts, lengths, strict=True)]
 
 
 class Evaluation(NamedTuple):
