@@ -3,10 +3,9 @@
     python -m cvae.report.classifier center others/q1    # of these runs: one and a half minutes for each classifier
     python -m cvae.report.classifier --to FOLDER         # the four of MNIST that come with the package
 
-Two classifiers judge a run: one sees whole images, and one what the run's models are given of an image, x. Both are
-.safetensors files of 0.4 MB in the run folder, but for those that come with the package: of MNIST in grey levels, whole
-images and one, two and three quadrants. What is printed of them is measured on the validation images. It takes images
-with labels: MNIST, or IDX files. Exit codes: 0 done, 2 usage, 3 a run or its images cannot be read, 5 disk.
+One sees whole images, the other what the run's models are given of an image, x. Both are .safetensors files in the run
+folder, but for those that come with the package. What is printed of them is measured on the validation images. It takes
+images with labels: MNIST, or IDX files. Exit codes: 0 done, 2 usage, 3 a run or its images cannot be read, 5 disk.
 """
 
 if __name__ == "__main__":
@@ -42,7 +41,6 @@ from cvae.run.folder import RunFolder, find_run, quoted
 from cvae.run.plan import absolute, user_path
 from cvae.settings import Settings
 
-FEATURES, DROPOUT = 64, 0.2
 EPOCHS, BATCH, RATE, DECAY, BEND = 16, 200, 6e-3, 0.05, 0.8  # chosen on the validation images of MNIST
 PACKAGED = Path(__file__).with_name("classifiers")  # the folder of those that come with the package
 WHOLE, X_ONLY = "classifier.safetensors", "classifier-x.safetensors"  # their names in a run folder
@@ -59,24 +57,20 @@ class Classifier(nn.Module):
     def __init__(self, observed: Tensor, num_classes: int):
         super().__init__()
         self.register_buffer("observed", observed)
-        halving = [
+        halving = (
             nn.Sequential(nn.Conv2d(*planes, size, 2, size // 2, bias=False), nn.BatchNorm2d(planes[1]), nn.ReLU())
             for planes, size in (((1, 16), 5), ((16, 32), 3), ((32, 64), 3))
-        ]
-        pooling = nn.AdaptiveAvgPool2d(4)  # changes nothing of images of 28×28
-        self.convolutions = nn.Sequential(*halving, pooling, nn.Flatten())
-        self.hidden = nn.Linear(64 * 4 * 4, FEATURES)
-        self.last = nn.Linear(FEATURES, num_classes)
+        )  # of an image of 28×28 leaves 4×4, which the pooling does not change
+        self.convolutions = nn.Sequential(*halving, nn.AdaptiveAvgPool2d(4), nn.Flatten())
+        self.hidden, self.last = nn.Linear(64 * 4 * 4, 64), nn.Linear(64, num_classes)
 
     def features(self, images: Tensor) -> Tensor:
-        """Return what the last layer sees of images `[B, height, width]` in [0, 1]: `[B, FEATURES]`."""
-        features: Tensor = self.hidden(self.convolutions((images * self.observed)[:, None])).relu()
-        return features
+        """Return what the last layer sees of images `[B, height, width]` in [0, 1]: `[B, 64]`."""
+        return self.hidden(self.convolutions((images * self.observed)[:, None])).relu()  # type: ignore[no-any-return]
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits `[B, K]` of the classes of images `[B, height, width]` in [0, 1]."""
-        logits: Tensor = self.last(dropout(self.features(images), DROPOUT, self.training))
-        return logits
+        return self.last(dropout(self.features(images), 0.2, self.training))  # type: ignore[no-any-return]
 
 
 def masks_of(task: FixedMask) -> dict[str, Tensor]:
@@ -98,10 +92,8 @@ def read(path: Path, observed: Tensor, source: Mapping[str, str]) -> Classifier:
             raise DataError(f"{path}: is of another mask, or of other images or targets")
         classifier = Classifier(observed, len(state["last.bias"]))
         classifier.load_state_dict(state)
-    except OSError:
-        raise DataError(f"{path}: cannot be read") from None
-    except (SafetensorError, KeyError, RuntimeError):
-        raise DataError(f"{path}: is damaged, or no classifier of images") from None
+    except (OSError, SafetensorError, KeyError, RuntimeError):
+        raise DataError(f"{path}: is missing or damaged") from None
     return classifier.requires_grad_(False).eval()
 
 
@@ -114,10 +106,7 @@ def packaged(observed: Tensor, source: Mapping[str, str]) -> Classifier | None:
 
 
 def open_judges(folder: Path, device: torch.device) -> list[Classifier]:
-    """Return the classifiers of a run, of whole images and of x, on a device, frozen, in evaluation mode.
-
-    Raises DataError, with the command that trains them, if one is missing or bad.
-    """
+    """Return the classifiers of a run, of whole images and of x, frozen. Raises DataError if one is missing or bad."""
     run = RunFolder(folder)
     if not run.record.get("train"):
         raise DataError(f"{folder}: does not say what its training images are; train anew")
@@ -131,20 +120,18 @@ def open_judges(folder: Path, device: torch.device) -> list[Classifier]:
 
 
 def _fit(images: Tensor, classes: Tensor, num_classes: int, observed: Tensor, binary: bool) -> Classifier:
-    """Train a classifier on images on the device, uint8 `[N, height, width]`; all randomness is of one seed."""
+    """Train a classifier on images, uint8 `[N, height, width]`, on their device; all randomness is of one seed."""
     context.seed_dropout("classifier")  # and the first weights
     classifier = Classifier(observed, num_classes).to(images.device)
     optimizer = torch.optim.AdamW(classifier.parameters(), RATE, weight_decay=DECAY)
-    size = min(BATCH, len(images))
-    steps = len(images) // size
+    steps = len(images) // (size := min(BATCH, len(images)))
     schedule = OneCycleLR(optimizer, RATE, total_steps=steps * EPOCHS)
     with Bar("classifier", steps * EPOCHS * size, "img") as bar:
         for epoch in range(EPOCHS):
             order = context.permutation(len(images), "classifier", epoch).to(images.device)
             for step, rows in enumerate(order[: steps * size].split(size)):
-                key = ("classifier", epoch, step)
-                batch = bent(images[rows], BEND, *key)
-                batch = binarized(batch, *key) if binary else batch
+                batch = bent(images[rows], BEND, "classifier", epoch, step)
+                batch = binarized(batch, "classifier", epoch, step) if binary else batch
                 loss = cross_entropy(classifier(batch / 255), classes[rows])
                 optimizer.zero_grad()
                 loss.backward()
@@ -174,11 +161,10 @@ def make(masks: Mapping[Path, Tensor], s: Settings, device: torch.device, run: R
         logits = torch.cat([classifier(part.to(device) / 255) for part in held_out.split(1000)]).cpu()
         state = {name: tensor.cpu().contiguous() for name, tensor in classifier.state_dict().items()}
         write_atomically(path, safetensors.torch.save(state, {**source, "format": "pt"}))
-        right = (logits.argmax(-1) == held_out_classes).double().mean()
-        scores = f"{right:.2%} of {len(held_out):,} validation images right"
-        nats = f"{cross_entropy(logits, held_out_classes):.4f} nats per image"
+        right, nats = (logits.argmax(-1) == held_out_classes).double().mean(), cross_entropy(logits, held_out_classes)
+        scores = f"{right:.2%} of {len(held_out):,} validation images right, {nats:.4f} nats per image"
         seen, seconds = f"{int(observed.sum())} of {observed.numel()} pixels", time.perf_counter() - started
-        say(f"{path}: sees {seen}; {scores}, {nats}; {seconds:.0f} s")
+        say(f"{path}: sees {seen}; {scores}; {seconds:.0f} s")
 
 
 @command("cvae.report.classifier")
@@ -189,8 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("runs", nargs="*", type=user_path, metavar="RUN", help="run, as a path or a name below runs/")
     add("--to", type=user_path, metavar="FOLDER", help="without a run: where those of MNIST are written")
-    place = "where the images of the runs are now, as for train.py"
-    add("--data", type=named, metavar="PATH", help=place)
+    add("--data", type=named, metavar="PATH", help="where the images of the runs are now, as for train.py")
     add("--data-root", type=absolute, metavar="DIR", help="where torchvision's data sets are now, as for train.py")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:n (default: %(default)s)")
     options = parser.parse_args(argv)

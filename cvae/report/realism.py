@@ -129,6 +129,7 @@ def _measured(case: Case, images: Tensor, classes: Tensor, random: torch.Generat
 
 
 def _of_classes(who: str, logits: Tensor, classes: Tensor) -> Judged:
+    """Return the measures of the classes that completions are taken for."""
     frequency = measures.frequencies(logits)
     return {
         (who, "validity"): measures.validity(logits, classes),
@@ -139,10 +140,9 @@ def _of_classes(who: str, logits: Tensor, classes: Tensor) -> Judged:
 
 
 def estimates(judged: Judged) -> dict[tuple[str, str], Estimate]:
-    """Return mean and standard error of each measure, and what is of all images together, without an error (NaN).
+    """Return mean and standard error of each measure; NaN is the error of density, coverage, correlation of entropies.
 
-    density, coverage: of the first completions; of the truth, what others of its kind have in expectation.
-    correlation: of the entropy of the classes with that of the classifier that sees x only.
+    Density and coverage are of the first completions; of the truth, what others of its kind have in expectation.
     """
     found = {(who, name): estimate(values) for (who, name), values in judged.items() if name != "features"}
     truth = judged["truth", "features"].T.contiguous()
@@ -201,17 +201,16 @@ def chosen(ambiguity: Tensor) -> list[int]:
 
 @torch.inference_mode()
 def draw(case: Case, ambiguity: Tensor, seed: int, context: Context) -> Image.Image:
-    """Return the picture of a run, a column an image, from plain to ambiguous.
+    """Return the picture of a run, a column an image, from plain to ambiguous; the true class is red.
 
-    Rows: input, truth, the class probabilities of the classifier that sees x only, with their entropy; the baseline's
-    guess, completions by the CVAE, and how often each class is among 50 of them. The true class is red. The noise of an
-    image is the same whichever others are drawn beside it.
+    Charts: the class probabilities of the classifier that sees x only, with their entropy, and how often each class is
+    among 50 completions. The noise of an image is the same whichever others are drawn beside it.
     """
     numbers, model, task = chosen(ambiguity), case.model, case.model.task
     images, classes = case.images[numbers], case.classes[numbers].tolist()
     x, y, *_ = task.batch(task.rows(images.to(context.device)))
     random = [context.generator(seed, "realism figure", number) for number in numbers]
-    made = torch.cat([model.complete(*pair[:1], COMPLETIONS, pair[1]) for pair in zip(images, random, strict=True)], 1)
+    made = torch.cat(list(map(model.complete, images, [COMPLETIONS] * len(numbers), random)), dim=1)
     rows = completion_rows(images, task, model.baseline_net(x).sigmoid(), task.asked(made[:COMPLETIONS_SHOWN]))
     known = case.x_only(task.compose(x, y)).softmax(-1)
     came = measures.frequencies(case.whole(made.flatten(0, 1)).unflatten(0, made.shape[:2]))

@@ -133,8 +133,8 @@ def test_black_and_white_images(place: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "problem"),
     [
-        (Path.unlink, "cannot be read"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "is damaged, or no classifier of images"),
+        (Path.unlink, "is missing or damaged"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "is missing or damaged"),
         (lambda path: shutil.copy("runs/q1/classifier.safetensors", path), "is of another mask"),
         (
             lambda path: shutil.copy(classifier.PACKAGED / "mnist-q1.safetensors", path),
@@ -204,7 +204,9 @@ def test_measures_computed_another_way(record: dict[str, Any], case: realism.Cas
     ):
         expected = {"mean": values.mean().item(), "stderr": values.std().item() / 60**0.5}
         assert record[who][name] == pytest.approx(expected, rel=1e-5), (who, name)  # float32, of some hundred terms
-    expected = compute_prdc(*(case.whole.features(pictures).numpy() for pictures in (images, made[0])), 5)
+    truth, first = case.whole.features(images), case.whole.features(made[0])
+    torch.testing.assert_close(realism.judge("q1", case, 0, HERE)["cvae", "features"].T, first)
+    expected = compute_prdc(truth.numpy(), first.numpy(), 5)
     for name in ("density", "coverage"):
         assert record["cvae"][name] == {"mean": pytest.approx(expected[name], abs=1 / 60), "stderr": None}
     # Squared errors of black and white pixels exceed those of their means p by p (1 − p): of 60 × 50 × 588 draws.
