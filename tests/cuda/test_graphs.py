@@ -96,10 +96,12 @@ def test_warm_up_capture_and_replay(emulation: Emulation):
     for _ in range(2):
         step, warnings = Sum(), []
         take_step = GraphedStep(step, warnings.append)
-        for i in range(10):
-            take_step(torch.full((3,), float(i)))
+        inputs = torch.arange(10.0)[:, None].repeat(1, 3)
+        for i, x in enumerate(inputs):
+            take_step(x)
             assert emulation.current_stream is emulation.default_stream
             assert torch.equal(step.sum, torch.full((3,), float(i * (i + 1))))
+        assert torch.equal(inputs[:, 0], torch.arange(10.0))  # the caller's tensors are its own
         stream = emulation.captured_on[-1]
         assert step.streams == [stream] * (GraphedStep.WARM_UP + 1)
         assert stream.waited_for == [emulation.default_stream] * 3
@@ -149,8 +151,11 @@ def test_failed_capture_leaves_nothing_behind(emulation: Emulation, failing, bef
 def test_errors_of_another_kind_are_not_hidden(emulation: Emulation):
     """A mistake in the program is no reason to go on without a graph."""
 
+    calls: list[Tensor] = []
+
     def step(x: Tensor) -> None:
-        if emulation.captured_on:
+        calls.append(x)
+        if len(calls) == GraphedStep.WARM_UP + 1:  # the capture
             raise TypeError("a mistake")
 
     take_step = GraphedStep(step, print)
