@@ -228,7 +228,7 @@ def left_as_it_is(folder: Path, name: str = "") -> Iterator[None]:
     """Add what can be done to a DataError, which a state that does not fit a model raises too if it has a file name."""
     kinds = (KeyError, TypeError, ValueError, AttributeError, RuntimeError) if name else ()
     try:
-        with taken_for_damage(f"{folder / name}: does not fit the run's settings", *kinds):
+        with taken_for_damage(f"{folder / name}: does not fit the run's settings, or is of another version", *kinds):
             yield
     except DataError as error:
         ways = "--init begins a new one with its weights, --overwrite begins it anew"
