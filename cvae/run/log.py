@@ -42,9 +42,9 @@ class RunLog:
             name = f"{EVENTS}{time.time():.0f}.{socket.gethostname()}.{os.getpid()}{OURS}"
             self._metrics = stack.enter_context(open(folder / METRICS, "ab"))
             self._events = stack.enter_context(open(events[-1] if events else folder / name, "ab"))
+            if not events:
+                self._add(file_version="brain.Event:2")
             self._open = stack.pop_all()
-        if not events:
-            self._add(file_version="brain.Event:2")
 
     def describe(self, settings: dict[str, Any]) -> None:
         """Write the settings, as a text for TensorBoard."""
