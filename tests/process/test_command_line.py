@@ -129,7 +129,7 @@ def test_early_stopping_waits_for_the_unbent_epochs(tmp_path: Path) -> None:
     words = ["--data", data, "--runs", tmp_path, *TINY, "--epochs", "6", "--patience", "1", "--bend", "0.5"]
     for unbent, epochs in (("0", 2), ("2", 5)):
         assert call_train(*words, "--unbent-epochs", unbent, "--name", unbent).code == 0
-        assert read_metrics(tmp_path / unbent / "metrics.jsonl")[-1]["epoch"] == epochs
+        assert RunFolder(tmp_path / unbent).metrics()[-1]["epoch"] == epochs
 
 
 # Usage: exit 2
