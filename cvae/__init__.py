@@ -3,14 +3,15 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from cvae.settings import VERSION as __version__
+
 if TYPE_CHECKING:
     from cvae.data.digits import as_digit
     from cvae.report.figures import show
     from cvae.run.load import load
     from cvae.run.tutorial import load_tutorial
 
-__version__ = "0.3.0"
-__all__ = ["as_digit", "load", "load_tutorial", "show"]
+__all__ = ["__version__", "as_digit", "load", "load_tutorial", "show"]
 
 _ROOMS = {"as_digit": "data.digits", "load": "run.load", "load_tutorial": "run.tutorial", "show": "report.figures"}
 

@@ -10,6 +10,8 @@ from cvae.errors import is_text
 
 Item = TypeVar("Item")
 
+VERSION = "0.3.0"  # of the program
+
 LARGEST_LAYER, MOST_LAYERS, LARGEST_SIDE = 1 << 15, 64, 1 << 12
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 

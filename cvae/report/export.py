@@ -30,7 +30,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cvae import __version__
 from cvae.console import command, say
 from cvae.data.mask_pictures import mask_png
 from cvae.data.tasks import FixedMask, is_picture, mask_name
@@ -41,6 +40,7 @@ from cvae.run.folder import CONFIG, OBSERVED, WEIGHTS, quoted
 from cvae.run.load import load_trained
 from cvae.run.plan import user_path
 from cvae.run.weights_file import Trained, as_safetensors, description, passed_on, read_trained
+from cvae.settings import VERSION
 
 TOLERANCE = 1e-5  # of a pixel in [0, 1]
 CHECKED = ((1, 1), (3, 2))  # numbers of samples and of pictures
@@ -176,7 +176,7 @@ def export_folder(folder: Path, trained: Trained, half: bool = False) -> str:
         raise DiskError(f"{folder}: cannot be made ({error.strerror or error})") from None
     line = export(folder / WEIGHTS, trained, half)
     s, task = passed_on(trained.settings), trained.model.task
-    config = {"settings": s.to_dict(), "images": trained.images, "version": __version__}
+    config = {"settings": s.to_dict(), "images": trained.images, "version": VERSION}
     write_json(folder / CONFIG, config)
     if is_picture(s) and isinstance(task, FixedMask):
         write_atomically(folder / OBSERVED, mask_png(task.observed))
@@ -210,7 +210,7 @@ observed one.
 | network, objective | {s.network}, {s.objective} |
 | dimensions of z | {model.latent_dim}, in {s.levels} level{"s" * (s.levels > 1)} |
 | parameters | {sum(parameter.numel() for parameter in model.parameters()):,} |
-| written by | cvae-quadrants {__version__} |
+| written by | cvae-quadrants {VERSION} |
 
 `{WEIGHTS}` has the weights, and in its metadata all that is needed to build the model; `{CONFIG}` has the settings.
 With the package `cvae-quadrants`:

@@ -13,7 +13,6 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from cvae import __version__
 from cvae.data.tasks import FixedMask, Task, is_picture, mask_name
 from cvae.errors import DataError, is_out_of_memory, taken_for_damage
 from cvae.model.cvae import CVAE
@@ -21,7 +20,7 @@ from cvae.model.densities import widen
 from cvae.model.networks import build, upgraded
 from cvae.run.checkpoint import kinds, read, write_atomically
 from cvae.run.folder import known_record, known_settings
-from cvae.settings import Settings
+from cvae.settings import VERSION, Settings
 
 
 class Trained(NamedTuple):
@@ -54,7 +53,7 @@ def description(trained: Trained) -> dict[str, str]:
         "settings": json.dumps(passed_on(trained.settings).to_dict()),
         "observed": "\n".join("".join(map(str, row)) for row in trained.model.task.observed.int().tolist()),
         "images": json.dumps(trained.images),
-        "version": __version__,
+        "version": VERSION,
         "format": "pt",
     }
 
