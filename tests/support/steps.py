@@ -12,7 +12,7 @@ from cvae import context
 from cvae.data.images import ImageSet
 from cvae.data.tasks import FixedMask, Task, quadrants
 from cvae.model.cvae import CVAE, noise
-from cvae.model.networks import NETWORKS, Tutorial, build
+from cvae.model.networks import NETWORKS, Tutorial
 from cvae.model.objectives import OBJECTIVES, log_likelihood, objective
 from cvae.processes import Processes
 from cvae.run.session import Run
@@ -33,16 +33,10 @@ class Regularised(Tutorial):
 
     def __init__(self, task: Task, s: Settings):
         super().__init__(task, s)
-        self.prior_net, self.recognition_net = (
-            nn.Sequential(
-                nn.Linear(task.x_dim + task.y_dim, 8, bias=False),
-                nn.BatchNorm1d(8),
-                nn.ReLU(),
-                nn.Dropout(0.2),
-                nn.Linear(8, 2 * s.latent_dim),
-            )
-            for _ in range(2)
-        )
+        pixels, size = task.x_dim + task.y_dim, 2 * s.latent_dim
+        for name in ("prior_net", "recognition_net"):
+            layers = nn.Linear(pixels, 8, bias=False), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, size)
+            setattr(self, name, nn.Sequential(*layers))
 
 
 ALL_NETWORKS: dict[str, Callable[[Task, Settings], CVAE]] = {**NETWORKS, "regularised": Regularised}
@@ -76,17 +70,17 @@ def make_run(
 
 
 def make_training(
-    network: str = "tutorial", name: str = "elbo", precision: str = "fp32", *, device: torch.device = CPU,
-    processes: Processes | None = None, count: int = COUNT, side: int = SIDE, **settings: Any,
+    network: str | Callable[[Task, Settings], CVAE] = "tutorial", name: str = "elbo", precision: str = "fp32",
+    device: torch.device = CPU, processes: Processes | None = None, count: int = COUNT, side: int = SIDE,
+    **settings: Any,
 ) -> Training:  # fmt: skip
     """A training before its first step, of the default type; `settings`: other than `SMALL`."""
     is_baseline = name == "baseline"
     s = Settings(objective="elbo" if is_baseline else name, **{**SMALL, **settings})
     task = FixedMask(quadrants(1, side, side))
-    with pytest.MonkeyPatch.context() as patch:
-        for other, builder in ALL_NETWORKS.items():
-            patch.setitem(NETWORKS, other, builder)
-        model = build(task, Settings(**{**s.to_dict(), "hidden": s.hidden, "network": network})).to(device)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(context.derive_seed(s.seed, "weights"))
+        model = (ALL_NETWORKS[network] if isinstance(network, str) else network)(task, s).to(device)
     images = ImageSet(pictures(count, side), task, device)
     if is_baseline:
         model.baseline_net.requires_grad_(True)
