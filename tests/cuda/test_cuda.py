@@ -1,17 +1,14 @@
 """What needs a GPU: `make test-cuda`. Steps in a graph on it are in `test_graphs.py`."""
 
 import json
-import math
 import signal
-import time
 import warnings
-from dataclasses import fields
 from typing import Any
 
 import pytest
 import torch
 from support.inprocess import call, call_train, make_tiny_data, results
-from support.steps import BATCH, CASES, CPU, cases, make_training
+from support.steps import BATCH, CPU, cases, make_training
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -23,7 +20,6 @@ from cvae.model import likelihood
 from cvae.model.likelihood import evaluate
 from cvae.model.objectives import maximised
 from cvae.run import checkpoint
-from cvae.settings import Settings
 from cvae.training.graphed import GraphedStep
 
 pytestmark = pytest.mark.cuda
@@ -57,8 +53,7 @@ def test_step_never_waits_for_the_device(cuda, network, objective, precision):
     rows = torch.arange(BATCH, device=cuda)
     eps = training.phase.noise(BATCH, training.run.context.generator(0))
     training.step(rows, *eps)  # what is made once, is made here
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "a prototype feature"
+    with warnings.catch_warnings(action="ignore"):  # "a prototype feature"
         torch.cuda.set_sync_debug_mode("error")
     try:
         training.step.optimizer.learning_rate.fill_(1e-3)
@@ -72,10 +67,9 @@ def test_step_never_waits_for_the_device(cuda, network, objective, precision):
 def test_gradient_is_that_of_the_cpu_in_float64(cuda, network, objective):
     """To 1e-4 of its norm: float32's products, in another order of sums, and no worse ones."""
     training, plain = (make_training(network, objective, device=device, clip=1e9) for device in (cuda, CPU))
-    for each in (training, plain):
-        for module in each.phase.model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
+    for module in (*training.phase.model.modules(), *plain.phase.model.modules()):
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
     eps = plain.phase.noise(BATCH, context.generator(CPU, 0))
     reference = plain.phase.model.double().train()
     batch = plain.phase.train.batch(slice(0, BATCH))._replace(guess=None)
@@ -91,14 +85,15 @@ def test_gradient_is_that_of_the_cpu_in_float64(cuda, network, objective):
     assert (found - wanted).norm() <= 1e-4 * wanted.norm()
 
 
-@pytest.mark.parametrize("operation", ["product", "convolution"])
-def test_fp32_is_without_tf32(cuda, operation):
+@pytest.mark.parametrize(
+    ("compute", "shapes"),
+    [(torch.matmul, [(512, 512)] * 2), (torch.nn.functional.conv2d, [(8, 64, 32, 32), (64, 64, 3, 3)])],
+    ids=["product", "convolution"],
+)
+def test_fp32_is_without_tf32(cuda, compute, shapes):
     """Against float64: off by float32's rounding, 2⁻²⁴, times what sums add, and not by TF32's 2⁻¹¹."""
     torch.manual_seed(0)
-    if operation == "product":
-        left, right, compute = torch.randn(512, 512), torch.randn(512, 512), torch.matmul
-    else:
-        left, right, compute = torch.randn(8, 64, 32, 32), torch.randn(64, 64, 3, 3), torch.nn.functional.conv2d
+    left, right = map(torch.randn, shapes)
     exact = compute(left.double(), right.double())
     found = compute(left.to(cuda), right.to(cuda)).cpu()
     assert (found - exact).norm() < 1e-5 * exact.norm()
@@ -184,27 +179,3 @@ def test_memory_is_flat_over_epochs(cuda, run_training, monkeypatch):
     assert {name: len(sizes) for name, sizes in allocated.items()} == {"baseline": 6, "cvae": 8}
     for name, sizes in allocated.items():
         assert len(set(sizes[2:])) == 1, (name, sizes)
-
-
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
-@pytest.mark.parametrize("objective", [CASES[0][1], "elbo"])
-def test_images_per_second(cuda, capsys, precision, objective):
-    """Printed, for `docs/cuda.md`, of the default sizes; nothing is asserted of it but that it is a number."""
-    default = {each.name: each.default for each in fields(Settings)}
-    sizes = {name: default[name] for name in ("hidden", "latent_dim", "particles", "batch_size")}
-    for in_graph in (False, True):
-        training = make_training("tutorial", objective, precision, device=cuda, side=28, count=10_000, **sizes)
-        take_step = GraphedStep(training.step, print) if in_graph else training.step
-        rows = torch.randperm(10_000)[: sizes["batch_size"]].to(cuda)
-        eps = training.phase.noise(len(rows), training.run.context.generator(0))
-        for count in (50, 1000):
-            torch.cuda.synchronize()
-            started = time.perf_counter()
-            for _ in range(count):
-                take_step(rows, *eps)
-            torch.cuda.synchronize()
-        speed = 1000 * len(rows) / (time.perf_counter() - started)
-        assert math.isfinite(speed)
-        with capsys.disabled():
-            how = f"{objective}, {precision}, {'graphed' if in_graph else 'eager'}"
-            print(f"\n{torch.cuda.get_device_name()}, {how}: {speed:,.0f} images/s", end="")
