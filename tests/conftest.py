@@ -1,5 +1,6 @@
 """Fixtures that several test files use: a small CVAE with images and noise, and a folder for whole trainings."""
 
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +22,10 @@ hypothesis.settings.register_profile(
     "any speed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )  # fmt: skip
 hypothesis.settings.load_profile("any speed")
+
+# Where the tests were started in the background, SIGINT is ignored, and children would inherit that.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Toy(NamedTuple):
