@@ -1,17 +1,15 @@
 """Phases: schedules against formulas of their own, what a validation is a mean of, what an epoch goes through."""
 
-import copy
 import math
+from itertools import combinations, product
 
 import pytest
 import torch
-from support.steps import BATCH, COUNT, cases, make_training
+from support.steps import BATCH, COUNT, assert_equal, cases, make_training, state
 
 from cvae.settings import Settings
 from cvae.training import phase as phases
 from train import train_epoch
-
-# Schedules
 
 
 def phase_of(name, epochs):
@@ -54,9 +52,6 @@ def test_bend_and_free_nats():
     assert cvae.free_nats(Settings(free_epochs=0.0), 0.0) == 0
 
 
-# Validation
-
-
 def watched(phase):
     """The phase, and a list of what its objective is given: the mode of the model, x, and the noise."""
     seen = []
@@ -84,12 +79,11 @@ def test_validation_is_the_mean_over_all_images(network, objective):
     totals = phase.validate(phase.model, 0, training.run.context)
     assert totals.sums[-1] == COUNT
     eps = [torch.cat(parts, dim=1) for parts in list(zip(*seen, strict=True))[2:]]
-    model = copy.deepcopy(phase.model).eval()
     with torch.no_grad():
-        terms = training.phase.objective(model, phase.validation.batch(slice(None)), *eps)
+        terms = training.phase.objective(phase.model.eval(), phase.validation.batch(slice(None)), *eps)
+    expected = {name: term.double().mean().item() for name, term in terms.items()}
+    assert totals.means() == pytest.approx(expected, rel=100 * 2**-23, abs=100 * 2**-23)
     assert list(totals.means()) == list(terms)
-    for name, mean in totals.means().items():
-        assert mean == pytest.approx(terms[name].double().mean().item(), rel=100 * 2**-23, abs=100 * 2**-23), name
 
 
 @pytest.mark.usefixtures("small_portions")
@@ -97,16 +91,15 @@ def test_validation_has_the_same_noise_in_every_epoch():
     """It depends on the seed and the portion; the model, which learns nothing meanwhile, is in evaluation mode."""
     training = make_training("regularised")
     phase, seen = watched(training.phase)
-    before, random_state = copy.deepcopy(phase.model.state_dict()), torch.get_rng_state()
+    before, random_state = state(training), torch.get_rng_state()
     found = [phase.validate(phase.model.train(), seed, training.run.context).means() for seed in (0, 0, 1)]
     assert found[0] == found[1] != found[2]
     assert all(modes == {False} for modes, *_ in seen)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in phase.model.state_dict().items())
+    assert_equal(state(training), before)
     assert torch.equal(torch.get_rng_state(), random_state)
     noises = [eps[:, :4] for *_, eps in seen]
-    assert all(torch.equal(noises[i], noises[i + 3]) for i in range(3))
-    distinct = noises[:3] + noises[6:]
-    assert not any(torch.equal(distinct[i], distinct[j]) for i in range(6) for j in range(i))
+    assert all(torch.equal(*pair) for pair in zip(noises[:3], noises[3:6], strict=True))
+    assert not any(torch.equal(*pair) for pair in combinations(noises[:3] + noises[6:], 2))
 
 
 @pytest.mark.parametrize(("particles", "portion"), [(1, 1000), (20, 1000), (21, 952), (1000, 20), (30_000, 1)])
@@ -125,16 +118,13 @@ def test_validation_takes_at_most_20000_rows_at_once(particles, portion):
     assert portion * particles <= max(20_000, particles)
 
 
-# Epochs
-
-
 def rows_of(training, number):
     """The images and the noise of an epoch's steps."""
     seen = []
 
-    def take_step(rows, *eps):
-        seen.append((rows, *eps))
-        training.step(rows, *eps)
+    def take_step(*inputs):
+        seen.append(inputs)
+        training.step(*inputs)
 
     train_epoch(training.phase, training.run, training.step, take_step, number)
     return seen
@@ -143,21 +133,18 @@ def rows_of(training, number):
 def test_epoch_takes_each_image_at_most_once_in_an_order_of_its_own():
     """Another one in each epoch, of each phase, with each seed, and the same again; so is the noise."""
     orders, noises = set(), []
-    for seed in (0, 1):
-        for name in ("elbo", "baseline"):
-            for number in (1, 2):
-                seen, again = (rows_of(make_training(name=name, seed=seed), number) for _ in range(2))
-                pairs = zip(seen, again, strict=True)
-                assert all(torch.equal(*both) for pair in pairs for both in zip(*pair, strict=True))
-                rows = torch.cat([rows for rows, *_ in seen])
-                assert [len(rows) for rows, *_ in seen] == [BATCH] * 3
-                assert len(rows.unique()) == len(rows)
-                assert rows.max() < COUNT
-                orders.add(tuple(rows.tolist()))
-                noises += [eps for _, *more in seen for eps in more]
-    assert len(orders) == 8
-    assert len(noises) == 12
-    assert not any(torch.equal(noises[i], noises[j]) for i in range(12) for j in range(i))
+    for seed, name, number in product((0, 1), ("elbo", "baseline"), (1, 2)):
+        seen, again = (rows_of(make_training(name=name, seed=seed), number) for _ in range(2))
+        pairs = zip(seen, again, strict=True)
+        assert all(torch.equal(*both) for pair in pairs for both in zip(*pair, strict=True))
+        rows = torch.cat([rows for rows, *_ in seen])
+        assert [len(rows) for rows, *_ in seen] == [BATCH] * 3
+        assert len(rows.unique()) == len(rows)
+        assert rows.max() < COUNT
+        orders.add(tuple(rows.tolist()))
+        noises += [eps for _, *more in seen for eps in more]
+    assert (len(orders), len(noises)) == (8, 12)
+    assert not any(torch.equal(*pair) for pair in combinations(noises, 2))
 
 
 def test_images_are_drawn_anew_in_each_epoch():
