@@ -14,19 +14,11 @@ AT_ONCE = 500  # images, few enough for the processor's cache
 
 
 def bent(images: Tensor, share: float, *key: object) -> Tensor:
-    """Return images of which some are turned, stretched in height and width, sheared and bent, at random.
+    """Return images, uint8 `[N, height, width]`, each with probability `share` turned, stretched, sheared and bent.
 
     Angle, stretches and shear are uniform between plus and minus the largest one. Bending pushes KNOTS×KNOTS points of
-    an image by normal random amounts across and down, and what is between them smoothly. What comes from outside of an
-    image is black. Source of the bending: Simard et al. 2003.
-
-    Args:
-        images: uint8 `[N, height, width]`, 0 to 255.
-        share: The probability of each to be bent.
-        key: The key of the random numbers, as in `context.derive_seed`.
-
-    Returns:
-        uint8 `[N, height, width]`.
+    an image by normal random amounts across and down, and what is between them smoothly (Simard et al. 2003). What
+    comes from outside of an image is black. key: of the random numbers, as in `context.derive_seed`.
     """
     random = context.generator(images.device, *key, "bent")
 
@@ -46,14 +38,10 @@ def bent(images: Tensor, share: float, *key: object) -> Tensor:
 
 
 def warped(images: Tensor, matrices: Tensor, pushed: Tensor) -> Tensor:
-    """Return images uint8 `[N, height, width]` seen through matrices, about their middles, and pushed.
+    """Return images uint8 `[N, height, width]` seen through matrices `[N, 2, 2]`, about their middles, and pushed.
 
-    Args:
-        images: The images.
-        matrices: `[N, 2, 2]`; a pixel at (across, down), in pixels from the middle, shows what was at the matrix
-            times it, plus what is pushed there.
-        pushed: `[N, 2, KNOTS, KNOTS]`, across and down, in halves of the shorter side; the outer knots are on the
-            image's edges.
+    A pixel at (across, down) from the middle shows what was at the matrix times it, plus the push there. pushed:
+    `[N, 2, KNOTS, KNOTS]`, across and down, in halves of the shorter side; the outer knots are on the image's edges.
     """
     height, width = images.shape[1:]
     sides = torch.tensor([width, height], device=images.device)  # PyTorch counts in halves of each side

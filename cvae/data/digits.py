@@ -12,8 +12,9 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 from torch.nn.functional import max_pool2d
 
-from cvae.data.given import Picture, as_levels
+from cvae.data.given import Picture, as_tensor
 from cvae.data.readers import Array
+from cvae.data.tasks import described
 from cvae.errors import DataError
 
 BOX = 20 / 28  # the digit's longer side, as a share of the picture's
@@ -24,19 +25,11 @@ LEAST_CONTRAST = 16  # grey levels
 WIDEST = 1 / 3  # width that no line has, as a share of the longer side
 INK = 0.25  # share of the strongest ink that counts as ink
 LEAST_PART = 0.05  # share of the largest part's pixels that a speck stays below
-THIN, THICK = (
-    0.07,
-    0.1,
-)  # shares of the box's longer side: lines thinner than the first are drawn as thick as the second
+THIN, THICK = 0.07, 0.1  # shares of the box's longer side: thinner lines than the first become as thick as the second
 
 
 def as_digit(picture: Picture, height: int = 28, width: int = 28) -> Tensor:
-    """Find the digit in a picture of any size.
-
-    In turn: a large picture is reduced; the light on its border, a quadratic function of the place, is taken as what is
-    behind the digit everywhere; what differs from it in the direction that most does is ink, so that dark on light is
-    turned round; shadows, specks, and what reaches an edge are left out; lines much thinner than MNIST's are thickened;
-    the rest is MNIST's way, in proportion.
+    """Find the digit in a picture of any size; `docs/using.md` lists the steps.
 
     Args:
         picture: A Pillow image, the path of a file, or grey levels, uint8 `[h, w]`.
@@ -49,7 +42,10 @@ def as_digit(picture: Picture, height: int = 28, width: int = 28) -> Tensor:
         DataError: Where there is no ink, or a file cannot be read.
         ValueError: For no such picture.
     """
-    image = Image.fromarray(as_levels(picture))
+    grey = as_tensor(picture)
+    if grey.dtype != torch.uint8 or grey.dim() != 2 or not grey.numel():
+        raise ValueError(f"the grey levels of a picture are uint8 [height, width], not {described(grey)}")
+    image = Image.fromarray(grey.cpu().numpy())
     if max(image.size) > WORKING_SIDE:
         image.thumbnail((WORKING_SIDE, WORKING_SIDE), Image.Resampling.BOX)
         image = image.filter(ImageFilter.MedianFilter(3))
@@ -89,8 +85,7 @@ def _lines(ink: Array) -> Array:
     for sign in (-1, 1):  # the least around each pixel, and then the largest of that
         for kernel in ((size, 1), (1, size)):
             wide = sign * max_pool2d(sign * wide, kernel, stride=1, padding=(kernel[0] // 2, kernel[1] // 2))
-    lines: Array = ink - wide[0].numpy()
-    return lines
+    return np.asarray(ink - wide[0].numpy())
 
 
 def _largest_parts(ink: Array) -> Array:
@@ -104,8 +99,7 @@ def _largest_parts(ink: Array) -> Array:
     sizes = torch.bincount(labels.flatten())
     sizes[0] = 0
     inner = sizes.clone()
-    for edge in (labels[0], labels[-1], labels[:, 0], labels[:, -1]):
-        inner[edge] = 0
+    inner[torch.cat([labels[0], labels[-1], labels[:, 0], labels[:, -1]])] = 0
     sizes = inner if inner.max() >= LEAST_PART * sizes.max() else sizes
     return (sizes >= (LEAST_PART * sizes.max()).clamp(min=1))[labels].numpy()
 

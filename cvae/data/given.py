@@ -25,27 +25,19 @@ def as_images(picture: Picture, task: Task) -> Tensor:
     Raises:
         ValueError: For another size or type; DataError: for a file that cannot be read.
     """
-    images = _tensor(picture)
-    if images.dtype == torch.bool:
-        images = images.float()
+    images = as_tensor(picture)
+    images = images.float() if images.dtype == torch.bool else images
     size = [task.height, task.width]
     is_known = images.dtype == torch.uint8 or images.is_floating_point()
     if not is_known or images.dim() not in (2, 3) or list(images.shape[-2:]) != size:
-        wanted = f"{size} or {['B', *size]}, uint8 or floats in [0, 1]".replace("'", "")
+        wanted = f"{size} or [B, {task.height}, {task.width}], uint8 or floats in [0, 1]"
         advice = "" if isinstance(picture, Tensor | np.ndarray) else "; cvae.as_digit finds the digit in a photograph"
         raise ValueError(f"pictures for this model are {wanted}, not {described(images)}{advice}")
     return images if images.dim() == 3 else images[None]
 
 
-def as_levels(picture: Picture) -> Array:
-    """Return the grey levels of one picture of any size, uint8 `[height, width]`; errors as of `as_images`."""
-    grey = _tensor(picture)
-    if grey.dtype != torch.uint8 or grey.dim() != 2 or not grey.numel():
-        raise ValueError(f"the grey levels of a picture are uint8 [height, width], not {described(grey)}")
-    return grey.cpu().numpy()
-
-
-def _tensor(picture: Picture) -> Tensor:
+def as_tensor(picture: Picture) -> Tensor:
+    """Return a tensor or an array as it is, another picture as grey levels, uint8 `[height, width]`."""
     if isinstance(picture, Tensor):
         return picture.detach()
     if isinstance(picture, str | os.PathLike):

@@ -27,31 +27,27 @@ def read_mask(path: Path, height: int, width: int, exact: bool = False) -> tuple
     Raises:
         DataError: For a picture that cannot be read, is not black and white, or gives all pixels or none.
     """
-    if not path.is_file():
-        raise DataError(f"{path}: there is no such file, which would be the picture of the mask")
-    notes: list[str] = []
-    grey = read_picture(path, notes=notes)
-    if grey.shape != (height, width):
-        sizes = [f"{each[0]}×{each[1]}" for each in (grey.shape, (height, width))]
+    grey, size = read_picture(path), f"{height}×{width}"
+    about, threshold = f"white in {path}", 128
+    if (drawn := f"{grey.shape[0]}×{grey.shape[1]}") != size:
         if exact:
-            raise DataError(f"{path}: has {sizes[0]} pixels, and the images that it is the mask of have {sizes[1]}")
-        notes.append(f"scaled from {sizes[0]} to {sizes[1]} (nearest)")
-    present, threshold = np.unique(grey).tolist(), 128
+            raise DataError(f"{path}: has {drawn} pixels, and the images that it is the mask of have {size}")
+        about += f"; scaled from {drawn} to {size} (nearest)"
+    present = np.unique(grey).tolist()
     if len(present) == 2 and present[0] == 0:
         threshold = present[1]
-        notes += [f"level {threshold} of 255 = white"] * (threshold < 255)
-    elif not {*present} <= {0, 255}:
-        if (middle := float(((grey >= 64) & (grey < 192)).mean())) > MOST_MIDDLE_GREY:
-            problem = f"is no mask in black and white: {middle:.0%} of its pixels are of a middle grey"
-            raise DataError(f"{path}: {problem}; draw what is given in white, and the rest in black")
-        notes.append("grey levels from 128 on = white")
+    elif (middle := float(((grey >= 64) & (grey < 192)).mean())) > MOST_MIDDLE_GREY:
+        problem = f"is no mask in black and white: {middle:.0%} of its pixels are of a middle grey"
+        raise DataError(f"{path}: {problem}; draw what is given in white, and the rest in black")
+    if not {*present} <= {0, 255}:
+        about += f"; grey levels from {threshold} on = white"
     white = Image.fromarray((grey >= threshold).astype(np.uint8))
     observed = torch.tensor(np.asarray(white.resize((width, height), Image.Resampling.NEAREST)), dtype=torch.bool)
     given, count = int(observed.sum()), observed.numel()
     if given in (0, count):
-        what = "nothing is white, and so nothing is given" if given == 0 else "all is white, and so nothing is hidden"
-        raise DataError(f"{path}: {what}" + (f" ({'; '.join(notes)})" if notes else ""))
-    return observed, "; ".join([f"observed: {given} of {count} pixels, white in {path}", *notes])
+        problem = "nothing is white, and so nothing is given" if given == 0 else "all is white, and nothing is hidden"
+        raise DataError(f"{path}: {problem} ({about})")
+    return observed, f"observed: {given} of {count} pixels, {about}"
 
 
 def mask_png(observed: Tensor) -> bytes:

@@ -24,11 +24,10 @@ def read_pictures(
 ) -> Source | None:
     """Read the wanted parts of the pictures below a folder; None where there is no folder, or no picture in it.
 
-    Where the folder has folders `train` and `test`, these are the parts of the set, and `val` or `validation` too; else
-    the set is not divided, and all other folders, of classes for instance, are alike. side: height and width that all
-    are scaled to; None: they have to be of one size. show, check: as in `load_train`.
+    Folders `train`, `test` and `val` are the parts of the set; without the first two of them the set is not divided.
+    side: height and width that all are scaled to; None: they have to be of one size. show, check: as in `load_train`.
     """
-    names, others = _walk(path) if path.is_dir() else ([], 0)
+    names, others = pictures_below(path) if path.is_dir() else ([], 0)
     if not names:
         return None
     parts: dict[str | None, list[str]] = defaultdict(list)
@@ -42,31 +41,25 @@ def read_pictures(
         notes.append(f"{len(beside)} pictures beside train and test passed over, {beside[0]} for one")
     source = Source("pictures below", str(path), {}, notes)
     for part, names in parts.items():
-        if len(tops := {name.partition(os.sep)[0] for name in names}) > 1 and part != "all":
+        if part != "all" and len(tops := {name.partition(os.sep)[0] for name in names}) > 1:
             raise DataError(f"{path}: has several folders for one part: {', '.join(sorted(tops))}")
         if part in (*wanted, "all"):
             source.parts[str(part)] = _read_all([str(path / name) for name in names], side, notes, show, check)
     return source
 
 
-def pictures_below(folder: str | Path) -> list[str]:
-    """Return the paths in a folder of all pictures below it, sorted, as a training takes them."""
-    return _walk(folder)[0]
-
-
-def _walk(folder: str | Path) -> tuple[list[str], int]:
-    """Return the pictures below a folder, hidden ones left out, and the number of other files."""
+def pictures_below(folder: str | Path) -> tuple[list[str], int]:
+    """Return the paths in a folder of all pictures below it, sorted, and the number of other files; no hidden ones."""
     suffixes = {suffix for suffix, form in Image.registered_extensions().items() if form in FORMATS}
     names, others, seen = [], 0, set()
-    with naming(folder):
-        for place, folders, files in os.walk(folder, onerror=_refuse, followlinks=True):
-            seen.add(os.path.realpath(place))  # a link may lead back
-            folders[:] = [name for name in folders if name[0] != "." and name != "__MACOSX"]
-            folders[:] = [name for name in folders if os.path.realpath(os.path.join(place, name)) not in seen]
-            for file in (os.path.join(place, name) for name in files if name[0] != "."):
-                is_picture = os.path.splitext(file)[1].lower() in suffixes and os.path.isfile(file)
-                names += [os.path.relpath(file, folder)] * is_picture
-                others += not is_picture
+    for place, folders, files in os.walk(folder, onerror=_refuse, followlinks=True):
+        seen.add(os.path.realpath(place))  # a link may lead back
+        folders[:] = [name for name in folders if name[0] != "." and name != "__MACOSX"]
+        folders[:] = [name for name in folders if os.path.realpath(os.path.join(place, name)) not in seen]
+        for file in (os.path.join(place, name) for name in files if name[0] != "."):
+            is_picture = os.path.splitext(file)[1].lower() in suffixes and os.path.isfile(file)
+            names += [os.path.relpath(file, folder)] * is_picture
+            others += not is_picture
     return sorted(names, key=lambda name: name.split(os.sep)), others
 
 
@@ -91,40 +84,30 @@ def _read_all(
     return checked(images, paths.__getitem__, notes)
 
 
-def resized(images: Tensor, side: int, show: bool, check: Callable[[], None]) -> Tensor:
-    """Return images uint8 `[N, height, width]` scaled to `[N, side, side]`; show, check as in `load_train`."""
+def resized(images: Tensor, side: int, check: Callable[[], None]) -> Tensor:
+    """Return images uint8 `[N, height, width]` scaled to `[N, side, side]`; check as in `load_train`."""
     result = np.empty((len(images), side, side), np.uint8)
-    with Bar("scaling", len(images), "img", show) as bar:
-        for i, image in enumerate(images.numpy()):
-            check()
-            result[i] = _scaled(Image.fromarray(image), side)
-            bar.update()
+    for i, image in enumerate(images.numpy()):
+        check()
+        result[i] = np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.LANCZOS))
     return torch.from_numpy(result)
-
-
-def _scaled(picture: Image.Image, side: int) -> Array:
-    return np.asarray(picture.resize((side, side), Image.Resampling.LANCZOS))
 
 
 def read_picture(path: str | Path, side: int | None = None, notes: list[str] | None = None) -> Array:
     """Return the grey levels of a picture's file, uint8 `[height, width]`; raise DataError if it cannot be read.
 
     It is turned as its EXIF orientation says; transparent pixels are black; of several frames the first is taken.
-
-    Args:
-        path: The file.
-        side: Height and width that the picture is scaled to.
-        notes: Takes what was chosen, in words.
+    side: height and width that it is scaled to. notes: takes what was chosen, in words.
     """
     with naming(path, "cannot be read as a picture"), catch_warnings():
         simplefilter("ignore")
         simplefilter("error", Image.DecompressionBombWarning)
         with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
             grey = grey_picture(image, str(path), notes := [] if notes is None else notes)
-            if side is None or grey.size == (side, side):
-                return np.asarray(grey)
-            notes.append("scaled")
-            return _scaled(grey, side)
+            if side is not None and grey.size != (side, side):
+                grey = grey.resize((side, side), Image.Resampling.LANCZOS)
+                notes.append("scaled")
+            return np.asarray(grey)
 
 
 def grey_picture(image: Image.Image, name: str, notes: list[str]) -> Image.Image:

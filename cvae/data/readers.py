@@ -3,7 +3,6 @@
 import gzip
 import lzma
 import math
-import os
 import re
 import shlex
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -31,7 +30,6 @@ PARTS = {
 LABELS = {"y", "label", "labels", "target", "targets"}  # words in the names of arrays that are no images
 GREY, SIXTEEN_BIT = "colour made grey by ITU-R 601", "16-bit levels scaled to 8"
 AT_ONCE = 1000  # images whose levels are converted at once
-MOST_COMPRESSION = 1100  # more than deflate can do: what announces more is damaged, and not too large
 
 IDX_NAME = re.compile(
     r"(?:(?P<set>.+)[-_.])?(?P<part>train|test|t10k)[-_.]"
@@ -76,8 +74,7 @@ def part_named(name: str) -> str | None:
 def read_idx_set(path: Path, wanted: Collection[str], kind: str = "images") -> Source | None:
     """Read the wanted parts of a set of IDX files, `images` or `labels`; None where there is none.
 
-    The path is a folder that holds one set, itself or in a folder below it (torchvision's layout is `MNIST/raw`); or a
-    folder and the name of one of its sets, as in `raw/emnist-letters`.
+    path: a folder that holds one set, itself or below (`MNIST/raw`); or a folder and a set's name, `emnist-letters`.
     """
     if path.is_dir():
         tops = sorted(top for top in path.iterdir() if top.is_dir())
@@ -91,19 +88,19 @@ def read_idx_set(path: Path, wanted: Collection[str], kind: str = "images") -> S
     for place, files in sets:
         source = Source("IDX files in", str(place), {}, [])
         for part in (part for part in wanted if {(part, "images"), (part, kind)} <= files.keys()):
-            array = read_idx(files[part, kind])
+            array, name = read_idx(files[part, kind]), str(files[part, kind])
             if kind == "images":
-                source.parts[part] = as_images(array, str(files[part, kind]), source.notes)
-            elif len(array) == (count := len(read_idx(files[part, "images"]))):  # QMNIST's first column is the class
+                source.parts[part] = as_images(array, name, source.notes)
+            elif len(array) != (count := len(read_idx(files[part, "images"]))):
+                raise DataError(f"{name}: has {len(array)} labels for {count} images")
+            else:  # QMNIST's first column is the class
                 source.parts[part] = torch.tensor(array.reshape(count, -1)[:, 0].astype(np.int64))
-            else:
-                raise DataError(f"{files[part, kind]}: has {len(array)} labels for {count} images")
         return source
     return None
 
 
 def _idx_files(folder: Path) -> dict[str, dict[tuple[str, str], Path]]:
-    """Return the sets in a folder by the prefixes of their names: the files by part and `images` or `labels`."""
+    """Return the files by part and `images` or `labels`, by the prefixes of their names."""
     sets: dict[str, dict[tuple[str, str], Path]] = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():  # a plain file comes before its packed copy
         if (match := IDX_NAME.fullmatch(path.name)) and path.is_file():
@@ -123,28 +120,21 @@ def read_idx(path: Path) -> Array:
         unpack = UNPACKERS.get(file.read(2), nullcontext)
         file.seek(0)
         with unpack(file) as stream:
-            magic = stream.read(4)
-            if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] not in IDX_TYPES or magic[3] == 0:
-                raise DataError(f"{path}: is no IDX file (it begins with {magic.hex(' ') or 'nothing'})")
-            dtype = np.dtype(IDX_TYPES[magic[2]])
-            shape = np.frombuffer(stream.read(4 * magic[3]), ">u4").tolist()
-            size = dtype.itemsize * math.prod(shape)
-            if len(shape) < magic[3] or size > MOST_COMPRESSION * os.path.getsize(path):
-                raise DataError(f"{path}: is truncated (its header announces {size:,} bytes)")
-            content = np.empty(size, np.uint8)
-            length = stream.readinto(content) + len(stream.read(1))
-            if length != size:
-                words = "is truncated" if length < size else "holds more than its header announces"
-                raise DataError(f"{path}: {words} ({size:,} bytes)")
-    return content.view(dtype).reshape(shape)
+            content = stream.read()
+        if len(content) < 4 or content[:2] != b"\0\0" or content[2] not in IDX_TYPES or content[3] == 0:
+            raise DataError(f"{path}: is no IDX file (it begins with {content[:4].hex(' ') or 'nothing'})")
+        dtype, start = np.dtype(IDX_TYPES[content[2]]), 4 + 4 * content[3]
+        shape = np.frombuffer(content[4:start], ">u4").tolist()
+        if len(content) != start + (size := dtype.itemsize * math.prod(shape)):
+            raise DataError(f"{path}: is truncated or too long (its header announces {size:,} bytes)")
+        return np.frombuffer(content, dtype, offset=start).reshape(shape)
 
 
 def mnist(part: str, kind: str = "images") -> Tensor:
     """Return the images of the MNIST in the package, part `train` or `t10k`, uint8 `[N, 28, 28]`; or its `labels`."""
     name = f"{part}-{kind}-idx{3 if kind == 'images' else 1}-ubyte.xz"
     with resources.as_file(resources.files("cvae.data") / "mnist" / name) as path:
-        array = torch.from_numpy(read_idx(path))
-    return array if kind == "images" else array.long()
+        return torch.tensor(read_idx(path), dtype=torch.uint8 if kind == "images" else torch.int64)
 
 
 def read_arrays(path: Path, wanted: Collection[str]) -> Source | None:
@@ -164,8 +154,7 @@ def read_arrays(path: Path, wanted: Collection[str]) -> Source | None:
             source = Source(form, str(path), {}, [])
             for name, part in _parts(path, arrays).items():
                 if part in (*wanted, "all"):
-                    label = f"{path}: {name}" if name else str(path)
-                    source.parts[part] = as_images(arrays[name], label, source.notes)
+                    source.parts[part] = as_images(arrays[name], f"{path}: {name}".strip(": "), source.notes)
     return source
 
 
@@ -173,13 +162,10 @@ def _parts(path: Path, arrays: Mapping[str, Array]) -> dict[str, str]:
     """Return the parts of a set by the names of their arrays, or `all` for the only array of images."""
     names = [name for name in arrays if not LABELS.intersection(name.lower().split("_"))]
     parts = {name: part for name in names if (part := part_named(name))}
-    if len(set(parts.values())) < len(parts):
-        raise DataError(f"{path}: holds several arrays for one part: {', '.join(parts)}")
-    if not parts:
-        parts = {name: "all" for name in names if len(arrays) == 1 or np.ndim(arrays[name]) > 2}
-        if len(parts) != 1:
-            held = ", ".join(f"{name} {list(np.shape(arrays[name]))}" for name in arrays) or "nothing"
-            raise DataError(f"{path}: has to hold x_train and x_test, or one array of images; it holds {held}")
+    parts = parts or {name: "all" for name in names if len(arrays) == 1 or np.ndim(arrays[name]) > 2}
+    if not parts or len(set(parts.values())) < len(parts):
+        held = ", ".join(f"{name} {list(np.shape(arrays[name]))}" for name in arrays) or "nothing"
+        raise DataError(f"{path}: has to hold x_train and x_test, or one array of images; it holds {held}")
     return parts
 
 
@@ -187,7 +173,7 @@ def as_images(array: Array, name: str, notes: list[str]) -> Tensor:
     """Return an array of images as uint8 `[N, height, width]`, 0 to 255; notes takes what was chosen, in words.
 
     array: `[N, height, width]`, with one or three channels after them or before height; truth values, bytes, whole
-    numbers of 0 to 255 or to 65535, or floats from 0 to 1. name: of the array, for messages.
+    numbers of 0 to 255 or to 65535, or floats from 0 to 1.
     """
     match np.shape(array):
         case (_, height, width) | (_, height, width, 1 | 3) | (_, 1 | 3, height, width) if array.size:
@@ -211,38 +197,29 @@ def as_images(array: Array, name: str, notes: list[str]) -> Tensor:
 
 
 def levels(images: Array, most: int, name: str, first: int = 0) -> Array:
-    """Return grey levels or colours `[N, height, width(, 1 or 3)]` as uint8 `[N, height, width]`.
+    """Return grey levels or colours `[N, height, width(, 1 or 3)]`, 0 to `most`, as uint8 `[N, height, width]`.
 
-    most: the largest number allowed; 1 and 65535 become 255. name, first: of the array, for messages, and the index of
-    the first of these images in it.
+    first: the index of the first of these images in the array of this name, for messages.
     """
     flat = images.reshape(len(images), -1)
     low, high = flat.min(1), flat.max(1)
     for i in np.flatnonzero(~((low >= 0) & (high <= most))):  # NaN too: it compares as false
-        if low[i] != low[i]:
-            raise DataError(f"{name}: image {first + i}: holds NaN; replace it or leave the image out")
         problem = f"holds numbers from {low[i]:.6g} to {high[i]:.6g}, which have to be from 0 to {most}"
-        raise DataError(f"{name}: image {first + i}: {problem}: shift them, or divide them by 255 or the largest")
+        raise DataError(f"{name}: image {first + i}: {problem}")
     if images.dtype.kind in "bf":
         images = np.rint(images.astype(np.float32) * 255)
     images = images.astype(np.uint16 if most > 255 else np.uint8)
-    if images.ndim == 4:
-        images = images[..., 0] if images.shape[3] == 1 else _grey(images)
+    if images.ndim == 4 and images.shape[3] == 3:  # luminance by ITU-R 601, rounded as Pillow does it
+        images = (((images.astype(np.int64) @ np.array([19595, 38470, 7471])) + 0x8000) >> 16).astype(images.dtype)
+    images = images.reshape(images.shape[:3])
     return ((images.astype(np.uint32) + 128) // 257).astype(np.uint8) if most > 255 else images
-
-
-def _grey(colours: Array) -> Array:
-    """Return colours `[…, 3]`, uint8 or uint16, as luminance by ITU-R 601, rounded as Pillow does it."""
-    luminance: Array = (colours.astype(np.int64) @ np.array([19595, 38470, 7471]) + 0x8000) >> 16
-    return luminance.astype(colours.dtype)
 
 
 def checked(images: Array, name: Callable[[int], str], notes: list[str]) -> Tensor:
     """Return images uint8 `[N, height, width]`, those of levels 0 and 1 as black and white; refuse constant ones."""
     low, high = images.min((1, 2)), images.max((1, 2))
-    if len(constant := np.flatnonzero(low == high)):
-        more = f" (and {len(constant) - 1} more)" if len(constant) > 1 else ""
-        raise DataError(f"{name(int(constant[0]))}: is of one grey level throughout{more}; leave it out")
+    for row in np.flatnonzero(low == high):
+        raise DataError(f"{name(int(row))}: is of one grey level throughout; leave it out")
     if high.max() == 1:
         notes.append("the brightest level is 1 of 255: taken as black and white, and scaled")
         images *= 255

@@ -6,7 +6,7 @@ All of MNIST comes with the package (Y. LeCun, C. Cortes, C. J. C. Burges; CC BY
 import hashlib
 import os
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,17 +15,15 @@ from torch import Tensor
 from cvae import context
 from cvae.data.images import as_targets
 from cvae.data.pictures import read_pictures, resized
-from cvae.data.readers import Source, as_images, mnist, naming, read_arrays, read_idx_set
+from cvae.data.readers import Source, mnist, naming, read_arrays, read_idx_set
 from cvae.errors import DataError, printable
 from cvae.settings import Settings
 
 MNIST = "mnist"
 EMNIST = ("byclass", "bymerge", "balanced", "letters", "digits", "mnist")
-TORCHVISION: dict[str, tuple[str, dict[str, str]]] = {
-    "fashion-mnist": ("FashionMNIST", {}), "kmnist": ("KMNIST", {}), "qmnist": ("QMNIST", {}),
-    **{f"emnist-{split}": ("EMNIST", {"split": split}) for split in EMNIST},
-}  # fmt: skip
-"""torchvision's data sets, by the names that `--data` takes: class, and arguments beside root and part."""
+TORCHVISION = {"fashion-mnist": ("FashionMNIST", ""), "kmnist": ("KMNIST", ""), "qmnist": ("QMNIST", "qmnist")}
+TORCHVISION |= {f"emnist-{split}": ("EMNIST", f"emnist-{split}") for split in EMNIST}
+"""torchvision's data sets, by the names that `--data` takes: class, and the prefix of the files' names."""
 
 NAMES = (MNIST, *TORCHVISION)
 ROOTS = ("~/.cache/torchvision", "data")  # where torchvision's data sets are looked for without --data-root
@@ -53,10 +51,10 @@ class TestImages(NamedTuple):
 def load_train(s: Settings = DEFAULTS, show: bool = False, check: Callable[[], None] = lambda: None) -> TrainImages:
     """Load the training and validation images that the settings name, MNIST where they name none.
 
-    The last 10,000 of the 60,000 images of MNIST are for validation. Other training images are permuted by `s.seed`, so
-    that it does not matter in which order they lie, and the last sixth of them, 10,000 at the most, is for validation,
-    unless the source has validation images. From a source that is not divided, a sixth is taken for the test first,
-    the same one whatever the seed. Test images are hashed for the record, and not used.
+    The last 10,000 of the 60,000 images of MNIST are for validation. Other training images are permuted by `s.seed`,
+    and the last sixth of them, 10,000 at most, is for validation, unless the source has validation images. From a
+    source that is not divided, a sixth is taken for the test first, the same one for every seed. Test images are hashed
+    for the record, and not used.
 
     Args:
         s: The settings.
@@ -67,22 +65,20 @@ def load_train(s: Settings = DEFAULTS, show: bool = False, check: Callable[[], N
         DataError: For images that are not there, damaged or too few; UsageError: for too little memory.
     """
     images, about = _load(s, tuple(WORDS), show, check)
-    return TrainImages(
-        images["train"], images["validation"], about, record(**{part: images.get(part) for part in WORDS})
-    )
+    entries = record(**{part: images.get(part) for part in WORDS})
+    return TrainImages(images["train"], images["validation"], about, entries)
 
 
 def load_test(s: Settings = DEFAULTS, show: bool = False, check: Callable[[], None] = lambda: None) -> TestImages:
-    """Load the test images: `eval.py` alone measures on them, the page shows them. As `load_train`."""
+    """Load the test images: `eval.py` alone measures on them. Arguments and errors as of `load_train`."""
     images, about = _load(s, ("test",), show, check)
-    return TestImages(images["test"], about, record(**images))
+    return TestImages(images["test"], about, record(test=images["test"]))
 
 
 def load_labels(s: Settings, part: str) -> Tensor:
     """Load the classes of the images of one part, int64 `[N]`, in the order of the images; raise DataError for none."""
     word = s.data or MNIST
-    is_name = word in NAMES
-    source = _read_named(word, s, tuple(WORDS), "labels") if is_name else read_idx_set(Path(word), WORDS, "labels")
+    source = _read_named(word, s, WORDS, "labels") if word in NAMES else read_idx_set(Path(word), WORDS, "labels")
     labels = {} if source is None else _divided(source, s.seed)
     if part not in labels:
         raise DataError(f"{word}: has no labels, by which images are classified; MNIST and IDX files can have them")
@@ -101,7 +97,7 @@ def _load(s: Settings, wanted: tuple[str, ...], show: bool, check: Callable[[], 
         pixels = parts[part].transpose(1, 2).contiguous() if s.transpose else parts[part]
         if s.size is not None and pixels.shape[1:] != (s.size, s.size):
             notes.append(f"scaled from {pixels.shape[1]}×{pixels.shape[2]}")
-            pixels = resized(pixels, s.size, show, check)
+            pixels = resized(pixels, s.size, check)
         images[part] = as_targets(s, part, pixels)
     sizes = {part: f"{pixels.shape[1]}×{pixels.shape[2]}" for part, pixels in images.items()}
     if len(set(sizes.values())) > 1:
@@ -124,61 +120,42 @@ def _read(s: Settings, wanted: tuple[str, ...], show: bool, check: Callable[[], 
     if word in NAMES:
         return _read_named(word, s, wanted, "images")
     path, source = Path(os.path.expanduser(word)), None
-    with naming(path):
-        if word:
+    if word:
+        with naming(path):
             source = read_idx_set(path, wanted) or read_arrays(path, wanted)
             source = source or read_pictures(path, wanted, s.size, show, check)
-        problem = "holds no images" if word and path.exists() else "there is no such folder or file"
     if source is None:
+        problem = "holds no images" if word and os.path.exists(path) else "there is no such folder or file"
         what = f"a folder of IDX files or of pictures, an .npz or .npy file, or one of {', '.join(NAMES)}"
         raise DataError(f"{word or '--data'}: {problem}; --data takes {what}")
-    if path.parent == Path.cwd() and _name_of(path.name):
-        source.notes.append("a path, not the data set of this name")
     return source
 
 
-def _read_named(name: str, s: Settings, wanted: tuple[str, ...], kind: str) -> Source:
-    """Read the images or labels of one of NAMES. Raises DataError with the command that downloads it."""
+def _read_named(name: str, s: Settings, wanted: Collection[str], kind: str) -> Source:
+    """Read the `images` or `labels` of one of NAMES. Raise DataError with the command that downloads it."""
     if name == MNIST:
         parts = {part: mnist(file, kind) for part, file in (("train", "train"), ("test", "t10k")) if part in wanted}
         return Source("MNIST, which comes with the package", "", parts, [])
-    from torchvision import datasets  # takes a second, which MNIST does not need
-
-    cls, arguments = TORCHVISION[name]
+    cls, prefix = TORCHVISION[name]
     roots = [os.path.expanduser(root) for root in ([s.data_root] if s.data_root is not None else ROOTS)]
     for root in roots:
-        source = Source(f"{name}, as torchvision has it in", os.path.join(root, cls, "raw"), {}, [])
-        with naming(source.place):
-            try:
-                for part in (part for part in ("train", "test") if part in wanted):
-                    stored = getattr(datasets, cls)(root, train=part == "train", **arguments)
-                    classes = stored.targets.reshape(len(stored.targets), -1)[:, 0].long()  # QMNIST's have columns
-                    images = as_images(stored.data.numpy(), f"{source.place}: {part}", source.notes)
-                    source.parts[part] = images if kind == "images" else classes
-            except RuntimeError as error:
-                if "Dataset not found" in str(error):
-                    continue
-                raise
-        return source
-    more = "".join(f", {argument}={value!r}" for argument, value in arguments.items())
+        with naming(path := Path(root, cls, "raw", prefix)):
+            if source := read_idx_set(path, wanted, kind):
+                return source._replace(form=f"{name}, as torchvision has it in")
+    more = f", split={name.removeprefix('emnist-')!r}" if cls == "EMNIST" else ""
     calls = "; ".join(f"D({roots[0]!r}, train={train}, download=True{more})" for train in (True, False))
     command = f"python -c {shlex.quote(f'from torchvision.datasets import {cls} as D; {calls}')}"
     raise DataError(f"{name}: is not below {' or '.join(roots)} (--data-root names another); to download: {command}")
 
 
 def named(word: str) -> str:
-    """Return what `--data` says as the settings keep it: a path from the root, or one of NAMES, however it is spelt.
+    """Return a word of `--data` as the settings keep it: one of NAMES, however it is spelt, or a path from the root.
 
-    What exists as a path is a path; nothing (an empty variable of the shell) stays nothing, and is refused later.
+    A name that exists as a path is a path; an empty word stays empty, and is refused later.
     """
-    path = os.path.expanduser(word)
-    name = None if os.path.lexists(path) else _name_of(word)
-    return name or (word and os.path.realpath(path))
-
-
-def _name_of(word: str) -> str | None:
-    letters = word.lower().replace("-", "").replace("_", "")
-    return next((name for name in NAMES if name.replace("-", "") == letters), None)
+    path, letters = os.path.expanduser(word), word.lower().replace("-", "").replace("_", "")
+    names = [name for name in NAMES if name.replace("-", "") == letters and not os.path.lexists(path)]
+    return names[0] if names else word and os.path.realpath(path)
 
 
 def _divided(source: Source, seed: int) -> dict[str, Tensor]:
@@ -198,14 +175,11 @@ def _divided(source: Source, seed: int) -> dict[str, Tensor]:
 
 
 def _held_out(source: Source, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return images, and the last of them to be held out: a sixth, or 10,000 of 60,000 and more."""
-    count = 10_000 if len(images) >= 60_000 else len(images) // 6
+    """Return images, and the last of them to be held out: a sixth, 10,000 at most."""
+    count = min(len(images) // 6, 10_000)
     if count == 0:
         raise DataError(f"{source.place}: {len(images)} images are too few to hold out a sixth; give at least 6")
     return images[:-count], images[-count:]
-
-
-# What identifies images
 
 
 def record(**parts: Tensor | None) -> dict[str, Any]:
@@ -225,9 +199,9 @@ def record(**parts: Tensor | None) -> dict[str, Any]:
 
 def difference(recorded: dict[str, Any], here: dict[str, Any]) -> str | None:
     """Return in what the images that are here differ from the recorded ones, in the parts that both have; or None."""
-    sizes = [f"{each['height']}×{each['width']}" for each in (recorded, here)]
-    if sizes[0] != sizes[1]:
-        return f"images of {sizes[0]} pixels, and these have {sizes[1]}"
+    size, size_here = (f"{entry['height']}×{entry['width']}" for entry in (recorded, here))
+    if size != size_here:
+        return f"images of {size} pixels, and these have {size_here}"
     for part in WORDS:
         before, now = recorded.get(part), here.get(part)
         if before and now and before["count"] != now["count"]:

@@ -81,7 +81,7 @@ def plan(options: argparse.Namespace) -> dict[Path, list[Path]]:
     """
     path, output = options.picture, options.output
     is_folder = os.path.isdir(path)
-    pictures = {Path(name): path / name for name in pictures_below(path)} if is_folder else {Path(path.name): path}
+    pictures = {Path(name): path / name for name in pictures_below(path)[0]} if is_folder else {Path(path.name): path}
     if not pictures:
         raise DataError(f"{path}: has no pictures in it")
     if output is None:

@@ -54,18 +54,16 @@ def test_enlarged_picture_is_the_mask(folder: Path, name: str, height: int, widt
 WAYS: dict[str, tuple[Callable[[Image.Image], Image.Image], str]] = {
     "bits": (lambda image: image.convert("1"), ""),
     "white and red": (lambda image: Image.merge("RGB", [image.point(lambda v: v or 200), image, image]), "grey"),
-    "on transparent": (lambda image: Image.merge("LA", [Image.new("L", image.size, 255), image]), "black"),
-    "zeros and ones": (lambda image: image.point(lambda v: v // 255), "level 1 of 255 = white"),
-    "0 and 128": (lambda image: image.point(lambda v: min(v, 128)), "level 128 of 255 = white"),
+    "on transparent": (lambda image: Image.merge("LA", [Image.new("L", image.size, 255), image]), ""),
+    "zeros and ones": (lambda image: image.point(lambda v: v // 255), "grey levels from 1 on = white"),
     "two greys": (lambda image: image.point(lambda v: 40 + 3 * v // 4), "grey levels from 128 on = white"),
 }
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("form", ["PNG", "TIFF"])
-def test_ways_to_draw_a_mask(tmp_path: Path, way: str, form: str) -> None:
+def test_ways_to_draw_a_mask(tmp_path: Path, way: str) -> None:
     draw, said = WAYS[way]
-    draw(picture(BLOCKS)).save(tmp_path / "no ending", form)
+    draw(picture(BLOCKS)).save(tmp_path / "no ending", "PNG")
     read, about = read_mask(tmp_path / "no ending", 16, 24)
     assert torch.equal(read, BLOCKS)
     assert said in about
@@ -96,14 +94,13 @@ def test_mask_of_a_run_has_the_size_of_its_images(tmp_path: Path) -> None:
 POINT = Image.new("L", (300, 300))
 POINT.putpixel((0, 0), 255)
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
-    "missing": (lambda path: None, "no such file"),
-    "folder": (lambda path: path.mkdir(), "no such file"),
+    "missing": (lambda path: None, r"cannot be read as a picture \(No such file"),
     "text": (lambda path: path.write_text("white\n" * 100), "cannot be read as a picture"),
     "cut": (lambda path: path.write_bytes(mask_png(BLOCKS)[:-30]), "cannot be read as a picture"),
     "photograph": (lambda path: Image.linear_gradient("L").save(path), "no mask in black and white: 50% of its pixels"),
-    "white": (lambda path: Image.new("L", (28, 28), 255).save(path), "so nothing is hidden"),
+    "white": (lambda path: Image.new("L", (28, 28), 255).save(path), "and nothing is hidden"),
     "black": (lambda path: Image.new("1", (50, 50)).save(path), "so nothing is given"),
-    "point": (lambda path: POINT.save(path), r"nothing is given \(scaled from 300×300 to 28×28"),
+    "point": (lambda path: POINT.save(path), r"nothing is given .*scaled from 300×300 to 28×28"),
     "bomb": (lambda path: Image.new("1", (10_000, 10_000)).save(path), "cannot be read as a picture .*could be decomp"),
 }
 

@@ -130,19 +130,23 @@ def test_what_is_too_little_or_not_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", TORCHVISION)
 def test_torchvision_data_sets(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are taken as torchvision leaves them below a root; else the message has a command that downloads them."""
-    cls, arguments = TORCHVISION[name]
-    start = {"EMNIST": f"{name}-", "QMNIST": "qmnist-"}.get(cls, "")
-    raw = write_idx(tmp_path / "it's here" / cls / "raw", IMAGES, TEST, start=start)
+    cls, prefix = TORCHVISION[name]
+    arguments = {"split": name.removeprefix("emnist-")} if cls == "EMNIST" else {}
+    raw = write_idx(tmp_path / "it's here" / cls / "raw", IMAGES, TEST, start=prefix and f"{prefix}-")
     if cls == "QMNIST":  # its labels have eight columns, of which the first is the class
         for part, count in (("train", 12), ("test", 6)):
             columns = b"".join((i % 7).to_bytes(4) + bytes(28) for i in range(count))
-            path = raw / f"qmnist-{part}-labels-idx2-int"
+            path = (raw / f"qmnist-{part}-labels-idx1-ubyte").rename(raw / f"qmnist-{part}-labels-idx2-int")
             path.write_bytes(bytes([0, 0, 12, 2]) + count.to_bytes(4) + (8).to_bytes(4) + columns)
     s = Settings(data=name, data_root=str(tmp_path / "it's here"))
     assert training(name, data_root=s.data_root) == in_order(IMAGES)
-    assert torch.equal(load_test(s).images, TEST)
+    stored = getattr(datasets, cls)(s.data_root, train=False, **arguments)
+    assert torch.equal(load_test(s).images, stored.data)
+    assert torch.equal(load_labels(s, "test"), stored.targets.view(6, -1)[:, 0].long())
     assert load_labels(s, "test").tolist() == [i % 7 for i in range(6)]
-    assert about(name, data_root=s.data_root).startswith(f"{name}, as torchvision has it in {raw}: 10 training")
+    assert about(name, data_root=s.data_root).startswith(
+        f"{name}, as torchvision has it in {raw / prefix}: 10 training"
+    )
     message = refusal(name, data_root=str(tmp_path / "not 'here'"))
     assert message.startswith(f"{name}: is not below {tmp_path}/not 'here' (--data-root names another)")
     command, _, code = shlex.split(message.partition("; to download: ")[2])
@@ -166,7 +170,6 @@ def test_words_of_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert named(word) == name
     write_idx(tmp_path / "mnist", IMAGES, TEST)
     assert named("mnist") == str(tmp_path / "mnist")
-    assert "a path, not the data set of this name" in about(named("mnist"))
     assert f"is not below {tmp_path}/home/.cache/torchvision or data" in refusal("kmnist")
     for root in ("data", "home/.cache/torchvision"):
         write_idx(tmp_path / root / "KMNIST" / "raw", random_images(12, 4, 5, len(root)), TEST)
