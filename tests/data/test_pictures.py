@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.fuzzing import Edits, changed, fuzz, outcome
+from support.fuzzing import Damage, fuzz, outcome
 from support.images import about, in_order, random_images, refusal, training, write_idx, write_pictures
 
 import train
@@ -47,7 +47,6 @@ def test_colours_become_luminance(tmp_path: Path) -> None:
     np.savez(tmp_path / "colours.npz", colours)
     images = [load_train(Settings(data=str(place))) for place in (tmp_path, tmp_path / "colours.npz")]
     assert torch.equal(images[0].train, images[1].train)
-    assert all("colour made grey by ITU-R 601" in each.about for each in images)
     expected = np.rint(colours @ np.array([0.299, 0.587, 0.114]))
     assert all((read_picture(tmp_path / f"{i:02}.png") == picture).all() for i, picture in enumerate(expected))
 
@@ -134,10 +133,7 @@ def test_scaled_alike_in_every_form(tmp_path: Path) -> None:
         (b"", "cannot be read as a picture ("),
         (b"\x89PNG\r\n\x1a\n", "cannot be read as a picture ("),
         (Image.new("L", (5, 6), 7), "is of one grey level throughout; leave it out"),
-        (
-            Image.fromarray(GREY.astype(np.uint16)),
-            "is a 16-bit picture with no level above 255 of 65535; store it with",
-        ),
+        (Image.fromarray(GREY.astype(np.uint16)), "is a 16-bit picture with no level above 255 of 65535; store it"),
         (Image.fromarray(GREY.astype(np.float32)), "image 0: holds numbers from "),
     ],
 )
@@ -151,10 +147,10 @@ def test_picture_that_is_refused(tmp_path: Path, content: Any, words: str) -> No
 def test_mutated_pictures() -> None:
     """They are grey levels, or refused."""
 
-    def check(folder: Path, form: str, edits: Edits) -> bool:
+    def check(folder: Path, form: str, damage: Damage) -> bool:
         path = folder / "picture"
         PICTURE.convert("RGB" if form == "JPEG" else "L").save(path, form)
-        path.write_bytes(changed(path.read_bytes(), edits))
+        path.write_bytes(damage(path.read_bytes()))
         levels = outcome(lambda: read_picture(path), path)
         assert levels is None or (levels.dtype, levels.ndim) == (np.uint8, 2)
         return levels is not None

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.fuzzing import Edits, changed, fuzz, outcome
+from support.fuzzing import Damage, fuzz, outcome
 from support.images import PACKERS, about, idx, in_order, random_images, refusal, training, write_idx
 from torchvision import datasets
 
@@ -104,10 +104,10 @@ UNPACKERS: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.decompr
 def test_mutated_idx() -> None:
     """What is read is what the standard library and `struct` make of it."""
 
-    def check(folder: Path, seed: tuple[str, bool], edits: Edits) -> bool:
-        suffix, inside = seed
+    def check(folder: Path, kind: tuple[str, bool], damage: Damage) -> bool:
+        suffix, inside = kind
         pack, path, content = PACKERS[suffix], folder / "file", idx(IMAGES[:3])
-        path.write_bytes(pack(changed(content, edits)) if inside else changed(pack(content), edits))
+        path.write_bytes(pack(damage(content)) if inside else damage(pack(content)))
         array = outcome(lambda: read_idx(path), path)
         if array is not None:
             unpacked = UNPACKERS[suffix](path.read_bytes())
@@ -116,21 +116,18 @@ def test_mutated_idx() -> None:
             assert array.tobytes() == unpacked[start:]
         return array is not None
 
-    fuzz(400, [(suffix, inside) for suffix in PACKERS for inside in (True, False)], check)
+    fuzz(300, [(suffix, inside) for suffix in PACKERS for inside in (True, False)], check)
 
 
 # NumPy's files
 
 
 @pytest.mark.parametrize("names", ["x_train x_test", "train test", "train_images test_images", "X_train X_test"])
-@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_parts_by_name(tmp_path: Path, save: Any, names: str) -> None:
+def test_parts_by_name(tmp_path: Path, names: str) -> None:
     """With labels beside them, as Keras and MedMNIST have them."""
     path, (train, test) = tmp_path / "a.npz", names.split()
-    save(
-        path,
-        **{train: TRAIN, test: TEST, "y_train": ARRAY[:, 0, 0], "train_labels": ARRAY[:, :1], "test_labels": ARRAY},
-    )
+    arrays = {train: TRAIN, test: TEST, "y_train": ARRAY[:, 0, 0], "test_labels": ARRAY}
+    np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
     assert training(path) == in_order(TRAIN)
     assert torch.equal(load_test(Settings(data=str(path))).images, TEST)
     assert about(path).startswith(f".npz file {path}: 12 training, 2 validation, 6 test images of 4×5 pixels; ")
@@ -154,22 +151,18 @@ def test_one_array_is_divided(tmp_path: Path, name: str) -> None:
     [
         (lambda a: a[..., None], ""),
         (lambda a: a[:, None], ""),
-        (lambda a: np.asfortranarray(a), ""),
         (lambda a: a[..., None].repeat(3, 3), "colour made grey by ITU-R 601"),
-        (lambda a: a[:, None].repeat(3, 1), "colour made grey by ITU-R 601"),
         (lambda a: a.astype(np.int64), "int64 up to 255 taken as levels of 0 to 255"),
         (lambda a: a.astype(">u2") * 257, "16-bit levels scaled to 8"),
         (lambda a: np.minimum(a.astype("<i4") * 257 + 99, 65535), "16-bit levels scaled to 8"),
         (lambda a: np.maximum(a.astype("<i4") * 257 - 99, 0), "16-bit levels scaled to 8"),
         (lambda a: a / 255, "floats from 0 to 1"),
-        (lambda a: (a / 255).astype(np.float16), "floats from 0 to 1"),
         (lambda a: (a / 255).astype(">f4")[..., None].repeat(3, 3), "floats from 0 to 1"),
     ],
 )
-@pytest.mark.parametrize("at_once", [3, 1000])
-def test_levels(tmp_path: Path, convert: Any, note: str, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All these are the same images, said to be read in this way, however many are converted at once."""
-    monkeypatch.setattr("cvae.data.readers.AT_ONCE", at_once)
+def test_levels(tmp_path: Path, convert: Any, note: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All these are the same images, said to be read in this way; they are converted in portions."""
+    monkeypatch.setattr("cvae.data.readers.AT_ONCE", 3)
     for save, name in ((np.savez, "a.npz"), (np.save, "a.npy")):
         save(tmp_path / name, convert(ARRAY))
         s = Settings(data=str(tmp_path / name))
@@ -207,7 +200,6 @@ def with_value(value: float, dtype: Any = np.float64) -> Any:
         ({"x_train": ARRAY, "x_test": ARRAY[:, :3]}, "train images of 4×5 pixels and validation images of 4×5"),
         ({"x_train": with_value(np.nan)}, "x_train: image 7: holds numbers from nan to nan"),
         ({"x_train": with_value(np.inf)}, "image 7: holds numbers from 0 to inf, which have to be from 0 to 1"),
-        ({"x_train": with_value(-0.25)}, "image 7: holds numbers from -0.25 to 1, which have to be from 0 to 1"),
         ({"x_train": with_value(-1, np.int32)}, "x_train: image 7: holds numbers from -1 to 1"),
         ({"x_train": with_value(65536, np.int32)}, "holds numbers from 0 to 65536, which have to be from 0 to 65535"),
         ({"x_train": ARRAY * (np.arange(20) != 3)[:, None, None]}, "x_train: image 3: is of one grey level throughout"),
@@ -221,17 +213,13 @@ def test_arrays_that_are_no_set_of_images(tmp_path: Path, arrays: dict[str, Any]
 def test_mutated_arrays() -> None:
     """Outside and inside the archive; what is read of bytes is what NumPy reads."""
 
-    def saved(save: Callable[..., None], *arrays: Any, **named: Any) -> bytes:
-        save(file := io.BytesIO(), *arrays, **named)
-        return file.getvalue()
-
-    def check(folder: Path, seed: tuple[bytes, bool], edits: Edits) -> bool:
-        content, inside = seed
-        (path := folder / "images").write_bytes(changed(content, edits))
-        if inside:
-            path.unlink()
+    def check(folder: Path, kind: str, damage: Damage) -> bool:
+        save: Any = np.savez if kind == "archive" else np.save
+        save(file := io.BytesIO(), ARRAY[:8])
+        (path := folder / "images").write_bytes(content := damage(file.getvalue()))
+        if kind == "inside":
             with zipfile.ZipFile(path, "w") as archive:
-                archive.writestr("x_train.npy", changed(content, edits))
+                archive.writestr("x_train.npy", content)
         source = outcome(lambda: read_arrays(path, ("train", "test")), path)
         if source is None or not source.parts:
             return False
@@ -243,7 +231,4 @@ def test_mutated_arrays() -> None:
             assert images.numpy().tobytes() in contents or {array.dtype.name for array in arrays} != {"uint8"}
         return True
 
-    eight = ARRAY[:8]
-    seeds = [(saved(np.save, eight), True), (saved(np.save, eight), False), (saved(np.save, eight / 255), True)]
-    seeds += [(saved(np.savez, x_train=eight, x_test=eight[:2]), False), (saved(np.savez_compressed, eight), False)]
-    fuzz(400, seeds, check)
+    fuzz(300, ["plain", "archive", "inside"], check)
