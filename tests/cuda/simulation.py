@@ -1,6 +1,7 @@
 """CUDA graphs on the CPU: a capture records operations and executes none, a replay executes all on the same memory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -38,8 +39,7 @@ class Record(TorchDispatchMode):
 
     def __init__(self, emulation: Emulation):
         super().__init__()
-        self.emulation = emulation
-        self.invalid = False
+        self.emulation, self.invalid = emulation, False
         self.operations: list[tuple[Any, Any, Any, Any]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -63,8 +63,8 @@ class Record(TorchDispatchMode):
                 return views
         copies = tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, (args, kwargs))
         result = func(*copies[0], **copies[1])
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.is_floating_point():
+        for tensor in tensors(result):
+            if tensor.is_floating_point():
                 tensor.fill_(torch.nan)
         self.operations.append((func, args, kwargs, result))
         return result
@@ -75,10 +75,12 @@ class Record(TorchDispatchMode):
             if func.overloadpacket in (aten.empty, aten.new_empty, aten.empty_like):
                 continue
             again = func(*args, **kwargs)
-            if result is not None:
-                for tensor, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
-                    if isinstance(tensor, Tensor):
-                        tensor.copy_(new)
+            for tensor, new in zip(tensors(result), tensors(again), strict=True) if result is not None else ():
+                tensor.copy_(new)
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def waits(func: Any, args: Any) -> bool:
@@ -110,18 +112,14 @@ def emulated_graphs(monkeypatch: pytest.MonkeyPatch) -> Emulation:
             emulation.replays += 1
             self.record.replay()
 
-    class StreamContext:
-        def __init__(self, stream: Stream):
-            self.stream = stream
-
-        def __enter__(self) -> None:
-            self.before, emulation.current_stream = emulation.current_stream, self.stream
-
-        def __exit__(self, *exception: object) -> None:
-            emulation.current_stream = self.before
+    @contextmanager
+    def on_stream(stream: Stream) -> Iterator[None]:
+        before, emulation.current_stream = emulation.current_stream, stream
+        yield
+        emulation.current_stream = before  # not where the capture failed, as on the device
 
     for name, value in {
-        "Stream": Stream, "CUDAGraph": Graph, "stream": StreamContext, "synchronize": lambda: None,
+        "Stream": Stream, "CUDAGraph": Graph, "stream": on_stream, "synchronize": lambda: None,
         "set_stream": lambda stream: setattr(emulation, "current_stream", stream),
         "current_stream": lambda device=None: emulation.current_stream, "empty_cache": lambda: None,
     }.items():  # fmt: skip

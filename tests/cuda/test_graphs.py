@@ -105,36 +105,29 @@ def test_warm_up_capture_and_replay(emulation: Emulation):
     assert len({*emulation.captured_on, emulation.default_stream}) == 3
 
 
-@pytest.mark.parametrize("ends_badly", [False, True], ids=["within", "at its end"])
-def test_failed_capture_goes_on_without(emulation: Emulation, ends_badly):
-    """Every step is taken once, on the stream that was the current one; one warning names the first of the errors."""
-    step, warnings = Sum(), []
-    take_step = GraphedStep(step, warnings.append)
-    emulation.ends_badly = ends_badly
-    emulation.fails = lambda func: not ends_badly and func.overloadpacket is torch.ops.aten.add_
-    for i in range(10):
-        take_step(torch.full((3,), float(i)))
-        assert emulation.current_stream is emulation.default_stream
-        assert torch.equal(step.sum, torch.full((3,), float(i * (i + 1))))
-    assert step.streams[GraphedStep.WARM_UP + 1 :] == [emulation.default_stream] * 7
+FAILURES = [
+    ("convolution", 2), ("convolution_backward", 3), ("sigmoid", 0), ("_fused_adamw_", 1), ("copy_", 1), ("its end", 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("failing", "before"), FAILURES)
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_failed_capture_goes_on_without(emulation: Emulation, failing, before, precision):
+    """Wherever in the step it fails, halfway through the gradients too: the steps are those of a training without.
+
+    They are taken on the stream that was the current one; one warning names the first of the errors.
+    """
+    eager, in_graph = (make_training("deep", "elbo", precision) for _ in range(2))
+    warnings, calls = [], count()
+    emulation.ends_badly = failing == "its end"
+    emulation.fails = lambda func: func.overloadpacket.__name__ == failing and next(calls) == before
+    assert_equal(trained(eager, eager.step), trained(in_graph, GraphedStep(in_graph.step, warnings.append)))
+    assert emulation.current_stream is emulation.default_stream
     assert (len(emulation.captured_on), emulation.replays) == (1, 0)  # it is not tried again
     (line,) = warnings
     assert "\n" not in line
-    assert ("failed due to a previous error" if ends_badly else "not permitted when stream is capturing") in line
-
-
-HALFWAY = [("convolution", 2), ("convolution_backward", 3), ("sigmoid", 0), ("_fused_adamw_", 1), ("copy_", 1)]
-
-
-@pytest.mark.parametrize(("failing", "before"), HALFWAY)
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_failed_capture_leaves_nothing_behind(emulation: Emulation, failing, before, precision):
-    """Wherever in the step it fails, halfway through the gradients too: the steps are those of a training without."""
-    eager, in_graph = (make_training("deep", "elbo", precision) for _ in range(2))
-    warnings, calls = [], count()
-    emulation.fails = lambda func: func.overloadpacket.__name__ == failing and next(calls) == before
-    assert_equal(trained(eager, eager.step), trained(in_graph, GraphedStep(in_graph.step, warnings.append)))
-    assert len(warnings) == 1
+    reason = "failed due to a previous error" if emulation.ends_badly else "not permitted when stream is capturing"
+    assert reason in line
 
 
 def test_errors_of_another_kind_are_not_hidden(emulation: Emulation):
