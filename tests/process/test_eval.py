@@ -27,7 +27,6 @@ from cvae.report import export
 from cvae.run.load import load
 from cvae.settings import Settings
 
-LIKELIHOODS = ["nn_nll", "cvae_neg_elbo", "cvae_mc_nll", "cvae_is_nll"]
 SAMPLES = ["--samples", "3", "--device", "cpu"]  # as call_eval takes them
 PARTS = ["input", "nn", *(f"sample{i:02d}" for i in range(1, 11)), "truth"]
 pytestmark = pytest.mark.usefixtures("place")
@@ -96,6 +95,7 @@ def test_baseline_is_evaluated_on_all_test_images(place: Path, table: list[dict[
     """Its likelihood is computed here once more; the table in text has the numbers of JSON."""
     (record,) = records(call_eval("q1", "--precision", "fp32", "--format", "json"))
     model, printed = load("q1"), call_eval().out
+    assert printed.startswith(f"IDX files in {place}/data: 50 test images of 10×9 pixels\n\n")
     x, y = model.task.split(images_of(place) / 255)
     nll = binary_cross_entropy_with_logits(model.baseline_net(x), y, reduction="none").sum(1).double()
     assert record["nn_nll"]["mean"] == pytest.approx(nll.mean().item(), rel=1e-6)  # sums of 70 terms in float32
@@ -108,29 +108,23 @@ def test_baseline_is_evaluated_on_all_test_images(place: Path, table: list[dict[
         ]
 
 
-def test_number_of_samples_changes_no_other_row() -> None:
-    words = ["q1", "--device", "cpu", "--precision", "fp32", "--samples", "40", "3", "40", "--format", "json"]
-    (several,), (alone,) = (
-        records(call(evaluation, *words)),
-        records(call_eval("q1", "--precision", "fp32", *words[-2:])),
-    )
-    assert (several["samples"], list(several["by_samples"])) == (40, ["3", "40"])
-    assert_agree([several["by_samples"]["3"]], [alone["by_samples"]["3"]])
-    assert several["cvae_is_nll"]["mean"] < alone["cvae_is_nll"]["mean"], "the bound gets tighter"
-    assert 1 <= alone["ess"]["median"] <= 3 < several["ess"]["median"] <= 40
-
-
-def test_precision_and_seed_of_the_noise() -> None:
-    """bfloat16 is within what eight bits of mantissa make of float32, and it is said which it was."""
+def test_samples_precision_and_seed_change_what_depends_on_them_alone() -> None:
+    """bfloat16 is within what eight bits of mantissa make of float32, and the table says which it was."""
     words = ["q1", "--format", "json", "--precision"]
-    (wide,), (half,) = (records(call_eval(*words, name)) for name in ("fp32", "bf16"))
+    (wide,), (half,), (other,) = (
+        records(call_eval(*words, *more)) for more in (["fp32"], ["bf16"], ["fp32", "--seed", "1"])
+    )
+    (several,) = records(call(evaluation, *words, "fp32", "--device", "cpu", "--samples", "40", "3", "40"))
+    assert (several["samples"], list(several["by_samples"])) == (40, ["3", "40"])
+    assert_agree([several["by_samples"]["3"]], [wide["by_samples"]["3"]])
+    assert several["cvae_is_nll"]["mean"] < wide["cvae_is_nll"]["mean"], "the bound gets tighter"
+    assert 1 <= wide["ess"]["median"] <= 3 < several["ess"]["median"] <= 40
     assert (wide["precision"], half["precision"]) == ("fp32", "bf16")
-    for key in LIKELIHOODS:
+    for key in ("nn_nll", "cvae_neg_elbo", "cvae_mc_nll", "cvae_is_nll"):
         assert half[key]["mean"] == pytest.approx(wide[key]["mean"], rel=1e-3)
     assert half["cvae_is_nll"] != wide["cvae_is_nll"]
     for name in ("fp32", "bf16"):
         assert ("in bfloat16" in call_eval("q1", "--precision", name).out) == (name == "bf16")
-    (other,) = records(call_eval(*words, "fp32", "--seed", "1"))
     assert other["nn_nll"] == wide["nn_nll"], "no noise is in it"
     distance = abs(other["cvae_is_nll"]["mean"] - wide["cvae_is_nll"]["mean"])
     assert 0 < distance < 6 * wide["cvae_is_nll"]["stderr"]
@@ -140,8 +134,8 @@ def test_against(place: Path, copied: Callable[..., Path], tmp_path: Path, table
     """The named run is in the table, first if nobody named it; a line says of other masks and images that they are."""
     copy, other, images = copied("copy"), copied("other"), images_of(place).flip(0)
     change(other, data=str(write_data(tmp_path / "flipped", images.repeat(2, 1, 1), images)))
-    config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps({**config, "images": {"height": 10, "width": 9}}))
+    config = json.loads((other / "config.json").read_text()) | {"images": {"height": 10, "width": 9}}
+    (other / "config.json").write_text(json.dumps(config))
     ended = call_eval(copy, other, "q2", "--against", "q1", "--format", "json")
     assert ended.code == 3
     assert ended.err.splitlines() == [
@@ -164,66 +158,52 @@ def test_against(place: Path, copied: Callable[..., Path], tmp_path: Path, table
 # Which runs
 
 
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        ("", "q1 q2 q3"),
-        ("q3 runs/q1", "q3 q1"),
-        ("--runs q2 --runs runs/q1", "q2 q1"),
-        ("q3 --seed 0 q1 --runs q2", "q3 q1 q2"),
-        ("q2 runs/q2 {place}/runs/../runs/q2 nested/q2", "q2"),
-        ("q3 runs", "q3 q1 q2"),
-    ],
-)
-def test_runs_by_name_and_folder(place: Path, table: list[dict[str, Any]], words: str, expected: str) -> None:
-    """Each once, in the order in which they are named first."""
-    found = records(call_eval(*words.format(place=place).split(), "--format", "json"))
-    assert found == [record for name in expected.split() for record in table if record["run"] == name]
-
-
-@pytest.fixture
-def mixed(place: Path, copied: Callable[..., Path], tmp_path: Path) -> dict[str, str]:
-    """A folder with one good run, and others that are not, in `copies`: what has to be said of each of these."""
-    copied("good")
-    lines = {}
-    best = copied("damaged") / "best.pt"
-    best.write_bytes(best.read_bytes()[:-100])
-    lines["damaged"] = "/best.pt: "
-    (copied("no-weights") / "best.pt").unlink()
-    lines["no-weights"] = "/best.pt: cannot be read"
-    (copied("no-config") / "config.json").unlink()
-    lines["no-config"] = " is no run folder: it has no config.json"
-    (copied("begun") / "summary.json").unlink()
-    lines["begun"] = ": is not finished; python train.py --resume "
-    change(copied("later"), shades=2)
-    lines["later"] = "/config.json: this version knows no setting 'shades'"
-    change(copied("no-data"), data=str(tmp_path / "gone"))
-    lines["no-data"] = f": {tmp_path}/gone: "
-    negative = write_data(tmp_path / "negative", 255 - images_of(place), 255 - images_of(place))
-    change(copied("other-data"), data=str(negative))
-    lines["other-data"] = ": was begun on other test images of the same number and size"
-    return lines
-
-
-def test_images_that_runs_share_are_read_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = []
+def test_runs_by_name_and_folder(place: Path, table: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each once, in the order in which they are named first; the images that runs share are read once."""
+    read: list[Settings] = []
     monkeypatch.setattr(evaluation, "load_test", lambda s, **more: read.append(s) or load_test(s, **more))
-    assert call_eval("runs").out.startswith(f"IDX files in {place}/data: 50 test images of 10×9 pixels\n\n")
-    assert len(read) == 1
+    for words, expected in {
+        "": "q1 q2 q3",
+        "q3 runs/q1": "q3 q1",
+        "q3 --seed 0 q1 --runs q2 --runs runs/q1": "q3 q1 q2",
+        f"q2 runs/q2 {place}/runs/../runs/q2 nested/q2": "q2",
+        "q3 runs": "q3 q1 q2",
+    }.items():
+        read.clear()
+        found = records(call_eval(*words.split(), "--format", "json"))
+        assert found == [record for name in expected.split() for record in table if record["run"] == name], words
+        assert len(read) == 1
 
 
 def test_runs_that_cannot_be_evaluated_are_left_out(
-    place: Path, tmp_path: Path, table: list[dict[str, Any]], mixed: dict[str, str]
+    place: Path, copied: Callable[..., Path], tmp_path: Path, table: list[dict[str, Any]]
 ) -> None:
-    """Two processes leave out the same, and print what one does."""
-    folder = tmp_path / "copies"
+    """Each with a line that says why; two processes leave out the same, and print what one does."""
+    folder = copied("good").parent
+    best = copied("damaged") / "best.pt"
+    best.write_bytes(best.read_bytes()[:-100])
+    for name, file in (("no-weights", "best.pt"), ("no-config", "config.json"), ("begun", "summary.json")):
+        (copied(name) / file).unlink()
+    change(copied("later"), shades=2)
+    change(copied("no-data"), data=str(tmp_path / "gone"))
+    negatives = 255 - images_of(place)
+    change(copied("other-data"), data=str(write_data(tmp_path / "negative", negatives, negatives)))
+    reasons = {
+        "begun": ": is not finished; python train.py --resume ",
+        "damaged": "/best.pt: ",
+        "later": "/config.json: this version knows no setting 'shades'",
+        "no-config": " is no run folder: it has no config.json",
+        "no-data": f": {tmp_path}/gone: ",
+        "no-weights": "/best.pt: cannot be read",
+        "other-data": ": was begun on other test images of the same number and size",
+    }
     before = contents(folder)
     ended = call_eval(folder, "--format", "json")
     two, second = fork_two("eval.py", folder, "--format", "json", *SAMPLES, cwd=place)
     assert (ended.code, two[0], second) == (3, 3, (3, "", ""))
     for err in (ended.err, two[2]):
-        for line, name in zip(err.splitlines(), sorted(mixed), strict=True):
-            assert line.startswith(f"eval.py: {folder / name}{mixed[name]}"), line
+        for line, (name, reason) in zip(err.splitlines(), reasons.items(), strict=True):
+            assert line.startswith(f"eval.py: {folder / name}{reason}"), line
     assert json.loads(ended.out) == [{**table[0], "run": "good"}]
     assert_agree(json.loads(two[1]), json.loads(ended.out))
     assert contents(folder) == before
@@ -283,8 +263,8 @@ def test_one_figure_and_one_folder_per_run(copied: Callable[..., Path], tmp_path
 
 def test_samples_of_chosen_images(place: Path, tmp_path: Path) -> None:
     """Each image once; what is given stays, and the noise is the image's own, whichever others are drawn beside it."""
-    assert call_eval("q3", "--digits", "11,2,2", "--samples-to", tmp_path / "one").code == 0
-    assert call_eval("q3", "--digits", "2,5", "--samples-to", tmp_path / "two").code == 0
+    for digits, folder in (("11,2,2", "one"), ("2,5", "two")):
+        assert call_eval("q3", "--digits", digits, "--samples-to", tmp_path / folder).code == 0
     files = {path.name: pixels(path) for path in (tmp_path / "one").iterdir()}
     assert sorted(files) == [f"q3-image{i}-{part}.png" for i in (11, 2) for part in PARTS]
     images, observed = images_of(place).numpy(), load("q3").task.observed.numpy()
@@ -298,46 +278,36 @@ def test_samples_of_chosen_images(place: Path, tmp_path: Path) -> None:
         assert np.abs(pixels(tmp_path / "two" / name).astype(int) - files[name]).max() <= 1, "the same once more"
 
 
-@pytest.mark.parametrize(
-    ("words", "code", "reason"),
-    [
-        (["--figure", "nowhere/f.png"], 5, "nowhere/f.png: cannot be written"),
-        (["--samples-to", "runs/q1/config.json"], 5, "runs/q1/config.json: cannot be made"),
-        (["--figure", "x.png", "--digits", "3,50"], 2, "--digits 50: the test images of runs/q1 are numbered 0 to 49"),
-        (["--samples-to", "x", "--digits=-1,3"], 2, "--digits -1: the test images of runs/q1 are numbered 0 to 49"),
-        (["--samples-to", "mine", "--figure", "x.png"], 2, "mine/q1-image4-sample10.png exists already and is left"),
-    ],
-)
-def test_pictures_that_cannot_be_drawn(
-    place: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], code: int, reason: str
-) -> None:
+def test_pictures_that_cannot_be_drawn(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is said before the evaluation is spent, and nothing is written."""
-    (place / "mine").mkdir(exist_ok=True)
+    (place / "mine").mkdir()
     (place / "mine/q1-image4-sample10.png").write_text("mine")
     before = contents(place)
     monkeypatch.setattr(evaluation, "evaluate_run", lambda *_: pytest.fail("it evaluates"))
-    ended = call_eval("q1", *words)
-    assert ended.code == code
-    assert ended.line.startswith(reason)
+    for words, code, reason in (
+        ("--figure nowhere/f.png", 5, "nowhere/f.png: cannot be written"),
+        ("--samples-to runs/q1/config.json", 5, "runs/q1/config.json: cannot be made"),
+        ("--figure x.png --digits 3,50", 2, "--digits 50: the test images of runs/q1 are numbered 0 to 49"),
+        ("--samples-to x --digits=-1,3", 2, "--digits -1: the test images of runs/q1 are numbered 0 to 49"),
+        ("--samples-to mine --figure x.png", 2, "mine/q1-image4-sample10.png exists already and is left"),
+    ):
+        ended = call_eval("q1", *words.split())
+        assert (ended.code, ended.line[: len(reason)]) == (code, reason)
     assert contents(place) == before
 
 
-@pytest.mark.parametrize(
-    ("words", "reason"),
-    [
-        (["--figure", "f.xyz"], "f.xyz: pictures are written as .png, "),
-        (["--digits", "3"], "--digits chooses test images for --figure and --samples-to"),
-        (["--samples", "3", "0"], "--samples and --realism-images have to be at least 1"),
-        (["--samples", "100", "q1"], "argument --samples: invalid int value: 'q1'"),
-        (["--realism-images", "3"], "--realism-images and --realism-figure need --realism"),
-        (["--data", "x" * 10_001], "data has to be a name"),
-    ],
-)
-def test_usage(words: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        evaluation.main(words)
-    assert caught.value.code == 2
-    assert f": error: {reason}" in capsys.readouterr().err.splitlines()[-1]
+def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, reason in (
+        ("--figure f.xyz", "f.xyz: pictures are written as .png, "),
+        ("--digits 3", "--digits chooses test images for --figure and --samples-to"),
+        ("--samples 3 0", "--samples and --realism-images have to be at least 1"),
+        ("--samples 100 q1", "argument --samples: invalid int value: 'q1'"),
+        ("--realism-images 3", "--realism-images and --realism-figure need --realism"),
+        ("--data " + "x" * 10_001, "data has to be a name"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            evaluation.main(words.split())
+        assert f": error: {reason}" in capsys.readouterr().err.splitlines()[-1]
 
 
 # Terminals and pipes

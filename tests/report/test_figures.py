@@ -27,13 +27,6 @@ def pixels(image: Image.Image | Tensor) -> npt.NDArray[np.uint8]:
     return np.asarray(image.convert("RGB")) if isinstance(image, Image.Image) else image.permute(1, 2, 0).numpy()
 
 
-def task_of(height: int, width: int, name: str = "") -> FixedMask:
-    """Return the task whose top row is given."""
-    observed = torch.zeros(height, width, dtype=torch.bool)
-    observed[0] = True
-    return FixedMask(observed, name)
-
-
 def random_images(*shape: int) -> Tensor:
     return torch.randint(256, shape, dtype=torch.uint8)
 
@@ -74,10 +67,10 @@ def test_rows_of_completions() -> None:
     guess, samples = torch.rand(3, task.y_dim), torch.rand(2, 3, task.y_dim)
     rows = dict(figures.completion_rows(images, task, guess, samples))
     assert list(rows) == ["input: 1 quadrant", "truth", "NN", "CVAE 1", "CVAE 2"]
+    for name, label in (("", "input"), ("a" * 300, f"input: {'a' * 19}…")):
+        assert figures.completion_rows(images, FixedMask(task.observed, name), guess)[0][0] == label
     given = rows.pop("input: 1 quadrant").permute(0, 2, 3, 1)
-    assert torch.equal(
-        given[:, task.observed].mul(255).round().byte(), images[:, task.observed, None].expand(-1, -1, 3)
-    )
+    assert (given[:, task.observed].mul(255).round().byte() == images[:, task.observed, None]).all()
     assert (given[:, ~task.observed].mul(255).round() == torch.tensor(BLUE)).all()
     for row in rows.values():
         assert torch.equal(row[:, 0, task.observed], images[:, task.observed] / 255)
@@ -85,15 +78,6 @@ def test_rows_of_completions() -> None:
     asked = {"truth": images[:, ~task.observed] / 255, "NN": guess, "CVAE 1": samples[0], "CVAE 2": samples[1]}
     for label, y in asked.items():
         assert torch.equal(rows[label][:, 0, ~task.observed], y)
-
-
-@pytest.mark.parametrize(
-    ("name", "label"),
-    [("", "input"), ("every-second-row", "input: every-second-row"), ("a" * 300, f"input: {'a' * 19}…")],
-)
-def test_long_names_of_masks_are_cut(name: str, label: str) -> None:
-    rows = figures.completion_rows(torch.zeros(2, 5, 4, dtype=torch.uint8), task_of(5, 4, name), torch.zeros(2, 16))
-    assert [name for name, _ in rows] == [label, "truth", "NN"]
 
 
 def test_show_in_a_notebook() -> None:
@@ -116,28 +100,30 @@ def test_formats(tmp_path: Path, ending: str) -> None:
     figures.write_picture(path, picture)
     if ending == ".pdf":
         assert path.read_bytes().startswith(b"%PDF-")
-        return
-    with Image.open(path) as image:
-        error = np.abs(pixels(image).astype(int) - pixels(picture))
-    assert error.mean() <= (2 if ending in (".jpg", ".jpeg") else 0)
+    else:
+        with Image.open(path) as image:
+            error = np.abs(pixels(image).astype(int) - pixels(picture))
+        assert error.mean() <= (2 if ending in (".jpg", ".jpeg") else 0)
 
 
 def test_pictures_that_cannot_be_written(tmp_path: Path) -> None:
     """By their format, their name, or their folder; nothing is left behind."""
-    wide = Image.new("RGB", (70_000, 1))
-    for name in ("wide.webp", "wide.jpg", "wide.gif", "wide.pdf"):
-        with pytest.raises(UsageError, match=rf"{name}: this format cannot hold 70000×1 pixels \(.*\); choose .png"):
-            figures.write_picture(tmp_path / name, wide)
-    with pytest.raises(UsageError, match=r"a\.xyz: pictures are written as \.png, "):
-        figures.write_picture(tmp_path / "a.xyz", wide)
-    with pytest.raises(DiskError, match=r"nowhere/a\.png: cannot be written"):
-        figures.write_picture(tmp_path / "nowhere/a.png", wide)
+    unfit = [
+        (f"wide.{form}", UsageError, "this format cannot hold 70000×1 pix") for form in ("webp", "jpg", "gif", "pdf")
+    ]
+    unknown, nowhere = (
+        ("a.xyz", UsageError, "pictures are written as "),
+        ("nowhere/a.png", DiskError, "cannot be written"),
+    )
+    for name, error, problem in (*unfit, unknown, nowhere):
+        with pytest.raises(error, match=f"{name}: {problem}"):
+            figures.write_picture(tmp_path / name, Image.new("RGB", (70_000, 1)))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_pieces(tmp_path: Path) -> None:
     """Each image in a file of its own, pixel for pixel; none replaces another file."""
-    images, task = random_images(2, 5, 4), task_of(5, 4)
+    images, task = random_images(2, 5, 4), FixedMask(torch.arange(20).view(5, 4) < 4)
     rows = figures.completion_rows(images, task, torch.zeros(2, 16), torch.ones(1, 2, 16))
     paths = figures.name_pieces(tmp_path / "new/folder", "q1-input", [7, 3], 1)
     assert [path.name for path in paths[:3]] == [f"q1-input-image{i}.png" for i in ("7-input", "3-input", "7-truth")]

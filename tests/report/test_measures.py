@@ -56,15 +56,14 @@ def test_energy_score() -> None:
     np.testing.assert_allclose(often, once, rtol=1e-6)  # distances of equal points by a product: about √ε
 
 
-@pytest.mark.parametrize(("real", "fake"), [(40, 40), (1203, 70), (30, 90)])
-@pytest.mark.parametrize("neighbours", [1, 5])
+@pytest.mark.parametrize(("real", "fake", "neighbours"), [(40, 40, 5), (1203, 70, 1), (30, 90, 5)])
 def test_density_and_coverage_against_prdc(real: int, fake: int, neighbours: int) -> None:
     features = torch.randn(real, 3), 0.7 * torch.randn(fake, 3) + 0.3
     expected = compute_prdc(*(part.numpy() for part in features), neighbours)
     density, coverage = measures.density_and_coverage(*features, neighbours)
     assert (density.shape, coverage.shape) == ((fake,), (real,))
-    assert float(density.mean()) == pytest.approx(expected["density"], rel=1e-9)
-    assert float(coverage.mean()) == pytest.approx(expected["coverage"], rel=1e-9)
+    found = {"density": density.mean().item(), "coverage": coverage.mean().item()}
+    assert found == pytest.approx({name: expected[name] for name in found}, rel=1e-9)
 
 
 @pytest.mark.parametrize(("count", "neighbours", "rounds"), [(6, 5, 1000), (12, 3, 1000), (200, 5, 200)])

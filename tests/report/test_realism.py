@@ -24,9 +24,6 @@ MEASURES = [*OF_CLASSES, "correlation", "energy_score", "mse", "best_mse", "dens
 pytestmark = pytest.mark.usefixtures("place")
 
 
-# The table
-
-
 def test_measures_computed_another_way(record: dict[str, Any], case: realism.Case) -> None:
     """From the public functions, with the noise of each ten images, which comes from the seed and their place."""
     model, classes, images = case.model, case.classes, case.images / 255
@@ -101,9 +98,6 @@ def test_two_processes_print_the_same(place: Path, record: dict[str, Any]) -> No
                 assert json.loads(out)[0]["realism"][who][name][part] == near
 
 
-# The picture
-
-
 def test_chosen_images_are_ever_more_ambiguous() -> None:
     ambiguity = torch.rand(500, dtype=torch.float64) ** 4
     shown = ambiguity[realism.chosen(ambiguity)]
@@ -127,10 +121,8 @@ def test_charts(case: realism.Case) -> None:
             HERE.generator(0, "realism figure", number),
         )
         came = case.whole(case.model.complete(image, 50, random)[:, 0]).argmax(1).bincount(minlength=10) / 50
-        charts = (
-            realism._chart(came, true, ""),
-            realism._chart(case.x_only(image[None] / 255)[0].softmax(0), true, f"{ambiguity[number]:.2f}"),
-        )
+        known = case.x_only(image[None] / 255)[0].softmax(0)
+        charts = realism._chart(came, true, ""), realism._chart(known, true, f"{ambiguity[number]:.2f}")
         column = drawn[..., drawn.shape[-1] - 88 * (len(numbers) - i) :][..., :84]
         assert torch.equal(column[:, -88:-4], charts[0])
         assert torch.equal(column[:, 4 + 2 * 88 :][:, :84], charts[1])
