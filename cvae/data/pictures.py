@@ -8,7 +8,7 @@ from warnings import catch_warnings, simplefilter
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from cvae.console import Bar
@@ -16,7 +16,6 @@ from cvae.data.readers import GREY, SIXTEEN_BIT, Array, Source, checked, levels,
 from cvae.errors import DataError
 
 FORMATS = ("PNG", "JPEG", "BMP", "DIB", "GIF", "TIFF", "WEBP", "PPM")
-ORIENTATION = 0x0112  # the EXIF tag
 
 
 def read_pictures(
@@ -114,15 +113,15 @@ def grey_picture(image: Image.Image, name: str, notes: list[str]) -> Image.Image
     """Return an open picture in grey levels; arguments as of `read_picture`."""
     if getattr(image, "is_animated", False):
         notes.append("the first one of several frames taken")
-    if image.getexif().get(ORIENTATION, 1) != 1:
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         image = ImageOps.exif_transpose(image)
         notes.append("turned as their EXIF orientation says")
     if image.mode[0] in "IF":
-        values = np.asarray(image)[None]
-        if image.mode[0] == "I" and values.max() < 256:
+        values, most = np.asarray(image)[None], 65535 if image.mode[0] == "I" else 1
+        if most > 1 and values.max() < 256:
             raise DataError(f"{name}: is a 16-bit picture with no level above 255 of 65535; store it with 8 bits")
-        notes.append(SIXTEEN_BIT if image.mode[0] == "I" else "floats from 0 to 1")
-        image = Image.fromarray(levels(values, 65535 if image.mode[0] == "I" else 1, name)[0])
+        notes.append(SIXTEEN_BIT if most > 1 else "floats from 0 to 1")
+        image = Image.fromarray(levels(values, most, name)[0])
     if image.has_transparency_data:
         image = image.convert("RGBA")
         if image.getchannel("A").getextrema() != (255, 255):

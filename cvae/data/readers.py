@@ -7,7 +7,6 @@ import re
 import shlex
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,11 +19,8 @@ from cvae.errors import CvaeError, DataError, UsageError, first_line, is_out_of_
 
 Array = npt.NDArray[Any]
 
-PARTS = {
-    "train": "train", "training": "train",
-    "val": "validation", "valid": "validation", "validation": "validation",
-    "test": "test", "testing": "test", "t10k": "test",
-}  # fmt: skip
+PARTS = {"train": "train", "training": "train", "val": "validation", "valid": "validation", "validation": "validation"}
+PARTS |= {"test": "test", "testing": "test", "t10k": "test"}
 """The words in the names of files, folders and arrays that say to which part of a set they belong."""
 
 LABELS = {"y", "label", "labels", "target", "targets"}  # words in the names of arrays that are no images
@@ -133,8 +129,8 @@ def read_idx(path: Path) -> Array:
 def mnist(part: str, kind: str = "images") -> Tensor:
     """Return the images of the MNIST in the package, part `train` or `t10k`, uint8 `[N, 28, 28]`; or its `labels`."""
     name = f"{part}-{kind}-idx{3 if kind == 'images' else 1}-ubyte.xz"
-    with resources.as_file(resources.files("cvae.data") / "mnist" / name) as path:
-        return torch.tensor(read_idx(path), dtype=torch.uint8 if kind == "images" else torch.int64)
+    array = read_idx(Path(__file__).with_name("mnist") / name)
+    return torch.tensor(array, dtype=torch.uint8 if kind == "images" else torch.int64)
 
 
 def read_arrays(path: Path, wanted: Collection[str]) -> Source | None:

@@ -56,10 +56,7 @@ def load_train(s: Settings = DEFAULTS, show: bool = False, check: Callable[[], N
     source that is not divided, a sixth is taken for the test first, the same one for every seed. Test images are hashed
     for the record, and not used.
 
-    Args:
-        s: The settings.
-        show: Whether the user sees a progress bar.
-        check: Called before each picture; what it raises ends the reading.
+    show: whether the user sees a progress bar. check: called before each picture; what it raises ends the reading.
 
     Raises:
         DataError: For images that are not there, damaged or too few; UsageError: for too little memory.
@@ -183,11 +180,7 @@ def _held_out(source: Source, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def record(**parts: Tensor | None) -> dict[str, Any]:
-    """Return what identifies images, uint8 `[N, height, width]`, as `config.json` keeps it.
-
-    Returns:
-        Their `height` and `width`, and for each part its `count` and the `sha256` of its bytes; None where it is None.
-    """
+    """Return what identifies images in `config.json`: `height`, `width`, and for each part its `count` and `sha256`."""
     entries: dict[str, Any] = {"height": 0, "width": 0} | dict.fromkeys(parts)
     for part, images in parts.items():
         if images is not None:
