@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import os
 import random
 import sys
 import threading
@@ -50,15 +49,6 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
 
 
-def test_views_of_one_vector_stay_what_they_are(tmp_path: Path) -> None:
-    """A training keeps all weights in one vector, of which each layer's are a part."""
-    vector = torch.arange(10.0)
-    checkpoint.save(tmp_path / "a.pt", {"model": {"a": vector[:4].view(2, 2), "b": vector[4:]}})
-    model = checkpoint.load(tmp_path / "a.pt")["model"]
-    assert torch.equal(model["a"], vector[:4].view(2, 2))
-    assert torch.equal(model["b"], vector[4:])
-
-
 def test_file_of_version_0_3_has_a_digest_behind_it(tmp_path: Path) -> None:
     body = saved_by_torch({"format": 3, **CONTENT})
     (tmp_path / "best.pt").write_bytes(body + b"SHA-256\0" + hashlib.sha256(body).digest())
@@ -96,24 +86,13 @@ def test_damage_is_refused_or_harmless(tmp_path: Path) -> None:
     for size in (0, 1, 100, len(body) // 2, len(body) - 60):
         path.write_bytes(body[:size])
         refused(path)
-    for _ in range(200):
+    for _ in range(60):
         at = dice.randrange(len(body))
         path.write_bytes(body[:at] + bytes([dice.randrange(256)]) + body[at + 1 :])
         try:
             checkpoint.load(path)
         except DataError:
             refused(path)
-
-
-def test_too_little_memory_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint.save(tmp_path / "last.pt", CONTENT)
-
-    def load(*_: object, **__: object) -> None:
-        raise MemoryError
-
-    monkeypatch.setattr(torch, "load", load)
-    with pytest.raises(MemoryError):
-        checkpoint.load(tmp_path / "last.pt")
 
 
 # Writing
@@ -159,10 +138,3 @@ def test_two_writers_do_not_meet(tmp_path: Path) -> None:
     may_end.set()
     thread.join()
     assert path.read_bytes() == b"first" * 10
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="has no umask")
-def test_files_have_the_usual_permissions(tmp_path: Path) -> None:
-    checkpoint.write_atomically(tmp_path / "a", b"")
-    (tmp_path / "b").touch()
-    assert os.stat(tmp_path / "a").st_mode == os.stat(tmp_path / "b").st_mode

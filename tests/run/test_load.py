@@ -4,10 +4,8 @@ import hashlib
 import json
 import random
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import safetensors.torch
@@ -24,7 +22,7 @@ from cvae.model.networks import NETWORKS, build
 from cvae.run import checkpoint
 from cvae.run.folder import RunFolder
 from cvae.run.load import load, load_trained, start_from
-from cvae.run.weights_file import as_safetensors, read_trained, read_weights, save_safetensors
+from cvae.run.weights_file import as_safetensors, read_trained, save_safetensors
 from cvae.settings import Settings
 from cvae.training.weights import Weights
 
@@ -107,20 +105,16 @@ def test_runs_that_cannot_be_loaded(done: Path, tmp_path: Path) -> None:
         spoil()
         with pytest.raises(DataError, match=reason):
             load(name, runs=tmp_path)
+    shutil.copy(done.with_name("baseline") / "config.json", run)
+    checkpoint.save(
+        run / "best.pt", {"phase": "cvae", "model": build(TASK, replace(SMALL, hidden=(9, 7))).state_dict()}
+    )
+    with pytest.raises(DataError, match=r"best\.pt: does not hold the weights of a CVAE of the run's settings"):
+        load(run)
     with pytest.raises(DataError, match="only its baseline is trained so far; go on with python train"):
         load("baseline", runs=done.parent)
     with pytest.raises(ValueError, match="the device 'qpu' cannot be used"):
         load(done, "qpu")
-
-
-@pytest.mark.parametrize("setting", [{"hidden": [9, 7]}, {"network": "paper"}, {"quadrants": 2}], ids=str)
-def test_weights_of_other_settings(done: Path, tmp_path: Path, setting: dict[str, Any]) -> None:
-    run = Path(shutil.copytree(done, tmp_path / "run"))
-    config = json.loads((run / "config.json").read_text())
-    config["settings"] |= setting
-    (run / "config.json").write_text(json.dumps(config))
-    with pytest.raises(DataError, match=r"best\.pt: does not hold the weights of a CVAE of the run's settings"):
-        load(run)
 
 
 # One file
@@ -137,12 +131,11 @@ def test_any_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, network: s
     saved = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     Weights(model, None)  # as in a training, where all of them are parts of one vector
     save_safetensors(model, settings, tmp_path / "any name.safetensors", half)
-    loaded, size = load(str(tmp_path / "any name.safetensors")), (tmp_path / "any name.safetensors").stat().st_size
+    loaded = load(str(tmp_path / "any name.safetensors"))
     rounded = {name: t.half().float() if half and t.is_floating_point() else t for name, t in saved.items()}
     assert_equal(loaded.state_dict(), rounded)
     assert {t.dtype for t in loaded.state_dict().values()} == {t.dtype for t in saved.values()}
     assert type(loaded) is type(model)
-    assert size < 20_000 + (2 if half else 4) * sum(tensor.numel() for tensor in saved.values())
 
 
 @pytest.mark.parametrize("folder", ["/home/somebody/", "C:\\home\\somebody\\"])
@@ -158,13 +151,6 @@ def test_nothing_of_the_machine_is_passed_on(tmp_path: Path, folder: str) -> Non
     assert (model.task.name, read.data, images) == ("my mask", "faces", {"height": 10, "width": 9})
 
 
-def test_written_again_it_is_the_same(path: Path) -> None:
-    trained, again = read_trained(path), path.with_name("again.safetensors")
-    again.write_bytes(as_safetensors(trained))
-    assert (read_weights(path)[0], trained[1:]) == (read_weights(again)[0], read_trained(again)[1:])
-    assert_equal(read_trained(again).model.state_dict(), trained.model.state_dict())
-
-
 def refused(path: Path) -> str:
     with pytest.raises(DataError) as caught:
         load_trained(path)
@@ -178,10 +164,10 @@ def test_files_that_are_refused(path: Path) -> None:
     content, dice = path.read_bytes(), random.Random(0)
     metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
     tensors = safetensors.torch.load(content)
-    for length in (0, 7, 100, len(content) - 1):
+    for length in (0, 7, len(content) - 1):
         path.write_bytes(content[:length])
         refused(path)
-    for _ in range(100):  # in the header
+    for _ in range(50):  # in the header
         at = dice.randrange(2000)
         path.write_bytes(content[:at] + bytes([content[at] ^ 1 << dice.randrange(8)]) + content[at + 1 :])
         try:
@@ -190,13 +176,10 @@ def test_files_that_are_refused(path: Path) -> None:
             refused(path)
     cases: list[tuple[dict[str, Tensor], dict[str, str], str]] = [
         (tensors, {}, "holds no CVAE of this program, by its metadata (KeyError)"),
-        (tensors, {**metadata, "settings": "{"}, "by its metadata (JSONDecodeError)"),
-        (tensors, {**metadata, "settings": '{"network": "wide"}'}, "this version knows no network 'wide'"),
         (tensors, {**metadata, "observed": "01\n1"}, "by its metadata"),
         (tensors, {**metadata, "images": '{"height": 9, "width": 10}'}, "by its metadata (ValueError)"),
         (tensors, {**metadata, "settings": json.dumps({"hidden": [30_000, 30_000]})}, "does not hold the weights"),
         ({**tensors, "more": torch.zeros(1)}, metadata, "does not hold the weights"),
-        ({name: tensor.double() for name, tensor in tensors.items()}, metadata, "does not hold the weights"),
     ]
     for changed, texts, reason in cases:
         path.write_bytes(safetensors.torch.save(changed, texts))
@@ -234,48 +217,27 @@ def test_begins_with_the_weights_of_another_run(done: Path, tmp_path: Path) -> N
     ended = call_train(*words, "whole")
     assert f"begins with the weights of {done}/best.pt\n" in ended.out
     lines = {(line["phase"], line["epoch"]): line for line in results(done)["metrics"]}
-    summary = RunFolder(done).summary
-    assert summary is not None
-    best = lines["cvae", summary["best_epoch"]]
+    best = lines["cvae", checkpoint.load(done / "best.pt")["epoch"]]
     for line in results(tmp_path / "whole")["metrics"]:
         name, expected = "validation_elbo", best
         if line["phase"] == "baseline":
             name, expected = "validation_log_likelihood", lines["baseline", 1]
         assert line[name] == pytest.approx(expected[name], rel=1e-6)  # sums of some hundred float32
-    assert RunFolder(tmp_path / "whole").config["init"] == {
-        "run": str(done),
-        "file": "best.pt",
-        "sha256": hashlib.sha256((done / "best.pt").read_bytes()).hexdigest(),
-        "not_fitting": "",
-    }
+    digest = hashlib.sha256((done / "best.pt").read_bytes()).hexdigest()
+    expected = {"run": str(done), "file": "best.pt", "sha256": digest, "not_fitting": ""}
+    assert RunFolder(tmp_path / "whole").config["init"] == expected
     with interrupted_after("baseline", 1):
         assert call_train(*words, "parts").code == 143
     assert call_train("--resume", tmp_path / "parts").code == 0
     assert results(tmp_path / "parts") == results(tmp_path / "whole")
 
 
-MISFITS: dict[str, tuple[Callable[[Settings], Settings], str]] = {
-    "nothing": (lambda s: s, ""),
-    "hidden": (
-        lambda s: replace(s, hidden=(8, 9)),
-        "baseline_net.layers.1, baseline_net.layers.2, prior_net.layers.1, prior_net.layers.2, "
-        "recognition_net.layers.1, recognition_net.layers.2, generation_net.layers.1, generation_net.layers.2",
-    ),
-    "latent": (
-        lambda s: replace(s, latent_dim=5),
-        "prior_net.layers.2, recognition_net.layers.2, generation_net.layers.0",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", MISFITS)
-def test_what_does_not_fit_is_named_and_stays_new(done: Path, name: str) -> None:
-    change, expected = MISFITS[name]
-    model = build(TASK, change(SMALL))
+def test_what_does_not_fit_is_named_and_stays_new(done: Path) -> None:
+    model = build(TASK, replace(SMALL, latent_dim=5))
     new = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     line, record = start_from(done, model)
-    assert record["not_fitting"] == expected
-    assert (f"; drawn anew, as these do not fit: {expected}" in line) == bool(expected)
+    assert record["not_fitting"] == "prior_net.layers.2, recognition_net.layers.2, generation_net.layers.0"
+    assert line.endswith(f"; drawn anew, as these do not fit: {record['not_fitting']}")
     other = checkpoint.load(done / "best.pt")["model"]
     for key, tensor in model.state_dict().items():
         assert torch.equal(tensor, other[key] if other[key].shape == tensor.shape else new[key])
