@@ -1,7 +1,4 @@
-"""Everything between a script and its user: output on any terminal, failures in one line, Ctrl-C, installed commands.
-
-It is imported before PyTorch, by scripts that prepare the process first (`before_torch`), so it does not import it.
-"""
+"""Everything between a script and its user: output, failures in one line, Ctrl-C, commands. Does not import PyTorch."""
 
 import codecs
 import os
@@ -15,7 +12,6 @@ from functools import partial, wraps
 from importlib import import_module
 from io import StringIO, TextIOWrapper
 from pathlib import Path
-from types import FrameType
 from typing import TextIO
 
 from tqdm import tqdm
@@ -23,18 +19,16 @@ from tqdm import tqdm
 from cvae.errors import CvaeError, DiskError, Interrupted, UsageError, is_text, telling_of_memory
 
 BAR_AFTER_S, LINE_EVERY_S = 2, 60
-LOOKS, PAUSE_S = 5, 0.01  # how often `others_want_the_processors` looks, and the time between two looks
 ASCII = dict(zip("±−–─×→≤≥…ŷ▀▄█", ["+-", "-", "-", "-", "x", "->", "<=", ">=", "...", "y", '"', "_", "#"], strict=True))
-"""Replacements for characters that a terminal cannot show; any other one is written by its number, as \\u00e9."""
+# Replacements for characters that a terminal cannot show; any other one is written by its number.
 
 
 def before_torch() -> None:
     """Prepare the process of a script for PyTorch: what Ctrl-C does while it is imported, and how its threads wait.
 
-    Ctrl-C simply ends the process until a handler is installed. The threads of libgomp spin for some milliseconds
-    before they sleep, which is fastest on a processor of their own; beside other programs they take the time that the
-    threads they wait for need, so they are told to sleep at once (measured in docs/speed.md). Variables that the user
-    has set stay. A process that goes on after the script, as a notebook's, is left alone.
+    Ctrl-C simply ends the process until a handler is installed. Waiting threads spin before they sleep; beside other
+    programs, where that takes the time of those that they wait for, they sleep at once (measured in docs/speed.md).
+    Variables that the user has set stay. A process that goes on after the script, as a notebook's, is left alone.
     """
     goes_on = hasattr(sys, "ps1") or sys.flags.interactive or threading.current_thread() is not threading.main_thread()
     if goes_on or "torch" in sys.modules:
@@ -49,18 +43,17 @@ def others_want_the_processors() -> bool:
     """Return True if other programs leave fewer processors idle than this one may use (Linux only, else False)."""
     try:
         usable, running = len(os.sched_getaffinity(0)), []
-        for _ in range(LOOKS):
+        for _ in range(5):
             running.append(int(Path("/proc/loadavg").read_text().split()[3].split("/")[0]) - 1)  # without this one
-            time.sleep(PAUSE_S)
+            time.sleep(0.01)
     except (OSError, AttributeError, ValueError, IndexError):
         return False
-    return (os.cpu_count() or usable) - sorted(running)[LOOKS // 2] < usable
+    return (os.cpu_count() or usable) - sorted(running)[2] < usable
 
 
 def _main_of(module: str) -> int:
     before_torch()
-    code: int = import_module(module).main()
-    return code
+    return int(import_module(module).main())
 
 
 # The installed commands cvae-train, cvae-eval, cvae-complete and cvae-page; each returns the exit code.
@@ -79,8 +72,7 @@ def program(script: str) -> str:
 
 
 def command(script: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """Decorate the `main` of a script, as `train.py`: its output can be shown anywhere, and an expected failure, a
-    `CvaeError`, is one line and the exit code that `main` returns."""
+    """Decorate the `main` of a script: an expected failure is one line and the exit code that `main` returns."""
 
     def decorate(main: Callable[..., int]) -> Callable[..., int]:
         @wraps(main)
@@ -110,12 +102,11 @@ def interruptible() -> Iterator[None]:
         yield
         return
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise Interrupted("interrupted", number)
-
-    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted", signal.SIGINT) from None
     finally:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 

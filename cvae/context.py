@@ -1,7 +1,4 @@
-"""The context of a training or an evaluation: device, precision and processes, seeds, signals.
-
-`with opened(device, precision) as context` prepares all of it. Knows nothing of CVAEs.
-"""
+"""The context of a training or an evaluation, which `opened` prepares: device, precision, processes; seeds, signals."""
 
 import ctypes
 import hashlib
@@ -26,10 +23,9 @@ HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_device(name: str, local_rank: int = 0, local_count: int = 1) -> torch.device:
-    """Return the device called `auto`, `cpu`, `cuda` or `cuda:n`; of `cuda`, each process of a machine takes its own.
+    """Return the device called `auto`, `cpu`, `cuda` (each process of a machine takes its own) or `cuda:n`.
 
-    Raises:
-        UsageError: There is no such device, or there are not enough of them; in all processes alike.
+    Raises UsageError if there is no such device, or there are not enough of them; in all processes alike.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -49,10 +45,7 @@ def resolve_device(name: str, local_rank: int = 0, local_count: int = 1) -> torc
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
-    """Return `fp32`, `bf16` or `fp16`; `auto` is bf16 where it is native, else fp16 on CUDA and fp32 on a CPU.
-
-    A CPU computes bfloat16 products by AVX512-BF16 or AMX, about twice as fast as those of float32.
-    """
+    """Return `fp32`, `bf16` or `fp16`; `auto` is bf16 where it is native, else fp16 on CUDA and fp32 on a CPU."""
     if name != "auto":
         return name
     if device.type == "cpu":
@@ -91,13 +84,7 @@ class Context:
 def opened(device: str = "auto", precision: str = "auto") -> Iterator[Context]:
     """Open the context that a script runs in, and put the process back at the end of the block.
 
-    Args:
-        device: `auto`, `cpu`, `cuda` or `cuda:n`.
-        precision: `auto`, `fp32`, `bf16` or `fp16`.
-
-    Raises:
-        UsageError: There is no such device here.
-        PeerLost: The processes cannot meet, or one of them is lost within the block.
+    Raises UsageError if there is no such device; PeerLost if the processes cannot meet, or one of them is lost.
     """
     processes = Processes()
     with processes.one_voice():
@@ -109,8 +96,7 @@ def opened(device: str = "auto", precision: str = "auto") -> Iterator[Context]:
 def prepare(device: torch.device) -> ExitStack:
     """Prepare the process, before the first tensor of any size; leaving the returned stack puts all back as it was.
 
-    float32 products are of float32 (TF32 is off, for convolutions too), cuDNN is deterministic, denormal numbers are
-    zero, freed memory is kept; the default random generators are put back at the end, for notebooks.
+    TF32 is off, cuDNN deterministic, denormal numbers are zero, freed memory is kept; random generators are put back.
     """
     backends: Any = torch.backends
     cudnn, mkldnn = backends.cudnn, backends.mkldnn
@@ -126,9 +112,9 @@ def prepare(device: torch.device) -> ExitStack:
         cudnn.allow_tf32 = False
         for product in products:
             product.fp32_precision = "ieee"
-        for name, value in (("deterministic", True), ("benchmark", False)):
+        for name in ("deterministic", "benchmark"):
             stack.callback(setattr, cudnn, name, getattr(cudnn, name))
-            setattr(cudnn, name, value)
+            setattr(cudnn, name, name == "deterministic")
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
         stack.enter_context(torch.enable_grad())
@@ -147,21 +133,19 @@ def keep_freed_memory(keep: bool) -> None:
     """Have glibc keep freed memory for the next step, which else pays for new pages; False: as glibc does it."""
     with suppress(OSError, AttributeError, TypeError):  # another C library
         c = ctypes.CDLL(None)
-        m_mxfast, m_trim_threshold, m_mmap_threshold = 1, -1, -3
-        c.mallopt(m_mmap_threshold, 32 << 20)  # the largest possible; whole data sets stay outside the heap
-        c.mallopt(m_trim_threshold, 1 << 30 if keep else 64 << 20)
-        c.mallopt(m_mxfast, 0 if keep else 128)  # each allocation of a tensor would merge small blocks again
+        c.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, the largest possible; whole data sets stay outside the heap
+        c.mallopt(-1, 1 << 30 if keep else 64 << 20)  # M_TRIM_THRESHOLD
+        c.mallopt(1, 0 if keep else 128)  # M_MXFAST: each allocation of a tensor would merge small blocks again
         if not keep:
             c.malloc_trim(0)
 
 
 def _flush_denormals(flush: bool) -> None:
-    """Let numbers under 1e-38 count as zero, with which arithmetic takes a hundred times as long, or not.
-
-    A thread has this from the one that made it: OpenMP ends its idle threads, so that the next ones have it too.
-    """
+    """Let numbers under 1e-38 count as zero, with which arithmetic takes a hundred times as long, or not."""
     torch.set_flush_denormal(flush)
-    if sys.platform == "linux":
+    if (
+        sys.platform == "linux"
+    ):  # a thread has it from the one that made it: OpenMP ends its idle ones, and makes new ones
         with suppress(AttributeError, OSError, TypeError):
             ctypes.CDLL(None).omp_pause_resource_all(2)  # omp_pause_hard
 
@@ -190,15 +174,13 @@ def seed_dropout(*key: object) -> None:
 
 
 class Interruption:
-    """A block in which Ctrl-C and SIGTERM are only remembered, in `signal_number`, for a good moment to leave.
+    """A block of the main thread in which Ctrl-C and SIGTERM are only remembered, in `signal_number`.
 
-    A second Ctrl-C does what it did before: it ends a script at once, and raises KeyboardInterrupt in a notebook. Only
-    the main thread is told of signals; in others nothing is changed.
+    A second Ctrl-C does what it did before: it ends a script at once, and raises KeyboardInterrupt in a notebook.
     """
 
     def __init__(self) -> None:
-        self.signal_number = 0
-        self._has_seen_ctrl_c = False
+        self.signal_number, self._has_seen_ctrl_c = 0, False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "Interruption":

@@ -73,10 +73,8 @@ def telling_of_memory() -> Iterator[None]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        problem = first_line(error).removesuffix(".")[:200]
-        raise UsageError(
-            f"the memory does not suffice ({problem}). Smaller batches and networks, and fewer samples, need less"
-        ) from None
+        problem = f"the memory does not suffice ({first_line(error).removesuffix('.')[:200]})"
+        raise UsageError(f"{problem}. Smaller batches and networks, and fewer samples, need less") from None
 
 
 @contextmanager
@@ -93,8 +91,5 @@ def taken_for_damage(problem: str, *kinds: type[Exception]) -> Iterator[None]:
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error, as Python and PyTorch raise it, says that memory does not suffice."""
     signs = ("can't allocate memory", "Cannot allocate memory", "bad_alloc", "STATUS_ALLOC_FAILED")
-    return not isinstance(error, CvaeError) and (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"  # PyTorch's, which is not imported here
-        or any(sign in str(error) for sign in signs)
-    )
+    is_kind = type(error).__name__ in ("MemoryError", "OutOfMemoryError")  # PyTorch's, which is not imported here
+    return not isinstance(error, CvaeError) and (is_kind or any(sign in str(error) for sign in signs))

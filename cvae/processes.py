@@ -1,7 +1,4 @@
-"""The processes of one job, as torchrun starts them, and what they tell each other.
-
-With one process nothing is exchanged, and `torch.distributed` is never initialised.
-"""
+"""The processes of one job, as torchrun starts them, and what they tell each other; with one, nothing is exchanged."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,8 +20,7 @@ ALONE = "several processes are started by torchrun; for one, unset RANK and WORL
 class Processes:
     """The processes of this job: this one's `rank`, and how many there are, `count`; on this machine, with `local_`.
 
-    Raises:
-        UsageError: The environment variables of torchrun are incomplete or contradict each other.
+    Raises UsageError if the environment variables of torchrun are incomplete or contradict each other.
     """
 
     def __init__(self) -> None:
@@ -96,16 +92,14 @@ class Processes:
         """Replace a tensor by its sum, by gloo: waits for the device, and raises PeerLost if another process ends."""
         if self.count > 1:
             total = tensor.cpu()
-            with exchange():
-                dist.all_reduce(total)
+            self.sum_(total)
             tensor.copy_(total)
 
     def average_(self, *tensors: Tensor) -> None:
         """Replace each tensor of floats by its mean over all processes, as for running statistics."""
-        for tensor in tensors if self.count > 1 else ():
-            if tensor.is_floating_point():
-                self.sum_on_host_(tensor)
-                tensor /= self.count
+        for tensor in filter(torch.is_floating_point, tensors if self.count > 1 else ()):
+            self.sum_on_host_(tensor)
+            tensor /= self.count
 
     def gather(self, part: Tensor) -> Tensor:
         """Return the parts `[..., n]` of all processes, joined in the order of their ranks, on the CPU."""
@@ -113,11 +107,7 @@ class Processes:
 
     def maximum(self, value: int) -> int:
         """Return the largest of the processes' values."""
-        largest = torch.tensor(value)
-        if self.count > 1:
-            with exchange():
-                dist.all_reduce(largest, dist.ReduceOp.MAX)
-        return int(largest)
+        return max(self._all(value))
 
     def in_step(self, parts: Iterable[T]) -> Iterator[T]:
         """Yield this process's parts of a long work, in step with the others: they wait for each other part by part."""
@@ -131,9 +121,8 @@ class Processes:
     def on_all(self, action: Callable[[], T]) -> T:
         """Return the result of `action` in each process, its own. An expected failure in one is raised in all."""
         result, failure = _tried(action)
-        for each in [failure] if self.count == 1 else self._all(failure):
-            if each is not None:
-                raise each
+        for error in filter(None, self._all(failure)):
+            raise error
         return result  # type: ignore[return-value]
 
     def on_main(self, action: Callable[[], T]) -> T:
@@ -143,24 +132,25 @@ class Processes:
             with exchange():
                 dist.broadcast_object_list(outcome, device=torch.device("cpu"))
         result, failure = outcome[0]
-        if failure is not None:
+        if failure:
             raise failure
         return result  # type: ignore[return-value]
 
     def _all(self, value: T) -> list[T]:
         """Return one object of each process, in the order of their ranks, by gloo."""
         objects = [value] * self.count
-        with exchange():
-            dist.all_gather_object(objects, value)
+        if self.count > 1:
+            with exchange():
+                dist.all_gather_object(objects, value)
         return objects
 
 
 def _number(name: str, default: int) -> int:
     """Return a whole number of the environment. Raises UsageError for anything else."""
-    word = os.environ.get(name, "").strip()
-    if word and not (word.isascii() and word.isdecimal()):
+    word = os.environ.get(name, "").strip() or str(default)
+    if not (word.isascii() and word.isdecimal()):
         raise UsageError(f"{name} is set to {word!r}, which is no whole number of at least 0: {ALONE}")
-    return int(word or default)
+    return int(word)
 
 
 def _tried(action: Callable[[], T]) -> tuple[T | None, CvaeError | None]:
@@ -179,13 +169,9 @@ def exchange() -> Iterator[None]:
         yield
     except RuntimeError as error:  # gloo has no class of its own
         text = str(error).lower()
-        is_network = isinstance(error, dist.DistError) or any(
-            sign in text for sign in ("gloo/", "pair closure", "connect")
-        )
+        is_network = isinstance(error, dist.DistError) or any(s in text for s in ("gloo/", "pair closure", "connect"))
         if is_out_of_memory(error) or not is_network:
             raise
-        problem = "another process of this job has ended"
-        if "timed out" in text or "timeout" in text:
-            minutes = f"{TIMEOUT.total_seconds() / 60:g}"
-            problem = f"another process of this job did not answer within {minutes} minutes"
-        raise PeerLost(f"{problem}, so this one ends too ({first_line(error)})") from None
+        is_late = "timed out" in text or "timeout" in text
+        end = f"did not answer within {TIMEOUT.seconds // 60} minutes" if is_late else "has ended"
+        raise PeerLost(f"another process of this job {end}, so this one ends too ({first_line(error)})") from None

@@ -9,9 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 from cvae.errors import is_text
 
 Item = TypeVar("Item")
-
 VERSION = "0.3.0"  # of the program
-
 LARGEST_LAYER, MOST_LAYERS, LARGEST_SIDE = 1 << 15, 64, 1 << 12
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
@@ -126,22 +124,17 @@ class Settings:
 
     @classmethod
     def from_dict(cls, values: object) -> "Settings":
-        """Return the settings that `to_dict` gave; one that is missing, as in older runs, has its default.
-
-        Raises ValueError for unknown settings, and values that make no sense.
-        """
+        """Return the settings that `to_dict` gave; one that is missing, as in older runs, has its default."""
         if not isinstance(values, dict):
             raise ValueError("the settings are missing")
-        known = {each.name for each in fields(cls)}
-        if unknown := [name for name in values if name not in known | GONE]:
-            raise ValueError(f"this version knows no setting {reprlib.repr(unknown[0])}; was a later one here?")
-        kept: dict[str, Any] = {name: value for name, value in values.items() if name in known}
-        kept |= {name: tuple(value) for name, value in kept.items() if isinstance(value, list)}
+        kept: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+        }
+        kept.pop("compile", None)  # in runs of older versions, and without an effect on the numbers
+        if unknown := kept.keys() - {each.name for each in fields(cls)}:
+            raise ValueError(f"this version knows no setting {reprlib.repr(min(unknown))}; was a later one here?")
         return cls(**kept)
 
-
-GONE = {"compile"}
-"""Settings of older versions, without an effect on the numbers."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -157,12 +150,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
-NEEDED = {
-    "levels": ("network", "deep"), "channels": ("network", "deep"),
-    "free_epochs": ("objective", "elbo"), "alpha": ("objective", "hybrid"),
-}  # fmt: skip
-"""Settings that have an effect with one value of another setting alone."""
-
+# Settings that have an effect with one value of another setting alone.
+DEEP, ELBO, HYBRID = ("network", "deep"), ("objective", "elbo"), ("objective", "hybrid")
+NEEDED = {"levels": DEEP, "channels": DEEP, "free_epochs": ELBO, "alpha": HYBRID}
 METAVARS = {"data": "PATH", "data_root": "DIR", "observed": "MASK"}
 
 
@@ -175,9 +165,9 @@ def with_preset(given: Mapping[str, Any]) -> dict[str, Any]:
     preset = PRESETS[given.get("preset", Settings.preset)]
     settings = {**preset, **given}
     share = min(1.0, settings.get("epochs", 1) / preset.get("epochs", Settings.epochs))
-    for name in ("unbent_epochs", "free_epochs"):
+    for name, digits in (("unbent_epochs", None), ("free_epochs", 3)):
         if name in preset and name not in given:
-            settings[name] = round(preset[name] * share, None if name == "unbent_epochs" else 3)
+            settings[name] = round(preset[name] * share, digits)
     for name, (other, value) in NEEDED.items():
         if name in given and settings.get(other, getattr(Settings, other)) != value:
             raise ValueError(f"{flag(name)} does nothing without {flag(other)} {value}: leave it out")
@@ -203,6 +193,6 @@ def add_flags(parser: argparse.ArgumentParser, choices: dict[str, Collection[str
         if kind is not SWITCH:
             metavar = METAVARS.get(each.name) or {int: "N", float: "X"}.get(kind.parse, "NAME")
             many = "+" if each.name == "quadrants" or isinstance(default, tuple) else None
-            more = {"type": kind.parse, "nargs": many, "metavar": metavar}
-            more["choices"] = None if each.name in METAVARS else names
+            listed = None if each.name in METAVARS else names
+            more = {"type": kind.parse, "nargs": many, "metavar": metavar, "choices": listed}
         group.add_argument(flag(each.name), default=argparse.SUPPRESS, help=words, **more)

@@ -16,17 +16,15 @@ class GraphedStep:
     this one included: a capture executes nothing. Each graph has a stream of its own, which it was warmed up on.
 
     Args:
-        step: Free of host synchronisation; keeps its results in tensors that it updates in place; is called with
-            inputs of the same shapes each time.
+        step: Keeps its results in tensors that it updates in place, without host synchronisation, from inputs of the
+            same shapes each time.
         warn: Called with one line if the capture fails.
     """
 
     WARM_UP = 3
 
     def __init__(self, step: Callable[..., None], warn: Callable[[str], None]):
-        self._step, self._warn = step, warn
-        self._calls = 0
-        self._stream = torch.cuda.Stream()
+        self._step, self._warn, self._calls, self._stream = step, warn, 0, torch.cuda.Stream()
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: tuple[Tensor, ...] = ()
 
@@ -60,7 +58,7 @@ class GraphedStep:
             first: BaseException = error  # the end of the capture fails too, because of it, and says less
             while first.__context__ is not None:
                 first = first.__context__
-            reason = first_line(first)
-            self._warn(f"the training step could not be captured in a CUDA graph and runs without one ({reason})")
+            problem = "the training step could not be captured in a CUDA graph and runs without one"
+            self._warn(f"{problem} ({first_line(first)})")
             return None
         return graph
