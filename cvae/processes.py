@@ -77,10 +77,7 @@ class Processes:
         return self.share(batch_size)
 
     def sum_(self, *tensors: Tensor) -> None:
-        """Replace each tensor by its sum over all processes, in one exchange, in the widest of their types.
-
-        On CUDA it is NCCL's, which does not raise when another process ends: see docs/cuda.md.
-        """
+        """Replace each tensor by its sum over all processes; NCCL's does not notice a lost one (docs/cuda.md)."""
         if self.count > 1:
             flat = torch.cat([tensor.flatten() for tensor in tensors])
             with exchange():

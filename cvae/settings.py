@@ -10,7 +10,7 @@ from cvae.errors import is_text
 
 Item = TypeVar("Item")
 VERSION = "0.3.0"  # of the program
-LARGEST_LAYER, MOST_LAYERS, LARGEST_SIDE = 1 << 15, 64, 1 << 12
+LARGEST_LAYER, LARGEST_SIDE = 1 << 15, 1 << 12
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
@@ -50,10 +50,9 @@ EPOCHS = number(lambda value: value >= 0, "a number of at least 0")
 NAME = Kind(str, lambda value: isinstance(value, str) and len(value) < 10_000 and is_text(value), "a name in UTF-8")
 SWITCH = Kind(bool, lambda value: type(value) is bool, "true or false")
 SIZES = Kind(
-    int,
-    lambda value: type(value) is tuple and 1 <= len(value) <= MOST_LAYERS and all(map(SIZE.is_good, value)),
-    f"1 to {MOST_LAYERS} sizes from 1 to {LARGEST_LAYER}",
-)
+    int, lambda value: type(value) is tuple and 1 <= len(value) <= 64 and all(map(SIZE.is_good, value)),
+    f"1 to 64 sizes from 1 to {LARGEST_LAYER}",
+)  # fmt: skip
 
 
 def setting(default: Any, kind: Kind, text: str) -> Any:
@@ -127,9 +126,7 @@ class Settings:
         """Return the settings that `to_dict` gave; one that is missing, as in older runs, has its default."""
         if not isinstance(values, dict):
             raise ValueError("the settings are missing")
-        kept: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
-        }
+        kept: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in values.items()}
         kept.pop("compile", None)  # in runs of older versions, and without an effect on the numbers
         if unknown := kept.keys() - {each.name for each in fields(cls)}:
             raise ValueError(f"this version knows no setting {reprlib.repr(min(unknown))}; was a later one here?")
@@ -193,6 +190,6 @@ def add_flags(parser: argparse.ArgumentParser, choices: dict[str, Collection[str
         if kind is not SWITCH:
             metavar = METAVARS.get(each.name) or {int: "N", float: "X"}.get(kind.parse, "NAME")
             many = "+" if each.name == "quadrants" or isinstance(default, tuple) else None
-            listed = None if each.name in METAVARS else names
-            more = {"type": kind.parse, "nargs": many, "metavar": metavar, "choices": listed}
+            more = {"type": kind.parse, "nargs": many, "metavar": metavar}
+            more["choices"] = None if each.name in METAVARS else names
         group.add_argument(flag(each.name), default=argparse.SUPPRESS, help=words, **more)

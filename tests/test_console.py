@@ -58,13 +58,11 @@ def test_bar_on_a_terminal() -> None:
 
 
 def test_lines_elsewhere() -> None:
+    """None of what is quiet."""
     lines = seen((1e9, 0.1), on_terminal=False).splitlines()
-    assert 1 <= len(lines) <= 4
+    assert 1 <= len(lines) < 40  # updates
     line = r"pictures: [\d.]+k? of 4\.00k img, \d\S+img/s, 00:00 left, loss 1\.25"
     assert all(re.fullmatch(line, each) for each in lines), lines
-
-
-def test_nothing_is_said_of_what_is_quiet() -> None:
     assert seen((0, 0), show=False, on_terminal=False) == ""
 
 
@@ -122,30 +120,18 @@ def test_fault_of_the_program_is_not_hidden() -> None:
         command("eval.py")(lambda argv: fail(RuntimeError("shapes")))([])
 
 
-def test_word_that_is_no_text(capsys: pytest.CaptureFixture[str]) -> None:
-    assert command("eval.py")(lambda argv: fail(AssertionError()))(["--data", "s\udcff"]) == 2
-    assert capsys.readouterr().err == "eval.py: s\\xff: is no text in UTF-8; give the file or folder another name\n"
-
-
 # Before PyTorch is loaded
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/loadavg"), reason="nothing tells what else runs")
 def test_threads_sleep_at_once_beside_other_programs() -> None:
     """Chosen before PyTorch is loaded, and never against what the user has set."""
-    show = "import os, sys; from cvae.console import before_torch; before_torch(); print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"  # noqa: E501
+    show = "print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    words = [sys.executable, "-c", f"import os, sys, cvae.console; cvae.console.before_torch(); {show}"]
     kept = {key: value for key, value in os.environ.items() if key not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
 
     def chosen(**environment: str) -> str:
-        ended = subprocess.run(
-            [sys.executable, "-c", show],
-            cwd=ROOT,
-            env=kept | environment,
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-        )
-        return ended.stdout.strip()
+        return subprocess.check_output(words, cwd=ROOT, env=kept | environment, text=True).strip()
 
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range((os.cpu_count() or 1) + 1)]
     try:
