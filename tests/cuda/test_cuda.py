@@ -2,7 +2,6 @@
 
 import json
 import signal
-import warnings
 from typing import Any
 
 import pytest
@@ -43,24 +42,6 @@ def run_training(tmp_path):
         return tmp_path / name
 
     return run
-
-
-@cases
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_step_never_waits_for_the_device(cuda, network, objective, precision):
-    """PyTorch raises at any copy to the host and any other wait."""
-    training = make_training(network, objective, precision, device=cuda)
-    rows = torch.arange(BATCH, device=cuda)
-    eps = training.phase.noise(BATCH, training.run.context.generator(0))
-    training.step(rows, *eps)  # what is made once, is made here
-    with warnings.catch_warnings(action="ignore"):  # "a prototype feature"
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        training.step.optimizer.learning_rate.fill_(1e-3)
-        training.step(rows, *eps)
-        training.step.average.update(1, last=True)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @cases

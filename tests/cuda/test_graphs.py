@@ -6,7 +6,6 @@ from itertools import count
 
 import pytest
 import torch
-from simulation import Emulation
 from support.steps import BATCH, Training, assert_equal, cases, make_training, state
 from torch import Tensor
 
@@ -45,24 +44,16 @@ def test_graphed_epochs_equal_eager_ones(device, network, objective, precision):
 
 @IN_PRECISION
 def test_bad_steps_are_skipped_in_the_graph(device, precision):
-    """NaN, and in float16 an overflow, which halves the scale; nothing else stays of them."""
+    """Nothing but their count stays of them; float16's overflows are among the steps of the test above."""
     training = make_training("tutorial", "elbo", precision, device=device)
     take_step, rows = graphed(training), torch.arange(BATCH, device=device)
     eps = training.phase.noise(BATCH, training.run.context.generator(0))[0]
     for _ in range(20):
         take_step(rows, eps)
-    before, optimizer = state(training), training.step.optimizer
-    skipped = optimizer.skipped()
+    before, skipped = state(training), training.step.optimizer.skipped()
     take_step(rows, eps * math.nan)
-    assert optimizer.skipped() == skipped | {"skipped_steps": 1}
+    assert training.step.optimizer.skipped() == skipped | {"skipped_steps": 1}
     assert_equal(state(training), before, "counts")
-    if precision == "fp16":
-        optimizer.scale.fill_(2.0**60)
-        for _ in range(3):
-            take_step(rows, eps)
-        assert optimizer.scale == 2.0**57
-        assert_equal(state(training), before, "counts|scale")
-        optimizer.scale.fill_(2.0**4)
     take_step(rows, eps)
     assert not torch.equal(state(training)["optimizer.moments"], before["optimizer.moments"])
 
@@ -82,7 +73,7 @@ class Sum:
         self.sum.add_(x * 2)
 
 
-def test_warm_up_capture_and_replay(emulation: Emulation):
+def test_warm_up_capture_and_replay(emulation):
     """Three steps as they are, on the stream of the capture; then replays of one capture, with each call's inputs.
 
     Each graph has a stream of its own, and the inputs may be freed after each call.
@@ -112,7 +103,7 @@ FAILURES = [
 
 @pytest.mark.parametrize(("failing", "before"), FAILURES)
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_failed_capture_goes_on_without(emulation: Emulation, failing, before, precision):
+def test_failed_capture_goes_on_without(emulation, failing, before, precision):
     """Wherever in the step it fails, halfway through the gradients too: the steps are those of a training without.
 
     They are taken on the stream that was the current one; one warning names the first of the errors.
@@ -130,12 +121,12 @@ def test_failed_capture_goes_on_without(emulation: Emulation, failing, before, p
     assert reason in line
 
 
-def test_errors_of_another_kind_are_not_hidden(emulation: Emulation):
+def test_errors_of_another_kind_are_not_hidden(emulation):
     """A mistake in the program is no reason to go on without a graph."""
     calls = count(1)
 
     def step(x: Tensor) -> None:
-        if next(calls) > GraphedStep.WARM_UP:  # the capture
+        if next(calls) == GraphedStep.WARM_UP + 1:  # the capture
             raise TypeError("a mistake")
 
     take_step = GraphedStep(step, print)

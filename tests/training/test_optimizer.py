@@ -1,6 +1,5 @@
-"""GuardedAdam: nothing happens where not all is finite. That it is AdamW where all is, `test_step.py` shows."""
+"""GuardedAdam: nothing happens where not all is finite. What it is where all is, `test_step.py` shows."""
 
-import copy
 import math
 
 import pytest
@@ -132,24 +131,3 @@ def test_scale_doubles_after_enough_good_steps(monkeypatch):
         assert optimizer.scaled(3 * LOSS) == 3 * optimizer.scale
         factors.append(optimizer.scale / INITIAL_SCALE)
     assert factors == [1, 1, 1, 2, 2, 1, 1, 2]
-
-
-@SCALED
-def test_restored_optimizer_goes_on_bit_for_bit(loss_scaling):
-    """In the middle of a streak, with a scale that has moved, each part with its number of steps."""
-    optimizer = make(loss_scaling=loss_scaling)
-    take(optimizer, 5)
-    take(optimizer, 1, poison=math.inf)
-    take(optimizer, MAX_STREAK - 1, loss=math.nan)
-    restored = make(rate=0.5, loss_scaling=loss_scaling)
-    restored.weights.vector.copy_(optimizer.weights.vector)
-    restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for each in (optimizer, restored):
-        each.start_epoch()
-        each.learning_rate.fill_(3e-3)  # as a schedule does, before each step
-        take(each, 1, loss=math.nan)
-        with pytest.raises(NonFiniteError, match="10 steps in a row"):
-            each.check("here")
-        for step in range(5):
-            each.step(LOSS, gradient_of(each, step))
-    assert_equal(everything(restored), everything(optimizer))

@@ -1,4 +1,4 @@
-"""The average of weights; the weights as one vector, and their copy, are in `test_step.py`."""
+"""How fast the average of weights follows them; what it averages, `test_step.py` shows."""
 
 import math
 
@@ -55,27 +55,3 @@ def test_average_takes_the_last_step_of_an_epoch_in():
     """However few steps an epoch has, with the weight of the steps since."""
     steps = averaged(500, [0.0] * 4500 + [1.0] * 14, lasts=[4499, 4506, 4513])
     assert steps[-1] == pytest.approx(1 - (1 - 1 / 500) ** 14, rel=1e-4)
-
-
-@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
-def test_average_is_of_the_weights_and_buffers_and_not_of_their_rounded_copy(half):
-    """Buffers of floats are averaged as the weights are, others copied; what is frozen is shared."""
-    net = nn.ModuleDict({"first": nn.Linear(5, 6), "fixed": nn.Linear(6, 4), "norm": nn.BatchNorm1d(4)})
-    net["fixed"].requires_grad_(False)
-    weights = Weights(net, half)
-    average = WeightAverage(net, weights, 4)
-    assert average.model["fixed"].weight is net["fixed"].weight
-    for step in range(10):
-        weights.vector.fill_(step + 2**-8)  # which neither half type can tell from a whole number
-        weights.refresh()
-        net["norm"].running_mean.fill_(step + 2**-8)
-        net["norm"].num_batches_tracked.fill_(step)
-        average.update(step)
-    mean = average.model["first"].weight[0, 0]
-    assert 0 < mean - 2**-8 < 9
-    for name, parameter in average.model.named_parameters():
-        assert parameter.eq(mean).all() == parameter.requires_grad, name
-    assert torch.equal(average.model["norm"].running_mean, mean.expand(4))
-    assert average.model["norm"].num_batches_tracked == 9
-    assert net["first"].weight.eq(9 + 2**-8).all()
-    assert net["norm"].running_mean.eq(9 + 2**-8).all()
