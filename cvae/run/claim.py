@@ -60,19 +60,13 @@ def create_run(path: Path, files: Mapping[str, bytes], overwrite: bool, warn: Ca
     Whatever fails, and wherever the process is killed, there is the old run, whole, or the new one, or a free folder.
     What somebody else has put into the folder stays.
 
-    Args:
-        path: The folder.
-        files: What is in it from the beginning, by name; `config.json` is one of them.
-        overwrite: Whether an old run may be replaced.
-        warn: As `hold` takes it.
-
-    Returns, raises: As `hold`; UsageError also if something is there that must not be replaced.
+    files: what is in it from the beginning, by name; `config.json` is one of them. Returns and raises as `hold` does,
+    and UsageError also if something is there that must not be replaced.
     """
     is_new = not os.path.isdir(path)
     with telling_of_disk(f"{path}: cannot be made"):
         path.mkdir(parents=True, exist_ok=True)
-    lock = hold(path, warn)
-    stage, names = path / f".new-{secrets.token_hex(6)}", sorted(files, key=FILES.index)
+    lock, stage, names = hold(path, warn), path / f".new-{secrets.token_hex(6)}", sorted(files, key=FILES.index)
     try:
         with telling_of_disk(f"{path}: cannot be written to", "; what stood there is intact"):
             settle(path)

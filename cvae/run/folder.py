@@ -159,7 +159,7 @@ def known_settings(values: object, file: Path) -> Settings:
     except ValueError as error:
         raise DataError(f"{file}: {error}") from None
     is_named = settings.observed is not None and not is_picture(settings)
-    for name, choices in {**CHOICES, **({"observed": MASKS} if is_named else {})}.items():
+    for name, choices in (CHOICES | {"observed": MASKS} if is_named else CHOICES).items():
         if (chosen := getattr(settings, name)) not in choices:
             raise DataError(f"{file}: this version knows no {name} {reprlib.repr(chosen)}; was a later one here?")
     return settings
@@ -167,9 +167,12 @@ def known_settings(values: object, file: Path) -> Settings:
 
 def known_record(images: Any, file: Path) -> dict[str, Any]:
     """Return what a file says of images. Raises DataError if it does not say their size."""
-    sides = [images.get(side) for side in ("height", "width")] if isinstance(images, dict) else [None]
-    parts = [images.get(part) for part in ("train", "validation", "test")] if isinstance(images, dict) else []
-    sizes_known = all(type(side) is int and 2 <= side <= LARGEST_SIDE for side in sides)
-    if not sizes_known or not all(isinstance(part, dict | None) for part in parts):
+    record: dict[str, Any] = images if isinstance(images, dict) else {}
+    sizes_known = all(
+        type(record.get(side)) is int and 2 <= record[side] <= LARGEST_SIDE for side in ("height", "width")
+    )
+    if not sizes_known or not all(
+        isinstance(record.get(part), dict | None) for part in ("train", "validation", "test")
+    ):
         raise DataError(f"{file}: does not say the size of the images; train anew with this version")
-    return images  # type: ignore[no-any-return]
+    return record

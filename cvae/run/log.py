@@ -53,8 +53,8 @@ class RunLog:
 
     def epoch(self, phase: str, record: dict[str, Any], picture: Tensor) -> None:
         """Write an epoch of a phase: its numbers, and a picture, uint8 `[3, height, width]`."""
-        line = {"phase": phase, **{key: _finite(value) for key, value in record.items()}}
-        step = record["epoch"]
+        numbers = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        line, step = {"phase": phase, **numbers}, record["epoch"]  # JSON has no NaN and no infinity
         with self._telling():
             self._metrics.write((json.dumps(line) + "\n").encode())
             self._metrics.flush()
@@ -106,8 +106,3 @@ def read_pictures(folder: Path) -> dict[tuple[str, int], bytes]:
         if tag.endswith(PICTURES)
         for event in view.Images(tag)
     }
-
-
-def _finite(value: Any) -> Any:
-    """Return the value, or None in the place of a NaN or an infinity, which JSON does not have."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -117,16 +117,13 @@ def shared_images(
     """
     processes = context.processes
 
-    def leave(signal_number: int) -> None:
-        if signal_number:
-            raise Interrupted("interrupted before the training began: nothing was written", signal_number)
-
-    def check() -> None:
-        leave(interruption.signal_number if processes.count == 1 else 0)
+    def check(is_read: bool = False) -> None:
+        if (is_read or processes.count == 1) and (number := processes.maximum(interruption.signal_number)):
+            raise Interrupted("interrupted before the training began: nothing was written", number)
 
     def load() -> TrainImages:
         images = processes.on_all(partial(load_train, runs[0], processes.is_main and not quiet, check))
-        leave(processes.maximum(interruption.signal_number))
+        check(is_read=True)
         return images
 
     return cache(load) if len(runs) > 1 else load

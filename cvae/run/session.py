@@ -73,21 +73,13 @@ class Run:
         return self.context.processes.on_main(make)
 
     def open(self, model: CVAE, images: dict[str, Any], resume: bool, overwrite: bool) -> dict[str, Any] | None:
-        """Hold the folder, made now unless it is resumed, and give the model the weights that it goes on from.
+        """Hold the folder, made now unless it is resumed, and give the new model the weights that it goes on from.
 
         A folder that is resumed is not written into before all that is needed was read, here and in `restore`.
-
-        Args:
-            model: The model, new.
-            images: What identifies the images, as `data.sources.record` gives it.
-            resume: Whether the run goes on.
-            overwrite: Whether an old run may be replaced.
+        images: what identifies them, as `data.sources.record` gives it. Raises UsageError, DataError, DiskError.
 
         Returns:
             The checkpoint to go on from, {} at the beginning; None if nothing is left to do.
-
-        Raises:
-            UsageError, DataError, DiskError: The folder is taken; cannot go on without loss; cannot be written.
         """
         processes = self.context.processes
         first = processes.on_main(lambda: images)
@@ -203,19 +195,16 @@ class Run:
     def finish(self, progress: Progress, draw: Callable[[Path], Sequence[str]]) -> None:
         """Have the run's figures drawn, and write `summary.json`, by which `eval.py` knows a finished run.
 
-        Args:
-            progress: What it has come to.
-            draw: Draws into a folder, and returns a line about each thing that is missing; if it fails, that is told.
+        draw: draws into a folder, and returns a line about each thing that is missing; if it fails, that is told.
         """
 
         def write() -> None:
             assert self._log is not None
             try:
-                missing = draw(self.folder)
+                for line in draw(self.folder):
+                    self.warn(line)
             except Exception as error:
-                missing = [f"{self.folder}: its figures are not all drawn ({first_line(error)})"]
-            for line in missing:
-                self.warn(line)
+                self.warn(f"{self.folder}: its figures are not all drawn ({first_line(error)})")
             results = {"validation_loss": progress.best_loss, "seconds": progress.seconds}
             self._log.finish(self.settings.to_dict(), results)
             checkpoint.write_json(self.folder / SUMMARY, asdict(progress))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import cvae
 from cvae.data.tasks import Batch, quadrants
 from cvae.errors import DataError
-from cvae.run.tutorial import load_tutorial
+from cvae.run.load import load_tutorial
 
 HIDDEN, LATENT = (13, 11), 5
 
