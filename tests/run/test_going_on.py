@@ -224,16 +224,6 @@ def test_advice_is_true(copied: Callable[[str], Path]) -> None:
     assert call_train(*words, "--init", run, "--name", "new").code == 0
 
 
-def test_without_a_checkpoint_a_run_begins_if_it_had_no_whole_epoch(place: Path, copied: Callable[[str], Path]) -> None:
-    run = copied("cvae")
-    lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
-    for name in ("last.pt", "best.pt"):
-        (run / name).unlink()
-    (run / "metrics.jsonl").write_bytes(lines[0])
-    assert resume(run).code == 0
-    assert results(run) == results(place / "done")
-
-
 # Elsewhere
 
 

@@ -1,14 +1,9 @@
 """Scripts in forked children of one process, which has imported PyTorch for all of them: their `main` as it is.
 
-A line of JSON on stdin asks for a script, in as many children at once as there are environments for it,
-
-    {"script": "train.py", "argv": ["--name", "a"], "cwd": "some/folder", "environments": [{}], "file_size": null,
-     "memory": null, "watched": true, "kill_at": 17}
-
-and a line of JSON on stdout tells what became of each: its exit code (negative: the signal that ended it), what it
-printed, and the moments it came to, if it was watched, which costs time. The moments are those at which a training is
-about to change something on the disk, each as "function call file". It may kill itself, with SIGKILL, at one of them,
-counted from its start. file_size: the largest that it may write, in bytes; memory: so much more than it has now.
+A line of JSON on stdin, as `trainings.fork` writes it, asks for a script in as many children at once as there are
+environments; one on stdout tells of each its exit code (negative: a signal), its output and, if it was watched, the
+moments at which it was about to change the disk, as "function call file". It may kill itself, with SIGKILL, at one of
+them, by number. file_size: the largest that it may write, in bytes; memory: so much more than it has now.
 """
 
 import json
@@ -58,12 +53,9 @@ class Moments:
             return  # it changes nothing
         call = f"{code.co_name} {function.__name__}" + (f" {path.name}" if isinstance(path, Path) else "")
         if self.seen[-1:] != [call] or call != "_add flush":  # of an epoch's many events the first one will do
-            self.note(call)
-
-    def note(self, moment: str) -> None:
-        if len(self.seen) == self.kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        self.seen.append(moment)
+            if len(self.seen) == self.kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            self.seen.append(call)
 
 
 class Child:
