@@ -4,7 +4,6 @@ import json
 import math
 import os
 import re
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,15 +22,12 @@ from cvae.run.folder import RunFolder
 WIDE = [*TINY, "--hidden", "256", "256"]  # whose checkpoints are larger by far than those of its baseline
 
 
-def failed(result: subprocess.CompletedProcess[str], code: int) -> str:
-    """Return the one line with which it failed."""
-    assert result.returncode == code, result.stderr
-    assert re.fullmatch(r"(train|eval)\.py: [^\n]+\n", result.stderr), result.stderr
-    return result.stderr.partition(": ")[2].rstrip("\n")
-
-
-def contents(folder: Path) -> dict[str, bytes | None]:
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+def failed(code: int, *words: str | Path, **limits: Any) -> str:
+    """Return the one line with which a training fails."""
+    ended = fork_script("train.py", *words, **limits)
+    assert ended.returncode == code, ended.stderr
+    assert re.fullmatch(r"train\.py: [^\n]+\n", ended.stderr), ended.stderr
+    return ended.stderr.partition(": ")[2].rstrip("\n")
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -51,12 +47,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(folder: Path) -> subprocess.CompletedProcess[str]:
     """Return how a training of three runs by one command ended, in `folder`."""
     return run_script("train.py", "--data", "data", "--quadrants", "1", "2", "3", *TINY, cwd=folder)
-
-
-@pytest.fixture
-def here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(folder)
-    return folder
 
 
 def test_several_runs_by_one_command(folder: Path, trained: subprocess.CompletedProcess[str]) -> None:
@@ -86,11 +76,11 @@ def test_several_runs_by_one_command(folder: Path, trained: subprocess.Completed
 
 
 @pytest.mark.usefixtures("trained")
-def test_seed_decides_every_bit(here: Path) -> None:
-    for name, seed in (("same", "0"), ("other", "1")):
-        words = ["--data", "data", "--quadrants", "2", "--quiet", "--seed", seed, "--runs", "seeds", "--name", name]
-        assert call_train(*words, *TINY) == (0, "", "")
-    first, same, other = (weights(here / run) for run in ("runs/q2", "seeds/same", "seeds/other"))
+def test_seed_decides_every_bit(folder: Path) -> None:
+    words = ["--data", folder / "data", "--quadrants", "2", "--quiet", "--runs", folder / "seeds", *TINY]
+    for seed in ("0", "1"):
+        assert call_train(*words, "--seed", seed, "--name", seed) == (0, "", "")
+    first, same, other = (weights(folder / run) for run in ("runs/q2", "seeds/0", "seeds/1"))
     assert all(torch.equal(first[name], same[name]) for name in first)
     assert not any(torch.equal(first[name], other[name]) for name in first if name.endswith("weight"))
 
@@ -99,25 +89,25 @@ def test_seed_decides_every_bit(here: Path) -> None:
     "words",
     ["paper iwae 2", "tutorial gsnn 2", "tutorial hybrid 1", "tutorial hybrid 1 --alpha 0", "deep elbo 1 --levels 2"],
 )
-def test_any_network_and_objective_from_training_to_table(here: Path, words: str) -> None:
+def test_any_network_and_objective_from_training_to_table(folder: Path, words: str) -> None:
     """What is printed is minus what is logged; an untrained recognition network has no rows."""
     network, objective, particles, *more = words.split()
     given = ["--network", network, "--objective", objective, "--particles", particles, *more]
-    ended = call_train("--data", "data", "--runs", words, *TINY, *given)
+    ended = call_train("--data", folder / "data", "--runs", folder / words, *TINY, *given)
     assert (ended.code, ended.err) == (0, "")
-    for record in RunFolder(here / words / "q1").metrics()[1:]:
+    for record in RunFolder(folder / words / "q1").metrics()[1:]:
         train_loss, validation_loss = (-record[f"{part}_{objective}"] for part in ("train", "validation"))
         assert f"loss {train_loss:.2f}, on validation images {validation_loss:.2f} nats" in ended.out
-    table = call_eval("--runs", words).out
+    table = call_eval("--runs", folder / words).out
     for label, by_prior in (("−ELBO)", False), ("Monte Carlo, S = 3)", True), ("importance sampling, S = 3)", False)):
         known = by_prior or (objective != "gsnn" and "--alpha" not in more)
         assert bool(re.search(rf"CVAE \({re.escape(label)} +\d+\.\d\d ± \d+\.\d\d$", table, re.MULTILINE)) == known
 
 
-def test_embedded_mnist_from_training_to_table(tmp_path: Path) -> None:
-    ended = run_script("train.py", "--train-limit", "300", *TINY, "--hidden", "32", cwd=tmp_path)
-    assert (ended.returncode, ended.stderr) == (0, "")
-    (record,) = json.loads(run_script("eval.py", "--format", "json", "--samples", "2", cwd=tmp_path).stdout)
+def test_embedded_mnist_from_training_to_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert call_train("--train-limit", "300", *TINY, "--hidden", "32", "--quiet") == (0, "", "")
+    (record,) = json.loads(call_eval("--format", "json", "--samples", "1").out)
     assert record["images"] == 10_000
     assert record["floor"]["mean"] == pytest.approx(34, abs=1)  # the grey levels' own entropy, whatever the model
     assert record["nn_nll"]["mean"] < 784 * 0.75 * math.log(2), "it learned nothing: this is a fair coin's"
@@ -157,30 +147,6 @@ def test_requests_that_make_no_sense(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_word_that_is_no_text_in_a_real_process(tmp_path: Path) -> None:
-    """Ended before PyTorch would be needed."""
-    ended = run_script("eval.py", "--data", "s\udcff", cwd=tmp_path)
-    assert failed(ended, 2) == "s\\xff: is no text in UTF-8; give the file or folder another name"
-
-
-@pytest.mark.usefixtures("trained")
-def test_existing_run_is_replaced_only_if_asked(here: Path, tmp_path: Path) -> None:
-    shutil.copytree(here / "runs/q1", tmp_path / "q1")
-    (tmp_path / "q1/notes").write_text("on the old run")
-    (tmp_path / "letters").mkdir()
-    (tmp_path / "letters/dear.txt").write_text("irreplaceable")
-    before = contents(tmp_path)
-    words = ["--data", "data", "--runs", tmp_path, *TINY, "--seed", "7"]
-    assert re.search("q1 exists already.*--overwrite", call_train(*words).line)
-    refused = call_train(*words, "--overwrite", "--name", "letters")
-    assert (refused.code, "letters is no run folder" in refused.line) == (2, True)
-    assert contents(tmp_path) == before
-    assert call_train(*words, "--overwrite").code == 0
-    assert (tmp_path / "q1/best.pt").read_bytes() != before["q1/best.pt"]
-    assert (tmp_path / "q1/notes").exists(), "no file of the run"
-    assert len(RunFolder(tmp_path / "q1").metrics()) == 3
-
-
 # Data: exit 3; disk: exit 5; memory: exit 2
 
 
@@ -216,32 +182,31 @@ def assert_baseline_intact(run: Path) -> None:
 
 def test_full_disk(folder: Path, small_disk: Path) -> None:
     """Told in one line, with all that was reached; nothing half made is left where it is full from the start."""
-    line = failed(fork_script("train.py", "--data", "data", "--runs", small_disk, *WIDE, cwd=folder), 5)
+    words = ["--data", "data", "--runs", small_disk, *WIDE]
+    line = failed(5, *words, cwd=folder)
     assert re.search(rf"{small_disk}.*No space left on device", line)
     assert_baseline_intact(small_disk / "q1")
     (small_disk / "filler").write_bytes(bytes(os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize - 4096))
-    failed(fork_script("train.py", "--data", "data", "--runs", small_disk, *TINY, "--name", "x", cwd=folder), 5)
+    failed(5, *words, "--name", "x", cwd=folder)
     assert not list(small_disk.glob(".*"))
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    ended = fork_script("train.py", "--data", "data", "--runs", small_disk, *TINY, "--name", "y", cwd=folder)
-    assert "Read-only file system" in failed(ended, 5)
+    assert "Read-only file system" in failed(5, *words, "--name", "y", cwd=folder)
 
 
 def test_file_that_cannot_grow(folder: Path, tmp_path: Path) -> None:
-    ended = fork_script("train.py", "--data", "data", "--runs", tmp_path, *WIDE, cwd=folder, file_size=2 << 20)
-    assert str(tmp_path / "q1") in failed(ended, 5)
+    line = failed(5, "--data", "data", "--runs", tmp_path, *WIDE, cwd=folder, file_size=2 << 20)
+    assert str(tmp_path / "q1") in line
     assert_baseline_intact(tmp_path / "q1")
 
 
 def test_too_little_memory(folder: Path, tmp_path: Path) -> None:
     """For the many samples of the CVAE's first step: what was reached stays, and it is not called damaged."""
-    words: list[Any] = ["--runs", tmp_path, "--data", "data", *TINY, "--hidden", "256", "--particles", "20000"]
-    line = failed(fork_script("train.py", *words, cwd=folder, memory=200 << 20), 2)
-    assert "memory does not suffice" in line
-    assert_baseline_intact(tmp_path / "q1")
-    reached = (tmp_path / "q1/last.pt").read_bytes()
-    again = fork_script("train.py", "--runs", tmp_path, "--resume", "q1", cwd=folder, memory=200 << 20)
-    assert "memory does not suffice" in failed(again, 2)
+    words = ["--data", "data", *TINY, "--hidden", "256", "--particles", "20000"]
+    reached = b""
+    for more in (words, ["--resume", "q1"]):
+        assert "memory does not suffice" in failed(2, "--runs", tmp_path, *more, cwd=folder, memory=200 << 20)
+        assert_baseline_intact(tmp_path / "q1")
+        reached = reached or (tmp_path / "q1/last.pt").read_bytes()
     assert (tmp_path / "q1/last.pt").read_bytes() == reached
 
 

@@ -1,6 +1,7 @@
 """The installed package: commands that work anywhere, and speak of themselves by their names."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 from support.inprocess import TINY, make_tiny_data
 from support.scripts import PATIENCE, ROOT
+from support.trainings import ENVIRONMENT
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 AS_LIBRARY = """
@@ -27,6 +29,10 @@ class Finder:
 sys.meta_path.insert(0, Finder())
 sys.argv = ["/bin/cvae-train", "--data", "data"]
 print(cvae.console.train())
+sys.argv = ["/bin/cvae-eval", "--samples", "2"]
+print(cvae.console.evaluate())
+sys.argv = ["/bin/cvae-page", "none"]
+print(cvae.console.page())
 import cvae, cvae_commands.eval
 print("site-packages" in cvae_commands.eval.__file__, cvae.load("reference/q1").latent_dim)
 """
@@ -49,10 +55,11 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
     subprocess.run(install, check=True, timeout=PATIENCE, capture_output=True)
 
     def run(name: str, *words: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-        kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        environment = {**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment = {name: value for name, value in ENVIRONMENT.items() if name != "PYTHONPATH"}
         line = [scripts / name, *words]
-        return subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+        ended = subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+        assert ended.returncode == 0, ended.stderr
+        return ended
 
     return run
 
@@ -61,17 +68,12 @@ def test_commands_work_anywhere(command: Command, tmp_path: Path) -> None:
     """PyTorch is loaded after the process is prepared for it; the runs that come with the package are found."""
     make_tiny_data(tmp_path / "data")
     trained = command("cvae-train", *TINY, "--data", "data", cwd=tmp_path)
-    assert (trained.returncode, trained.stderr) == (0, "")
     assert "runs/q1: trained. Next: cvae-eval, or tensorboard" in trained.stdout
-    evaluated = command("cvae-eval", "--samples", "2", cwd=tmp_path)
-    assert (evaluated.returncode, evaluated.stderr) == (0, "")
-    assert "importance sampling" in evaluated.stdout
     Image.new("L", (9, 10), 128).save(tmp_path / "picture.png")
     completed = command("cvae-complete", "q1", "picture.png", "--as-is", "-o", "completed.png", cwd=tmp_path)
-    assert (completed.returncode, completed.stderr) == (0, "")
     assert completed.stdout == "picture.png: 10 completions in completed.png\n"
-    missing = command("cvae-page", "none", cwd=tmp_path)
-    assert (missing.returncode, missing.stderr.split(":")[0]) == (3, "cvae-page")
     library = command("python", "-c", AS_LIBRARY, cwd=tmp_path)
-    assert library.stdout == "Ctrl-C ends it: True\n2\nTrue 64\n"
-    assert library.stderr.startswith("cvae-train: runs/q1 exists already")
+    assert re.fullmatch(
+        "Ctrl-C ends it: True\n2\n(?s:.*)importance sampling.*\n(?s:.*)\n0\n3\nTrue 64\n", library.stdout
+    )
+    assert re.fullmatch("cvae-train: runs/q1 exists already.*\ncvae-page: .*\n", library.stderr)

@@ -11,19 +11,8 @@ from support.inprocess import TINY, make_tiny_data
 from support.scripts import PATIENCE, ROOT
 from support.trainings import ENVIRONMENT
 
-STATE = """
-import os, signal, sys, torch
-
-def state():
-    return [
-        signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM), torch.get_float32_matmul_precision(),
-        sys.float_info.min / 2 == 0, torch.get_rng_state().tolist(), sys.stdout, sys.stderr, sys.argv, os.getcwd(),
-        {name: value for name, value in os.environ.items() if not name.startswith("TORCHINDUCTOR")},
-    ]
-
-before = state()
-"""
-SAME = "now = state(); print([place for place, value in enumerate(before) if now[place] != value])"
+STATE = f"import sys; sys.path.append('{ROOT}/tests'); from test_context import surroundings; before = surroundings()"
+SAME = "print([place for place, value in enumerate(surroundings()) if before[place] != value])"
 HANDLER = "import os, signal; print(signal.getsignal(signal.SIGINT), 'GOMP_SPINCOUNT' in os.environ)"
 Answer = tuple[str, str, list[str]]  # what a cell prints on both streams, and the exception that it ends with
 

@@ -12,12 +12,11 @@ import builtins, ctypes, fcntl, io, json, os, signal, sys
 
 import_, open_, get_flags, denied = builtins.__import__, io.open, fcntl.fcntl, set()
 
-def our_import(name, globals=None, locals=None, fromlist=(), level=0):
+def our_import(name, globals=None, *more):
     importer = (globals or {}).get("__name__", "").split(".")[0]
-    if name in {"fcntl", "grp", "posix", "pty", "pwd", "resource", "termios", "tty"}:
-        if importer in ("cvae", "train", "eval"):
-            raise ImportError(f"No module named {name!r}")
-    return import_(name, globals, locals, fromlist, level)
+    if importer in ("cvae", "train", "eval") and name in {"fcntl", "posix", "pwd", "resource", "termios", "tty"}:
+        raise ImportError(f"No module named {name!r}")
+    return import_(name, globals, *more)
 
 def our_open(file, *arguments, **more):
     if str(file).startswith(("/proc", "/sys")):
@@ -74,7 +73,6 @@ import eval, train
 codes = [{"train": train, "eval": eval}[script].main(words) for script, words in json.loads(sys.argv[2])]
 print(json.dumps([codes, sorted(denied)]))
 """
-"""The scripts, one after the other, on a system like that; at the end, what they asked for in vain."""
 
 
 def test_without_what_only_posix_systems_have(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The tutorial: its notebook says the same, and all its blocks and commands run."""
+"""The tutorial: its notebook says the same, and all its blocks and commands run; so do the README's."""
 
 import re
 import shlex
@@ -8,11 +8,17 @@ from typing import Any
 import jupytext
 import nbformat
 import pytest
+import torch
 from nbclient import NotebookClient
 from PIL import Image
-from support.scripts import PATIENCE, ROOT, run_python
+from support.scripts import PATIENCE, ROOT
 from support.trainings import ENVIRONMENT, SMALL, make_data
 
+import eval as evaluation
+import train
+from cvae.report import complete
+
+BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 DOCS = ROOT / "docs"
 PAGE = (DOCS / "tutorial.md").read_text(encoding="utf-8")
 SMALLER = {"EPOCHS = 20_000, 4, 8": "EPOCHS = 1_000, 2, 2", "images.validation[:1000]": "images.validation[:50]"}
@@ -67,9 +73,7 @@ def test_notebook_is_the_page() -> None:
         [(cell.cell_type, cell.source) for cell in each.cells] for each in (notebook, jupytext.reads(PAGE, "md"))
     )
     assert cells == expected
-    assert [source for kind, source in cells if kind == "code"] == [
-        block.rstrip("\n") for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    ]
+    assert [source + "\n" for kind, source in cells if kind == "code"] == BLOCK.findall(PAGE)
     assert not any(cell.outputs for cell in notebook.cells if cell.cell_type == "code")
     assert notebook.metadata.kernelspec.name == "python3"
 
@@ -83,15 +87,29 @@ def test_blocks_print_and_show(notebook: Any, folder: Path) -> None:
     assert {path.name for path in folder.glob("*.png")} == {"completions.png", "photo.png"}
 
 
-def test_commands(notebook: Any, folder: Path) -> None:
+def test_commands(notebook: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On few images, with the picture that the blocks have made."""
-    more = {"train.py": [*SMALL, "--data", make_data(folder / "data")], "eval.py": ["--samples", "2"], "-m": []}
-    lines = [shlex.split(line) for line in re.findall(r"^    python (.*)$", PAGE, re.MULTILINE)]
-    assert [words[0] for words in lines] == list(more)
-    for words in lines:
-        script = ROOT / words[0] if words[0].endswith(".py") else words[0]
-        ended = run_python(script, *words[1:], *more[words[0]], cwd=folder)
-        assert ended.returncode == 0, ended.stderr
+    monkeypatch.chdir(folder)
+    mains = {"train.py": train.main, "eval.py": evaluation.main, "-m cvae.report.complete": complete.main}
+    more = [[*SMALL, "--data", str(make_data(folder / "data"))], ["--samples", "2"], []]
+    lines = re.findall(r"^    python (.*)$", PAGE, re.MULTILINE)
+    for line, (name, main), words in zip(lines, mains.items(), more, strict=True):
+        assert line.startswith(name)
+        assert main([*shlex.split(line.removeprefix(name)), *words]) == 0
     assert {"learning.gif", "completions.png"} <= {path.name for path in (folder / "runs/q1").iterdir()}
     with Image.open(folder / "out.png") as picture:
+        assert picture.width > 5 * picture.height
+
+
+def test_library_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """README.md's use as a library and docs/using.md's training step, in a folder that has nothing but the picture."""
+    monkeypatch.chdir(tmp_path)
+    (readme,), (_, step) = (BLOCK.findall((ROOT / page).read_text("utf-8")) for page in ("README.md", "docs/using.md"))
+    digit = torch.randint(256, (28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    Image.fromarray(digit.numpy()).save("digit.png")
+    names: dict[str, Any] = {}
+    exec(readme + step, names)
+    assert names["completions"].shape == (10, 1, 28, 28)
+    assert names["loss"].isfinite()
+    with Image.open("completions.png") as picture:
         assert picture.width > 5 * picture.height
