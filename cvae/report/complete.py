@@ -60,8 +60,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--separate", action="store_true", help="write each completion as a PNG file of its own, pixel for pixel")
     add("--as-is", action="store_true", help="take the picture as it is; it has to be of the model's size")
     add("--ascii", action="store_true", help="show the completions in the terminal, in blocks")
-    words = "factor of z's noise: less than 1 for likelier, less diverse completions (default: %(default)s)"
-    add("--temperature", type=float, default=1.0, metavar="T", help=words)
+    add("--temperature", type=float, default=1.0, metavar="T", help="factor of z's noise (default: %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="random seed of the completions (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:n (default: %(default)s)")
     options = parser.parse_args(argv)
@@ -81,33 +80,33 @@ def plan(options: argparse.Namespace) -> dict[Path, list[Path]]:
     """
     path, output = options.picture, options.output
     is_folder = os.path.isdir(path)
-    pictures = {Path(name): path / name for name in pictures_below(path)[0]} if is_folder else {Path(path.name): path}
+    names = [Path(name) for name in pictures_below(path)[0]] if is_folder else [Path(path.name)]
+    pictures = [path / name for name in names] if is_folder else [path]
     if not pictures:
         raise DataError(f"{path}: has no pictures in it")
     if output is None:
-        return {picture: [] for picture in pictures.values()}
+        return {picture: [] for picture in pictures}
     if not (is_folder or options.separate):
         figures.ending(output)
         if os.path.realpath(output) == os.path.realpath(path):
             raise UsageError(f"-o {output} is the picture itself; choose another name")
         return {path: [output]}
     # Whole names tell any two pictures apart; without their endings, and on some disks without their case, not all.
-    stems = {str(name.with_suffix("")).casefold() for name in pictures}
-    names = [name.with_suffix("") if len(stems) == len(pictures) else name for name in pictures]
+    if len({str(name.with_suffix("")).casefold() for name in names}) == len(names):
+        names = [name.with_suffix("") for name in names]
     parts = ["-picture", "-given", *(f"-sample{i:02d}" for i in range(1, options.samples + 1))]
     files = [[output / f"{name}{part}.png" for part in (parts if options.separate else [""])] for name in names]
     figures.refuse_to_replace([file for of_picture in files for file in of_picture])
-    return dict(zip(pictures.values(), files, strict=True))
+    return dict(zip(pictures, files, strict=True))
 
 
 def write(files: Sequence[Path], picture: Tensor, completions: Tensor, task: Task) -> None:
     """Write the picture, what is given of it, and its completions: as a grid to the one file, or each to its own."""
     figures.make_folders(files)
-    image = picture[None] / 255
+    image, samples = picture[None] / 255, figures.colour(completions).split(IN_A_ROW)
     first = torch.cat([figures.colour(image), figures.as_given(image, task)])
-    rows = [first, *figures.colour(completions).split(IN_A_ROW)]
-    labels = ["picture", "samples", *[""] * len(rows)]
-    images = torch.cat(rows) if len(files) > 1 else [figures.draw_rows(list(zip(labels, rows, strict=False)))]
+    rows = [("picture", first), ("samples", samples[0]), *(("", row) for row in samples[1:])]
+    images = torch.cat([first, *samples]) if len(files) > 1 else [figures.draw_rows(rows)]
     for file, each in zip(files, images, strict=True):
         figures.write_picture(file, figures.as_picture(each))
 
@@ -127,21 +126,21 @@ def in_blocks(images: Tensor, columns: int) -> str:
 @command("complete.py")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    options = parse(argv)
-    code = 0
+    options, code = parse(argv), 0
     with context.opened(options.device) as here:
         model = load(options.run, here.device)
+        task = model.task
         for path, files in plan(options).items():
             try:
-                task = model.task
                 picture = as_images(path, task)[0] if options.as_is else as_digit(path, task.height, task.width)
             except (DataError, ValueError) as error:  # the second one for a picture of another size
-                complain(f"{program('complete.py')}: {error if isinstance(error, DataError) else f'{path}: {error}'}")
+                named = "" if isinstance(error, DataError) else f"{path}: "
+                complain(f"{program('complete.py')}: {named}{error}")
                 code = DataError.exit_code
                 continue
             completions = model.complete(picture, options.samples, options.seed, options.temperature)[:, 0].cpu()
             if files:
-                write(files, picture, completions, model.task)
+                write(files, picture, completions, task)
                 where = files[0] if len(files) == 1 else f"{files[0].parent} ({len(files)} files)"
                 say(f"{path}: {options.samples} completions in {where}")
             if options.ascii:

@@ -85,13 +85,10 @@ def as_onnx(trained: Trained) -> bytes:
         for name in ("onnx", "onnxscript", "onnxruntime"):
             import_module(name)
     except ImportError as error:
-        missing = f"{error.name or error} cannot be imported"
-        raise UsageError(f"ONNX needs more packages ({missing}): pip install onnx onnxscript onnxruntime") from None
+        raise UsageError(f"ONNX needs more packages ({error}): pip install onnx onnxscript onnxruntime") from None
     function, example, shapes, words = traced(trained.model)
-    program = torch.onnx.export(
-        function, example, input_names=["x", "eps"], output_names=["completed"], dynamic_shapes=shapes, dynamo=True,
-        external_data=False, verbose=False,
-    )  # fmt: skip
+    names: Any = {"input_names": ["x", "eps"], "output_names": ["completed"], "external_data": False}
+    program = torch.onnx.export(function, example, dynamic_shapes=shapes, dynamo=True, verbose=False, **names)
     assert program is not None
     proto = program.model_proto
     for part in (proto.graph, *proto.graph.node, *proto.graph.value_info):
@@ -100,8 +97,7 @@ def as_onnx(trained: Trained) -> bytes:
         value.doc_string = words[value.name]
     for key, text in {**description(trained), **words}.items():
         proto.metadata_props.add(key=key, value=text)
-    content: bytes = proto.SerializeToString()
-    return content
+    return bytes(proto.SerializeToString())
 
 
 def from_onnx(path: Path) -> Function:
@@ -116,8 +112,7 @@ def as_pt2(trained: Trained) -> bytes:
     program = torch.export.export(function, example, dynamic_shapes=shapes)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # where the source code lies on this machine
-    buffer = io.BytesIO()
-    metadata = json.dumps({**description(trained), **words}, indent=2)
+    buffer, metadata = io.BytesIO(), json.dumps({**description(trained), **words}, indent=2)
     torch.export.save(program, buffer, extra_files={"metadata.json": metadata})
     return buffer.getvalue()
 
@@ -136,9 +131,7 @@ def export(path: Path, trained: Trained, half: bool = False) -> str:
     Raises DataError if a pixel differs by more than TOLERANCE, DiskError and UsageError: what stood there is intact.
     """
     make, read = FORMATS[path.suffix.lower()]
-    stored = trained
-    if half:
-        stored = trained._replace(model=copy.deepcopy(trained.model).half().float())
+    stored = trained._replace(model=copy.deepcopy(trained.model).half().float()) if half else trained
     with torch.no_grad(), warnings.catch_warnings(), atomic_file(path) as file:
         warnings.simplefilter("ignore")  # about how an export is done
         file.write(as_safetensors(stored, half=True) if half else make(stored))
@@ -147,15 +140,14 @@ def export(path: Path, trained: Trained, half: bool = False) -> str:
         if not difference <= TOLERANCE:  # so that NaN is more
             raise DataError(f"{path}: is not written, for its completions differ from the model's by {difference:.1e}")
         cost = largest_difference(Completion(stored.model), trained.model)
-    size = f"{path.stat().st_size / 1e6:.1f} MB"
-    line = f"{path}: {size}; read again, its completions differ from the model's by at most {difference:.1g}"
+    line = f"{path}: {path.stat().st_size / 1e6:.1f} MB; read again, its completions differ from the model's by at most"
+    line += f" {difference:.1g}"
     return line + (f" with its weights in float16, and by {cost:.1g} with them in float32" if half else "")
 
 
 def largest_difference(function: Function, model: CVAE) -> float:
     """Return how far a completed pixel lies from the model's at most, for random pictures; NaN if one is NaN."""
-    differences = []
-    random = torch.Generator().manual_seed(0)
+    differences, random = [], torch.Generator().manual_seed(0)
     for samples, batch in CHECKED:
         x = torch.rand(batch, model.task.height, model.task.width, generator=random)
         eps = torch.randn(samples, batch, model.latent_dim, generator=random)
@@ -176,8 +168,7 @@ def export_folder(folder: Path, trained: Trained, half: bool = False) -> str:
         raise DiskError(f"{folder}: cannot be made ({error.strerror or error})") from None
     line = export(folder / WEIGHTS, trained, half)
     s, task = passed_on(trained.settings), trained.model.task
-    config = {"settings": s.to_dict(), "images": trained.images, "version": VERSION}
-    write_json(folder / CONFIG, config)
+    write_json(folder / CONFIG, {"settings": s.to_dict(), "images": trained.images, "version": VERSION})
     if is_picture(s) and isinstance(task, FixedMask):
         write_atomically(folder / OBSERVED, mask_png(task.observed))
     write_atomically(folder / "README.md", card(folder.resolve().name, trained).encode())
@@ -210,7 +201,6 @@ observed one.
 | network, objective | {s.network}, {s.objective} |
 | dimensions of z | {model.latent_dim}, in {s.levels} level{"s" * (s.levels > 1)} |
 | parameters | {sum(parameter.numel() for parameter in model.parameters()):,} |
-| written by | cvae-quadrants {VERSION} |
 
 `{WEIGHTS}` has the weights, and in its metadata all that is needed to build the model; `{CONFIG}` has the settings.
 With the package `cvae-quadrants`:
@@ -233,8 +223,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add, endings = parser.add_argument, ", ".join(FORMATS)
     add("run", type=user_path, metavar="RUN", help="run, as a path or a name below runs/, or a .safetensors file")
-    words = f"file to write, as its ending says ({endings}), or the word {HUB_FOLDER} and a new folder"
-    add("--to", nargs="+", required=True, metavar="PATH", help=words)
+    add("--to", nargs="+", required=True, metavar="PATH",
+        help=f"file to write, as its ending says ({endings}), or the word {HUB_FOLDER} and a new folder")  # fmt: skip
     add("--half", action="store_true", help=f"weights in float16, half the size; for {HALVES} and {HUB_FOLDER}")
     options = parser.parse_args(argv)
     is_folder = options.to[0] == HUB_FOLDER and len(options.to) == 2

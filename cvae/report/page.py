@@ -26,7 +26,7 @@ import threading
 import time
 import webbrowser
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -52,11 +52,10 @@ INTRODUCTION = """# What could the rest of the picture be?
 A conditional VAE sees a part of a picture and samples the rest. All is computed on this machine; nothing leaves it."""
 ABOUT = f"""The spread is the standard deviation of each pixel, from 0 (black) to 0.5 (white).
 
-The log-likelihood is that of the hidden pixels, given what the model sees; higher is more likely. The CVAE's,
-log p(y|x), is estimated by importance sampling with {ESTIMATE_SAMPLES} samples of z, and on average lies below the
-true value. Grey levels count as probabilities of white: no prediction gets above minus their entropy, the highest
-possible value. Completions are means of p(y|x,z), blurred where the model is unsure, and so their highest value is
-another one than the picture's; what can be compared is the distance to it."""
+The log-likelihood is that of the hidden pixels, given what the model sees; higher is more likely. The CVAE's is
+estimated with {ESTIMATE_SAMPLES} samples of z, and on average lies below the true value. Grey levels count as
+probabilities of white: no prediction gets above minus their entropy, the highest possible value. That of a blurred
+completion is another one than the picture's; what can be compared is the distance to it."""
 LIKELY, HIGHEST = "log-likelihood", "highest possible"
 COLOURS = {"The picture, CVAE": "#2563eb", "The picture, baseline": "#d97706", "Completions": "#94a3b8"}
 TAKE_BRUSH = "setTimeout(() => document.querySelector('#pad [aria-label=Brush]')?.click(), 500)"
@@ -83,13 +82,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def listen(port: int | None) -> socket.socket:
     """Return a socket at this port, or at the first free one from `PORT` on. Raises UsageError."""
     for number in range(PORT, PORT + PORTS) if port is None else [port]:
-        try:
+        with suppress(OSError):
             return socket.create_server((HOST, number))
-        except OSError as error:
-            problem = error.strerror or error
-    if port is None:
-        raise UsageError(f"no port from {PORT} to {PORT + PORTS - 1} is free; --port names another one")
-    raise UsageError(f"--port {port} cannot be used ({problem}); name another one, or leave --port out")
+    tried = f"no port from {PORT} to {PORT + PORTS - 1} is free" if port is None else f"--port {port} cannot be used"
+    raise UsageError(f"{tried}; name another one with --port")
 
 
 def guarded(application: Callable[..., Any]) -> Callable[..., Any]:
@@ -109,8 +105,6 @@ def guarded(application: Callable[..., Any]) -> Callable[..., Any]:
         is_small = b"transfer-encoding" not in headers and length.isdecimal() and int(length) <= LARGEST_REQUEST
         if scope["type"] == "lifespan" or (is_own and is_small):
             await application(scope, receive, send)
-        elif scope["type"] == "websocket":
-            await send({"type": "websocket.close"})
         else:
             await send({"type": "http.response.start", "status": 413 if is_own else 403, "headers": []})
             await send({"type": "http.response.body", "body": b"too large" if is_own else b"not from this page"})
@@ -123,7 +117,7 @@ def serving(application: Callable[..., Any], connection: socket.socket) -> Itera
     """Serve an application within the block, in a thread of its own, where the server leaves the signals alone."""
     import uvicorn  # comes with gradio
 
-    quiet: dict[str, Any] = {"log_config": None, "log_level": "critical", "timeout_graceful_shutdown": 1}
+    quiet: Any = {"log_config": None, "log_level": "critical", "timeout_graceful_shutdown": 1, "ws": "none"}
     server = uvicorn.Server(uvicorn.Config(application, headers=[("Content-Security-Policy", POLICY)], **quiet))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [connection]}, daemon=True)
     thread.start()
@@ -200,9 +194,8 @@ def build(models: dict[str, Shown]) -> Any:
                     run = gradio.Dropdown(names(models[first].mask), value=first, label="Model trained for it")
                 with gradio.Group():
                     samples = gradio.Slider(1, MOST_SAMPLES, 16, step=1, label="Number of completions")
-                    temperature = gradio.Slider(
-                        0, 1.5, 1, step=0.05, label="Temperature of z", info="1: as the model has it, 0: the mean of z"
-                    )
+                    label = "Temperature of z (1: as the model has it, 0: the mean of z)"
+                    temperature = gradio.Slider(0, 1.5, 1, step=0.05, label=label)
                     seed = gradio.Slider(0, 999, 0, step=1, label="Random seed")
                 other = gradio.Button("Other samples")
             with gradio.Column(scale=3, min_width=320):
@@ -219,13 +212,9 @@ def build(models: dict[str, Shown]) -> Any:
                     x_title="log-likelihood, nats", buttons=[], show_label=False, elem_id="plot",
                 )  # fmt: skip
                 gradio.Markdown(ABOUT, elem_id="about")
-        quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-        for tab, name, then in (
-            (test_tab, TEST, ""),
-            (drawing_tab, DRAWING, TAKE_BRUSH),
-            (photograph_tab, PHOTOGRAPH, ""),
-        ):
-            tab.select(None, None, source, js=f"() => {{ {then}; return {name!r}; }}", **quick)
+        quick: Any = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        for tab, name in ((test_tab, TEST), (drawing_tab, DRAWING), (photograph_tab, PHOTOGRAPH)):
+            tab.select(None, None, source, js=f"() => {{ {TAKE_BRUSH}; return {name!r}; }}", **quick)
         mask.input(lambda mask: gradio.Dropdown(names(mask), value=names(mask)[0]), mask, run, **quick)
         run.change(lambda run: gradio.Slider(**numbers(run)), run, number, **quick)
         another.click(lambda run: random.randint(0, numbers(run)["maximum"]), run, number, **quick)
@@ -238,7 +227,7 @@ def build(models: dict[str, Shown]) -> Any:
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}
     theme = gradio.themes.Default(primary_hue="blue", neutral_hue="slate", **fonts)
     theme.set(body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_300")
-    hidden: dict[str, Any] = {"footer_links": [], "run_history": False, "ssr_mode": False, "mcp_server": False}
+    hidden: Any = {"footer_links": [], "run_history": False, "ssr_mode": False, "mcp_server": False}
     css = Path(__file__).with_suffix(".css")
     return gradio.mount_gradio_app(FastAPI(openapi_url=None), page, "/", theme=theme, css_paths=css, **hidden)
 
@@ -252,11 +241,11 @@ def data_url(picture: Tensor) -> str:
 
 def as_table(nats: Tensor) -> str:
     """Return the log-likelihoods as `Shown.nats` gives them as a Markdown table."""
-    rows = dict(
-        zip([*list(COLOURS)[:2], f"{len(nats) - 2} completions, mean"], [*nats[:2], nats[2:].mean(0)], strict=True)
-    )
+    names, rows = [*list(COLOURS)[:2], f"{len(nats) - 2} completions, mean"], [*nats[:2], nats[2:].mean(0)]
     lines = [f"| nats | {LIKELY} | {HIGHEST} | distance |", "|---|---:|---:|---:|"]
-    lines += [f"| {name} | {p:.1f} | {most:.1f} | {most - p:.1f} |" for name, (p, most) in rows.items()]
+    lines += [
+        f"| {name} | {p:.1f} | {most:.1f} | {most - p:.1f} |" for name, (p, most) in zip(names, rows, strict=True)
+    ]
     return "\n".join(lines).replace(" -", " −")
 
 
@@ -271,10 +260,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     if find_spec("gradio") is None:
         raise UsageError("the page needs gradio: pip install gradio")
-    signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {
-        number: signal.signal(number, interrupt) for number in signals if signal.getsignal(number) != signal.SIG_IGN
-    }
+    numbers = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)}
+    before = {n: signal.signal(n, interrupt) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
     folder = TemporaryDirectory(prefix="cvae-page-", ignore_cleanup_errors=True)
     try:
         with folder as place, context.opened(options.device) as here, listen(options.port) as connection:

@@ -35,7 +35,7 @@ class Shown(NamedTuple):
 
     @property
     def mask(self) -> str:
-        """A name of what is observed."""
+        """The name of what is observed."""
         return self.model.task.name + PLACES.get(self.model.task.name, "")
 
     def completed(
@@ -95,14 +95,18 @@ class Shown(NamedTuple):
 
 
 def read(named: Sequence[Path], runs: Path, device: torch.device) -> dict[str, Shown]:
-    """Return the models of the runs that are named, or of all at hand, by name.
+    """Return the models of the runs that are named, or of all below a folder and all that come with the program.
 
     A run that cannot be read is left out with one line, unless it is named. Raises DataError for one that is, and where
     there is none at all.
     """
     models: dict[str, Shown] = {}
     read_test = cache(load_test)  # to be seen, and not measured with
-    words = {str(word): word for word in named} or _at_hand(runs)
+    words = {str(word): word for word in named}
+    if not named:
+        words = {folder.name: folder for folder in find_runs([], runs)[0]}
+        come_with = [RunFolder(path) for place in COME_WITH for path in sorted(place.glob(f"{REFERENCE}/*"))]
+        words |= {f"{REFERENCE}/{run.path.name}": run.path for run in come_with if run.is_passed_on}
     with Bar("runs", len(words), "run") as bar:
         for name, word in words.items():
             try:
@@ -123,10 +127,3 @@ def read(named: Sequence[Path], runs: Path, device: torch.device) -> dict[str, S
     if not models:
         raise DataError(f"{runs}: has no run to be shown; {called('train.py')} trains one")
     return models
-
-
-def _at_hand(runs: Path) -> dict[str, Path]:
-    """Return the runs below a folder, and those that come with the program, by name."""
-    come_with = [folder for place in COME_WITH for folder in sorted(place.glob(f"{REFERENCE}/*"))]
-    passed_on = {f"{REFERENCE}/{folder.name}": folder for folder in come_with if RunFolder(folder).is_passed_on}
-    return {folder.name: folder for folder in find_runs([], runs)[0]} | passed_on

@@ -33,9 +33,8 @@ TOLERANCE = 1e-5  # sums of some ten float32 terms of size 1, and a sigmoid, rou
 def trained(seed: int = 0, **more: object) -> Trained:
     """A model of random weights, the same for the same seed."""
     settings = Settings(**{**SMALL.to_dict(), "hidden": (8, 7), "seed": seed, **more})
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return Trained(build(TASK, settings).requires_grad_(False).eval(), settings, SIZE)
+    torch.manual_seed(seed)
+    return Trained(build(TASK, settings).requires_grad_(False).eval(), settings, SIZE)
 
 
 @pytest.fixture
@@ -45,7 +44,10 @@ def source(tmp_path: Path) -> Path:
     return tmp_path / "source.safetensors"
 
 
-def by_onnxruntime(path: Path) -> Callable[[Tensor, Tensor], Tensor]:
+def exported(path: Path) -> Callable[[Tensor, Tensor], Tensor]:
+    """The function in a file, without the program's own reader."""
+    if path.suffix == ".pt2":
+        return torch.export.load(path).module()
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda x, eps: torch.from_numpy(session.run(["completed"], {"x": x.numpy(), "eps": eps.numpy()})[0])
 
@@ -65,7 +67,7 @@ def test_same_completions(tmp_path: Path, network: str, ending: str) -> None:
     subject = trained(network=network, levels=2 if network == "deep" else 1, data="/home/somebody/faces")
     path = tmp_path / f"model{ending}"
     assert path.name in export.export(path, subject)
-    function = by_onnxruntime(path) if ending == ".onnx" else torch.export.load(path).module()
+    function = exported(path)
     random = torch.Generator().manual_seed(1)
     for samples, batch in ((1, 1), (1, 4), (5, 1), (3, 7)):
         x = torch.rand(batch, 10, 9, generator=random)
@@ -84,11 +86,10 @@ def test_same_completions(tmp_path: Path, network: str, ending: str) -> None:
 
 def test_command(tmp_path: Path, source: Path) -> None:
     """It says that it has checked the file; what is in it is described there, and needs nothing of this package."""
-    ended = run_python("-m", "cvae.report.export", source, "--to", "model.onnx", cwd=tmp_path)
-    assert (ended.returncode, ended.stderr) == (0, "")
-    start = "model.onnx: 0.0 MB; read again, its completions differ from the model's by at most "
-    assert ended.stdout.startswith(start)
-    assert float(ended.stdout.removeprefix(start)) < export.TOLERANCE
+    ended = call(export, source, "--to", tmp_path / "model.onnx")
+    line = f"{tmp_path}/model.onnx: 0.0 MB; read again, its completions differ from the model's by at most "
+    assert (ended.code, ended.err) == (0, "")
+    assert float(ended.out.removeprefix(line)) < export.TOLERANCE
 
     proto = onnx.load(tmp_path / "model.onnx")
     onnx.checker.check_model(proto, full_check=True)
@@ -96,8 +97,7 @@ def test_command(tmp_path: Path, source: Path) -> None:
         value.name: [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim]
         for value in (*proto.graph.input, *proto.graph.output)
     }
-    free = {"x": ["batch", 10, 9], "eps": ["samples", "batch", 4], "completed": ["samples", "batch", 10, 9]}
-    assert shapes == free
+    assert shapes == {"x": ["batch", 10, 9], "eps": ["samples", "batch", 4], "completed": ["samples", "batch", 10, 9]}
     said = {entry.key: entry.value for entry in proto.metadata_props}
     assert "hidden pixels may hold anything" in said["x"] == proto.graph.input[0].doc_string
     assert "noise, N(0, 1)" in said["eps"] == proto.graph.input[1].doc_string
@@ -108,46 +108,37 @@ def test_command(tmp_path: Path, source: Path) -> None:
     code = """
 import sys
 sys.modules["cvae"] = None
-import onnxruntime, torch
-x, eps, extra = torch.ones(3, 10, 9) / 3, torch.ones(2, 3, 4), {"metadata.json": ""}
-found = torch.export.load("model.pt2", extra_files=extra).module()(x, eps)
-assert "float32 [samples, batch, 4]: noise" in extra["metadata.json"]
-(other,) = onnxruntime.InferenceSession("model.onnx").run(None, {"x": x.numpy(), "eps": eps.numpy()})
-torch.testing.assert_close(found, torch.from_numpy(other), atol=1e-5, rtol=0)
+import torch
+extra = {"metadata.json": ""}
+completed = torch.export.load("model.pt2", extra_files=extra).module()(torch.ones(3, 10, 9), torch.ones(2, 3, 4))
+assert completed.shape == (2, 3, 10, 9) and "float32 [samples, batch, 4]: noise" in extra["metadata.json"]
 """
     ended = run_python("-c", code, cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
 
 
-def test_package_that_is_not_installed(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One line with the command that installs it; the other formats do without."""
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    problem = "ONNX needs more packages (onnxruntime cannot be imported): pip install onnx onnxscript onnxruntime"
-    assert call(export, source, "--to", tmp_path / "model.onnx") == (2, "", f"export.py: {problem}\n")
-    assert list(tmp_path.iterdir()) == [source]
-    assert call(export, source, "--to", tmp_path / "model.pt2").code == 0
-
-
-def test_what_is_refused(tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_refused(
+    tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In one line, and nothing is written."""
     for words, reason in (
         (["model.txt"], "files are written as .onnx, .pt2, .safetensors"),
-        (["hub-folder"], "--to takes a file, or hub-folder and a folder, not hub-folder"),
         (["one.onnx", "two.onnx"], "--to takes a file, or hub-folder and a folder, not one.onnx two.onnx"),
         (["model.onnx", "--half"], "--half is for .safetensors and hub-folder"),
     ):
         with pytest.raises(SystemExit, match="2"):
             export.main([str(source), "--to", *words])
         assert reason in capsys.readouterr().err
-    for arguments, code in (
-        ([tmp_path / "nowhere", "--to", tmp_path / "m.pt2"], 3),
-        ([tmp_path / "nowhere.safetensors", "--to", tmp_path / "m.pt2"], 3),
-        ([source, "--to", tmp_path / "no folder" / "m.safetensors"], 5),
-        ([source, "--to", "hub-folder", source / "folder"], 5),
-        ([source, "--to", "hub-folder", tmp_path], 2),
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    for arguments, code, reason in (
+        ([source, "--to", tmp_path / "m.onnx"], 2, "pip install onnx onnxscript onnxruntime"),
+        ([tmp_path / "nowhere", "--to", tmp_path / "m.pt2"], 3, "nowhere"),
+        ([source, "--to", tmp_path / "no folder" / "m.safetensors"], 5, "no folder"),
+        ([source, "--to", "hub-folder", source / "folder"], 5, "cannot be made"),
+        ([source, "--to", "hub-folder", tmp_path], 2, "exists already and is left as it is"),
     ):
         ended = call(export, *arguments)
-        assert (ended.code, ended.out, ended.err.count("\n")) == (code, "", 1)
+        assert (ended.code, ended.out, ended.err.count("\n"), reason in ended.err) == (code, "", 1, True)
     assert list(tmp_path.iterdir()) == [source]
 
 
@@ -170,9 +161,8 @@ def test_file_that_does_something_else_is_not_written(tmp_path: Path, monkeypatc
 def test_half_precision(tmp_path: Path, source: Path) -> None:
     """Half the weights' size; what the rounding costs is said. Weights that float16 does not hold are refused."""
     ended = call(export, source, "--to", tmp_path / "half.safetensors", "--half")
-    start, cost = ended.out.split(" with its weights in float16, and by ")
-    assert (ended.code, start.endswith("by at most 0")) == (0, True)
-    assert 0 < float(cost.removesuffix(" with them in float32\n")) < 1e-3  # float16 has 11 bits
+    cost = ended.out.removesuffix(" with them in float32\n").partition(" with its weights in float16, and by ")[2]
+    assert 0 < float(cost) < 1e-3  # float16 has 11 bits
     weights, half = cvae.load(source).state_dict(), cvae.load(tmp_path / "half.safetensors").state_dict()
     assert all(torch.equal(weights[name].half().float(), half[name]) for name in weights)
     large = trained()
@@ -208,9 +198,3 @@ def test_hub_folder(tmp_path: Path) -> None:
     assert card.text.strip().startswith("# my model\n")
     assert "| training images | MNIST, 50 of them |" in card.text
     assert f"| observed | a\\|mask: {int(observed.sum())} of 90 pixels |" in card.text
-
-    before = {path: path.read_bytes() for path in folder.iterdir()}
-    ended = call(export, tmp_path / "source.safetensors", "--to", "hub-folder", folder)
-    problem = f"export.py: {folder} exists already and is left as it is; choose another folder\n"
-    assert (ended.code, ended.err) == (2, problem)
-    assert {path: path.read_bytes() for path in folder.iterdir()} == before
