@@ -123,14 +123,18 @@ def draw_all(runs: dict[str, Subject], options: argparse.Namespace) -> list[str]
         name, count, figure, folder = name.replace("/", "-"), len(run.test.images), options.figure, options.samples_to
         if len(runs) > 1:
             figure, folder = figure and figure.with_stem(f"{figure.stem}-{name}"), folder and folder / name
-        digits = options.digits or range(min(NUM_DIGITS, count))
+        digits = options.digits or list(range(min(NUM_DIGITS, count)))
         if bad := [digit for digit in digits if not 0 <= digit < count]:
             raise UsageError(f"--digits {bad[0]}: the test images of {run.folder} are numbered 0 to {count - 1}")
         pieces = figures.name_pieces(folder, name, digits, NUM_SAMPLES) if folder else []
         figures.refuse_to_replace(pieces)
-        drawings.append((run, list(digits), figure, pieces))
+        drawings.append((run, digits, figure, pieces))
     for run, digits, figure, pieces in drawings:
-        rows = completions(run, digits, options.seed)
+        images, model, context = run.test.images[digits], run.model, Context(next(run.model.parameters()).device)
+        random = [context.generator(options.seed, "figure", digit) for digit in digits]  # whatever is drawn beside it
+        samples = torch.cat(list(map(model.complete, images, [NUM_SAMPLES] * len(digits), random)), dim=1)
+        guess = model.guess(model.task.batch(model.task.rows(images.to(context.device)))).sigmoid()
+        rows = figures.completion_rows(images, model.task, guess, model.task.asked(samples))
         if figure:
             figures.write_picture(figure, figures.as_picture(figures.draw_rows(rows)))
             lines.append(f"figure: {figure}")
@@ -138,15 +142,6 @@ def draw_all(runs: dict[str, Subject], options: argparse.Namespace) -> list[str]
             figures.write_pieces(pieces, rows)
             lines.append(f"samples: {pieces[0].parent}")
     return lines
-
-
-def completions(run: Subject, digits: list[int], seed: int) -> figures.Rows:
-    """Complete test images; the noise for one is the same whichever others are drawn beside it."""
-    images, model, context = run.test.images[digits], run.model, Context(next(run.model.parameters()).device)
-    random = [context.generator(seed, "figure", digit) for digit in digits]
-    completed = [model.complete(image, NUM_SAMPLES, each) for image, each in zip(images, random, strict=True)]
-    guess = model.guess(model.task.batch(model.task.rows(images.to(context.device)))).sigmoid()
-    return figures.completion_rows(images, model.task, guess, model.task.asked(torch.cat(completed, dim=1)))
 
 
 @command("eval.py")
@@ -173,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             beside = realism.records(found, judged) if options.realism else {}
             table = tables.render(by_setting(columns) if options.seeds else columns, options.format, beside)
             if judged and options.format in ("text", "markdown"):
-                table += realism.render(judged, runs, options.format)
+                table += realism.render(beside, runs, options.format)
             say("\n".join(["", table, *drawn, ""] if drawn else ["", table]) if is_text else table, end="")
             if options.realism_figure:
                 realism.draw_all(cases, judged, options.realism_figure, options.seed, context)

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn.functional import interpolate
+from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import make_grid
 
 from cvae.data.given import in_range
@@ -19,21 +19,19 @@ from cvae.data.tasks import Task, described
 from cvae.errors import DiskError, UsageError
 from cvae.run.checkpoint import write_atomically
 
+# The endings of pictures' names, each with the options by which Pillow writes it
 ENDINGS: dict[str, dict[str, Any]] = {
     ".png": {}, ".jpg": {"quality": 95, "subsampling": 0}, ".jpeg": {"quality": 95, "subsampling": 0},
     ".webp": {"lossless": True}, ".gif": {}, ".bmp": {}, ".tif": {"compression": "tiff_adobe_deflate"},
     ".tiff": {"compression": "tiff_adobe_deflate"}, ".pdf": {"quality": 95},
 }  # fmt: skip
-"""The endings of pictures' names, each with the options by which Pillow writes it."""
-
 NOT_GIVEN = (0.36, 0.44, 0.56)  # the colour of a hidden pixel in the row of inputs
 PAPER, INK = (255, 255, 255), (40, 40, 40)
 LONGEST_NAME = 20  # of a mask, in letters, in the margin
 GAP, FONT_SIZE = 4, 12  # screen pixels
 TILE, LARGEST_TILE = 56, 128  # an image's longer side, screen pixels
 
-Rows = list[tuple[str, Tensor]]
-"""Rows of a picture: a label and images each, `[N, 3, height, width]` in [0, 1] on the CPU."""
+Rows = list[tuple[str, Tensor]]  # of a picture: a label and images, `[N, 3, height, width]` in [0, 1] on the CPU
 
 
 def completions(images: Tensor, task: Task, guess: Tensor, samples: Tensor | None = None) -> Tensor:
@@ -44,11 +42,7 @@ def completions(images: Tensor, task: Task, guess: Tensor, samples: Tensor | Non
 def completion_rows(images: Tensor, task: Task, guess: Tensor, samples: Tensor | None = None) -> Rows:
     """Return rows of completions: the input (and its mask's name), the truth, the baseline's guess, the samples.
 
-    Args:
-        images: uint8 `[N, height, width]`.
-        task: What turns them into x and y.
-        guess: ŷ, `[N, y_dim]` in [0, 1].
-        samples: Samples of y, `[S, N, y_dim]` in [0, 1].
+    images: uint8 `[N, height, width]`. guess: ŷ, `[N, y_dim]` in [0, 1]. samples: of y, `[S, N, y_dim]` in [0, 1].
     """
     images = images.cpu().float() / 255
     x = task.batch(task.rows(images)).x
@@ -88,7 +82,7 @@ def draw_rows(rows: Rows, tile: int = TILE) -> Tensor:
     for i, (label, _) in enumerate(rows):
         middle = GAP + i * (tiles.shape[-2] + GAP) + height // 2
         ImageDraw.Draw(picture).text((margin, middle), label, fill=INK, font=font, anchor="rm")
-    return as_tensor(picture)
+    return pil_to_tensor(picture)  # type: ignore[no-any-return]
 
 
 def _scaled(images: Tensor, tile: int) -> Tensor:
@@ -123,11 +117,6 @@ def as_picture(image: Tensor) -> Image.Image:
     return Image.fromarray(as_bytes(image).permute(1, 2, 0).contiguous().numpy())
 
 
-def as_tensor(picture: Image.Image) -> Tensor:
-    """Return a Pillow image in colours as uint8 `[3, height, width]`."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-
-
 def ending(path: Path) -> str:
     """Return the ending of a picture's name, one of `ENDINGS`. Raises UsageError for another one."""
     if (suffix := path.suffix.lower()) not in ENDINGS:
@@ -136,16 +125,13 @@ def ending(path: Path) -> str:
 
 
 def write_picture(path: Path, picture: Image.Image) -> None:
-    """Write a picture in the format that its name says, wholly or not at all.
-
-    Raises UsageError for a format that there is not, or that cannot hold so many pixels, and DiskError.
-    """
+    """Write a picture in the format of its name. Raises UsageError if that cannot hold it, and DiskError."""
     suffix, buffer = ending(path), io.BytesIO()
     try:
         picture.save(buffer, Image.registered_extensions()[suffix], **ENDINGS[suffix])
-    except (OSError, ValueError, struct.error) as error:
+    except (OSError, ValueError, struct.error):
         size = f"{picture.width}×{picture.height} pixels"
-        raise UsageError(f"{path}: this format cannot hold {size} ({error}); choose .png") from None
+        raise UsageError(f"{path}: this format cannot hold {size}; choose .png") from None
     write_atomically(path, buffer.getvalue())
 
 

@@ -23,7 +23,7 @@ def validity(logits: Tensor, classes: Tensor) -> Tensor:
 def confidence(logits: Tensor) -> Tensor:
     """Return the mean over completions of the probability of the predicted class, `[B]`: mean_s max_k p(k | s).
 
-    Low where a completed image is like no class. Source: the maximum class probability of Hendrycks and Gimpel 2017.
+    Source: the maximum class probability of Hendrycks and Gimpel 2017.
     """
     return logits.double().softmax(-1).amax(-1).mean(0)
 
@@ -48,8 +48,7 @@ def entropy(probabilities: Tensor) -> Tensor:
 
     From frequencies, it is too small by about (classes that come − 1) / 2S (Miller 1955).
     """
-    terms: Tensor = torch.special.entr(probabilities)
-    return terms.sum(-1)
+    return torch.special.entr(probabilities).sum(-1)  # type: ignore[no-any-return]
 
 
 def energy_score(completions: Tensor, y: Tensor) -> Tensor:

@@ -14,38 +14,37 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torchvision.transforms.functional import pil_to_tensor
 
 from cvae.console import Bar
 from cvae.context import Context
 from cvae.data.sources import load_labels
 from cvae.errors import DataError
 from cvae.model.cvae import CVAE, NOISE_IMAGES
-from cvae.model.likelihood import Estimate, estimate
+from cvae.model.likelihood import estimate
 from cvae.report import measures
 from cvae.report.classifier import Classifier, open_judges
 from cvae.report.evaluation import Subject
-from cvae.report.figures import INK, PAPER, as_picture, as_tensor, completion_rows, draw_rows, write_picture
-from cvae.report.tables import laid_out
+from cvae.report.figures import INK, PAPER, as_picture, completion_rows, draw_rows, write_picture
+from cvae.report.tables import laid_out, number
 
 COMPLETIONS = 50  # of each image, S
 SHOWN, COMPLETIONS_SHOWN, SIDE = 10, 6, 84  # images and completions of each in the picture; their size, screen pixels
 OTHER, TRUE = (150, 165, 190), (200, 60, 40)  # the colours of a class's bar, and of the true one's
 
+# Whose completions: the baseline's ŷ, pixels drawn from it, the CVAE's two, the true hidden pixels; and `x_only`, the
+# class probabilities of the classifier that sees x alone
 COLUMNS = {
     "nn": "NN", "nn_drawn": "NN, drawn", "cvae": "CVAE", "cvae_drawn": "CVAE, drawn", "truth": "truth",
     "x_only": "x only",
 }  # fmt: skip
-"""Whose completions are judged: the baseline's ŷ, pixels drawn from it, the CVAE's two, and the true hidden pixels; and
-`x_only`, the class probabilities of the classifier that sees x alone."""
-
+# What is measured, as docs/realism.md explains it
 ROWS = {
     "validity": "validity", "confidence": "confidence", "log_score": "log score of the class, nats",
     "entropy": "entropy of the classes, nats", "correlation": "… correlated with x only's",
     "energy_score": "energy score", "mse": "mean squared error", "best_mse": f"… best of {COMPLETIONS}",
     "density": "density", "coverage": "coverage",
 }  # fmt: skip
-"""What is measured, as docs/realism.md explains it."""
-
 NOTE = (
     f"{COMPLETIONS} completions of each image; ± is the standard error over the images. NN and CVAE are pixel means; "
     "drawn: each pixel drawn from them, black or white; x only: the classifier that sees the observed pixels alone. "
@@ -88,8 +87,6 @@ def _open_case(subject: Subject, limit: int | None, device: torch.device) -> Cas
     classes, images = load_labels(subject.settings, "test")[:limit], subject.test.images[:limit]
     if len(images) <= measures.NEIGHBOURS:
         raise DataError(f"{subject.folder}: {len(images)} test images are too few; density and coverage need 6")
-    if (most := int(classes.max())) >= whole.last.out_features:
-        raise DataError(f"{subject.folder}: the test images have a class {most}, which the training images have not")
     return Case(subject.model, images, classes, whole, x_only)
 
 
@@ -107,9 +104,8 @@ def judge(name: str, case: Case, seed: int, context: Context) -> Judged:
 
 
 def _measured(case: Case, images: Tensor, classes: Tensor, random: torch.Generator) -> Judged:
-    """Return the measures of some images; none of these makes empty ones."""
-    task = case.model.task
-    judged: Judged = {}
+    """Return the measures of some images."""
+    task, judged = case.model.task, Judged()
     x, y, *_ = task.batch(task.rows(images))
     guess = case.model.baseline_net(x).sigmoid()[None]
     means = task.asked(case.model.complete(images, COMPLETIONS, random))
@@ -139,51 +135,44 @@ def _of_classes(who: str, logits: Tensor, classes: Tensor) -> Judged:
     }
 
 
-def estimates(judged: Judged) -> dict[tuple[str, str], Estimate]:
-    """Return mean and standard error of each measure; NaN is the error of density, coverage, correlation of entropies.
+def records(runs: Iterable[str], judged: Mapping[str, Judged]) -> dict[str, dict[str, Any]]:
+    """Return what the records of these runs have more, by their names: null for a run that was not judged."""
+    return {run: {"realism": _record(judged[run]) if run in judged else None} for run in runs}
+
+
+def _record(judged: Judged) -> dict[str, Any]:
+    """Return mean and standard error of each measure; that of density, coverage and correlation is not known.
 
     Density and coverage are of the first completions; of the truth, what others of its kind have in expectation.
     """
-    found = {(who, name): estimate(values) for (who, name), values in judged.items() if name != "features"}
     truth = judged["truth", "features"].T.contiguous()
-    for who in list(COLUMNS)[:-1]:
-        density, coverage = torch.ones(1), torch.tensor(measures.coverage_of_the_truth(len(truth)))
-        if who != "truth":
-            density, coverage = measures.density_and_coverage(truth, judged[who, "features"].T.contiguous())
-        pair = torch.stack([judged[who, "entropy"], judged["x_only", "entropy"]])
-        together = {"density": density.mean(), "coverage": coverage.mean(), "correlation": pair.corrcoef()[0, 1]}
-        found |= {(who, name): Estimate(value.item(), math.nan) for name, value in together.items()}
-    return found
+    record: dict[str, Any] = {"images": len(truth), "completions": COMPLETIONS}
+    for who in COLUMNS:
+        found = {name: estimate(judged[who, name])._asdict() for name in ROWS if (who, name) in judged}
+        if who != "x_only":
+            density, coverage = torch.ones(1), torch.tensor(measures.coverage_of_the_truth(len(truth)))
+            if who != "truth":
+                density, coverage = measures.density_and_coverage(truth, judged[who, "features"].T.contiguous())
+            pair = torch.stack([judged[who, "entropy"], judged["x_only", "entropy"]])
+            together = {"density": density.mean(), "coverage": coverage.mean(), "correlation": pair.corrcoef()[0, 1]}
+            found |= {name: {"mean": value.item(), "stderr": math.nan} for name, value in together.items()}
+        record[who] = {
+            name: {part: None if math.isnan(value) else value for part, value in found[name].items()}
+            for name in ROWS if name in found
+        }  # fmt: skip
+    return record
 
 
-def records(runs: Iterable[str], judged: Mapping[str, Judged]) -> dict[str, dict[str, Any]]:
-    """Return what the records of these runs have more, by their names: null for a run that was not judged."""
-    found: dict[str, dict[str, Any]] = {run: {"realism": None} for run in runs}
-    for run, values in judged.items():
-        record: dict[str, Any] = {"images": len(values["x_only", "entropy"]), "completions": COMPLETIONS}
-        for (who, name), parts in sorted(estimates(values).items(), key=lambda item: list(ROWS).index(item[0][1])):
-            numbers = {part: None if math.isnan(number) else number for part, number in parts._asdict().items()}
-            record.setdefault(who, {})[name] = numbers
-        found[run]["realism"] = record
-    return found
-
-
-def render(judged: Mapping[str, Judged], subjects: Mapping[str, Subject], form: str) -> str:
+def render(records: Mapping[str, dict[str, Any]], subjects: Mapping[str, Subject], form: str) -> str:
     """Return the tables to read, as `text` or `markdown`, one for each run; both mappings are by the runs' names."""
     blocks = []
-    for name, values in judged.items():
-        found, count = estimates(values), len(values["x_only", "entropy"])
-        cells = [[f"{name} ({subjects[name].model.task.name}), {count:,} images", *COLUMNS.values()]]
+    for name, record in ((name, each["realism"]) for name, each in records.items() if each["realism"]):
+        cells = [[f"{name} ({subjects[name].model.task.name}), {record['images']:,} images", *COLUMNS.values()]]
         for row, label in ROWS.items():
-            cells.append([label, *(_cell(found.get((who, row)), 4 if "mse" in row else 3) for who in COLUMNS)])
+            entries = [record[who].get(row, {"mean": None}) for who in COLUMNS]
+            cells.append([label, *(number(entry, ".4f" if "mse" in row else ".3f") for entry in entries)])
         blocks.append(laid_out(cells, form) + "\n")
     return "\n".join(["", *blocks, NOTE, ""])
-
-
-def _cell(found: Estimate | None, digits: int) -> str:
-    if found is None or math.isnan(found.mean):
-        return "–"
-    return f"{found.mean:.{digits}f}" + ("" if math.isnan(found.stderr) else f" ± {found.stderr:.{digits}f}")
 
 
 def draw_all(cases: Mapping[str, Case], judged: Mapping[str, Judged], path: Path, seed: int, context: Context) -> None:
@@ -232,4 +221,4 @@ def _chart(shares: Tensor, true: int, words: str) -> Tensor:
             pen.text((left + width / 2, SIDE), str(k), fill=TRUE if k == true else INK, font=font, anchor="mb")
     pen.line((0, foot, SIDE - 1, foot), fill=INK)
     pen.text((SIDE / 2, 0), words, fill=INK, font=font, anchor="mt")
-    return as_tensor(picture)
+    return pil_to_tensor(picture)  # type: ignore[no-any-return]

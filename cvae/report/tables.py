@@ -24,10 +24,8 @@ LABELS = {
 }  # fmt: skip
 SAMPLED = ("cvae_mc_nll", "cvae_is_nll", "ess")  # quantities that depend on the number of samples S
 SMALL = 5  # effective samples: with fewer the estimate is what a few samples make of it
-TUTORIAL = {1: (100.4, 71.8), 2: (61.9, 51.0), 3: (25.4, 24.2)}
-"""The published table of Pyro's tutorial on the CVAE: NN and CVAE by the number of quadrants."""
-MNIST = "6d87418db22cc8025d05968bec9bd5c3932904b23485740db143a061a2c9d161"
-"""The SHA-256 of the pixels of MNIST's test images, wherever they come from."""
+TUTORIAL = {1: (100.4, 71.8), 2: (61.9, 51.0), 3: (25.4, 24.2)}  # published NN and CVAE by the number of quadrants
+MNIST = "6d87418db22cc8025d05968bec9bd5c3932904b23485740db143a061a2c9d161"  # SHA-256 of the pixels of its test images
 
 
 def render(runs: Sequence[Evaluation], form: str, beside: Mapping[str, Record] | None = None) -> str:
@@ -131,9 +129,8 @@ def _cell(record: Record, key: str, s: str, form: str) -> str:
         median, few = zip(*(each[key].values() for each in found[:-1]), strict=True)
         return "–" if None in median else f"{mean(median):.1f}, {mean(few):.1%} below {SMALL}"
     if key == "gap" and "gap_stderr" in record:
-        entries = [{"mean": each["gap"], "stderr": each["gap_stderr"]} for each in found]
-    else:
-        entries = [each[key] for each in found]
+        found = [{"gap": {"mean": each["gap"], "stderr": each["gap_stderr"]}} for each in found]
+    entries = [each[key] for each in found]
     means = [entry["mean"] for entry in entries[:-1]]
     return number(entries[-1], form) + (f", seeds ± {stdev(means):.2f}" if len(means) > 1 and None not in means else "")
 

@@ -12,10 +12,10 @@ from prdc import compute_prdc
 from support.inprocess import call_eval
 from support.trainings import fork_two
 from torch.nn.functional import cross_entropy
+from torchvision.transforms.functional import pil_to_tensor
 
 from cvae.context import Context
 from cvae.report import realism
-from cvae.report.figures import as_tensor
 
 HERE = Context(torch.device("cpu"))
 OF_CLASSES = ("validity", "confidence", "log_score", "entropy")
@@ -113,7 +113,7 @@ def test_charts(case: realism.Case) -> None:
     colours = (torch.tensor(colour)[:, None, None] for colour in (realism.OTHER, realism.TRUE))
     assert [int((chart == colour).all(0).any(1)[:72].sum()) for colour in colours] == [15, 45]  # of 60 pixels
     ambiguity = torch.rand(60)
-    drawn = as_tensor(realism.draw(case, ambiguity, 0, HERE))
+    drawn = pil_to_tensor(realism.draw(case, ambiguity, 0, HERE))
     for i, number in enumerate(numbers := realism.chosen(ambiguity)):
         image, true, random = (
             case.images[number],

@@ -13,12 +13,13 @@ from support.trainings import events
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+from torchvision.transforms.functional import pil_to_tensor
 
 import cvae
 from cvae.context import generator
 from cvae.data.sources import load_train
 from cvae.report import replay
-from cvae.report.figures import as_picture, as_tensor, completions
+from cvae.report.figures import as_picture, completions
 from cvae.run.folder import RunFolder
 from train import NUM_DIGITS, NUM_SAMPLES
 
@@ -45,7 +46,7 @@ def said(ended: Ended) -> list[str]:
 
 
 def pixels(file: Path | io.BytesIO) -> Tensor:
-    return as_tensor(Image.open(file).convert("RGB"))
+    return pil_to_tensor(Image.open(file).convert("RGB"))
 
 
 def logged(folder: Path) -> dict[tuple[str, int], Tensor]:
@@ -56,7 +57,7 @@ def logged(folder: Path) -> dict[tuple[str, int], Tensor]:
 
 def shown(folder: Path) -> list[Tensor]:
     with Image.open(folder / "learning.gif") as replayed:
-        return [as_tensor(frame.convert("RGB")) for frame in ImageSequence.Iterator(replayed)]
+        return [pil_to_tensor(frame.convert("RGB")) for frame in ImageSequence.Iterator(replayed)]
 
 
 def is_shown(picture: Tensor, frame: Tensor) -> bool:
