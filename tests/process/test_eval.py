@@ -47,7 +47,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def table(trained: Path) -> list[dict[str, Any]]:
-    """What there is to say of its runs."""
     return records(call_eval("--runs", trained / "runs", "--format", "json"))
 
 
@@ -86,9 +85,6 @@ def images_of(place: Path) -> torch.Tensor:
 def pixels(path: Path) -> np.ndarray[Any, Any]:
     with Image.open(path) as image:
         return np.asarray(image)
-
-
-# The table
 
 
 def test_baseline_is_evaluated_on_all_test_images(place: Path, table: list[dict[str, Any]]) -> None:
@@ -153,9 +149,6 @@ def test_against(place: Path, copied: Callable[..., Path], tmp_path: Path, table
     ended = call_eval("q1", "--against", "nowhere")
     assert (ended.code, ended.out) == (3, "")
     assert ended.err.endswith("--against nowhere: cannot be evaluated\n")
-
-
-# Which runs
 
 
 def test_runs_by_name_and_folder(place: Path, table: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,9 +240,6 @@ def test_images_that_have_moved(
         assert ended.line.startswith(f"{run}: {difference}")
 
 
-# Pictures
-
-
 def test_one_figure_and_one_folder_per_run(copied: Callable[..., Path], tmp_path: Path) -> None:
     """Runs whose names are alike get their folders' names too."""
     words = ["--figure", tmp_path / "f.png", "--samples-to", tmp_path / "s", "--digits", "1"]
@@ -308,9 +298,6 @@ def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit, match="2"):
             evaluation.main(words.split())
         assert f": error: {reason}" in capsys.readouterr().err.splitlines()[-1]
-
-
-# Terminals and pipes
 
 
 def test_as_a_user_starts_it(place: Path) -> None:

@@ -42,9 +42,8 @@ def judged_place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place(judged_place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of the run, where the scripts are called."""
     torch.manual_seed(0)
-    monkeypatch.chdir(judged_place)
+    monkeypatch.chdir(judged_place)  # where the scripts are called
     return judged_place
 
 

@@ -55,17 +55,15 @@ def test_measures_computed_another_way(record: dict[str, Any], case: realism.Cas
         assert more == pytest.approx((p * (1 - p)).mean().item(), rel=0.01)
 
 
-def test_measures_that_follow(record: dict[str, Any]) -> None:
+def test_forms_have_the_same_numbers(record: dict[str, Any]) -> None:
+    """Also those that follow: of one completion, however often, and of the truth."""
     assert (record["images"], record["completions"]) == (60, 50)
     means = {who: {name: parts["mean"] for name, parts in record[who].items()} for who in realism.COLUMNS}
     assert all(list(own) == (list(OF_CLASSES) if who == "x_only" else MEASURES) for who, own in means.items())
-    for who in ("nn", "truth"):  # one completion, however often
+    for who in ("nn", "truth"):
         assert (means[who]["entropy"], means[who]["correlation"]) == (0, None)
         assert means[who]["mse"] == means[who]["best_mse"]
     assert (means["truth"]["energy_score"], means["truth"]["mse"], means["truth"]["density"]) == (0, 0, 1)
-
-
-def test_forms_have_the_same_numbers(record: dict[str, Any]) -> None:
     (line,) = csv.DictReader(io.StringIO(call_eval("q1", "--realism", "--format", "csv").out))
     assert float(line["realism_cvae_log_score_mean"]) == record["cvae"]["log_score"]["mean"]
     assert line["realism_truth_coverage_stderr"] == ""
