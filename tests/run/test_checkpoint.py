@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.disk import largest_file
-from support.trainings import plain
+from support.trainings import largest_file, plain
 
 from cvae.errors import DataError, DiskError
 from cvae.run import checkpoint

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.disk import largest_file
-from support.trainings import events
+from support.trainings import events, largest_file
 
 from cvae.errors import DiskError
 from cvae.run.folder import RunFolder

@@ -3,7 +3,6 @@
 import gzip
 import lzma
 import os
-import signal
 import struct
 import subprocess
 import sys
@@ -58,11 +57,4 @@ def run_python(*words: str | Path, cwd: Path, root: Path = ROOT) -> subprocess.C
     """`python …` in a process of its own, on one thread, without a GPU in sight."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(root)}
     command = [sys.executable, *map(str, words)]
-    return subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=PATIENCE, preexec_fn=usual_signals
-    )
-
-
-def usual_signals() -> None:
-    """In a child before it becomes a program: Ctrl-C ends it, whatever it does to this process, as one under nohup."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=PATIENCE)

@@ -22,17 +22,14 @@ from cvae.data.readers import mnist
 from cvae.run import checkpoint
 from cvae.run.checkpoint import read_json
 from cvae.run.folder import RunFolder
-from support.scripts import PATIENCE, ROOT, small_mnist, usual_signals, write_contrary
+from support.scripts import PATIENCE, ROOT, small_mnist, write_contrary
 
 SMALL = [
     "--hidden", "32", "32", "--latent-dim", "8", "--train-limit", "300", "--batch-size", "32",
     "--epochs", "3", "--baseline-epochs", "2",
-]  # fmt: skip
-"""Nine steps an epoch."""
+]  # nine steps an epoch  # fmt: skip
 
-ENDLESS = [*SMALL, "--epochs", "5000", "--patience", "5000", "--schedule", "constant"]
-"""For minutes, until something ends it. Neither its learning rate nor anything else depends on the number of epochs."""
-
+ENDLESS = [*SMALL, "--epochs", "5000", "--patience", "5000", "--schedule", "constant"]  # for minutes, until it is ended
 TIMED = {"seconds", "images_per_second"}  # what differs between two trainings that are the same
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
 
@@ -43,10 +40,7 @@ def make_data(folder: Path) -> Path:
 
 
 def make_contrary_data(folder: Path) -> Path:
-    """The same, but the images for validation are negatives: the better a model gets at the others, the worse at them.
-
-    No epoch after the first can be the best so far, on any machine.
-    """
+    """The same, but the images for validation are negatives, so that no epoch after the first is the best so far."""
     return write_contrary(folder, mnist("train")[:600], mnist("t10k")[:60])
 
 
@@ -143,7 +137,7 @@ def start(command: list[str | Path], cwd: Path, environment: dict[str, str] = EN
     """A command under way, in a process group of its own."""
     return subprocess.Popen(
         list(map(str, command)), cwd=cwd, env=environment, text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=usual_signals,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
 
@@ -202,7 +196,7 @@ def forking() -> subprocess.Popen[str]:
     """The process of `forked_scripts.py`, one for all tests."""
     process = subprocess.Popen(
         [sys.executable, str(Path(__file__).with_name("forked_scripts.py"))],
-        env=ENVIRONMENT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=usual_signals,
+        env=ENVIRONMENT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     )  # fmt: skip
     atexit.register(process.communicate)
     return process
@@ -252,3 +246,16 @@ def two_ranks() -> list[dict[str, str]]:
         port = server.getsockname()[1]
     job = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [{**job, "RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """No file can grow over this size: the kernel refuses, as it does on a full disk. Windows has no such limit."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
