@@ -87,6 +87,8 @@ def _open_case(subject: Subject, limit: int | None, device: torch.device) -> Cas
     classes, images = load_labels(subject.settings, "test")[:limit], subject.test.images[:limit]
     if len(images) <= measures.NEIGHBOURS:
         raise DataError(f"{subject.folder}: {len(images)} test images are too few; density and coverage need 6")
+    if (most := int(classes.max())) >= whole.last.out_features:
+        raise DataError(f"{subject.folder}: the test images have a class {most}, which the training images have not")
     return Case(subject.model, images, classes, whole, x_only)
 
 
