@@ -11,8 +11,6 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torchvision.transforms.functional import pil_to_tensor
-from torchvision.utils import make_grid
 
 from cvae.data.given import in_range
 from cvae.data.tasks import Task, described
@@ -69,6 +67,9 @@ def draw_rows(rows: Rows, tile: int = TILE) -> Tensor:
 
     Small images are magnified by a whole number, to about `tile` screen pixels; large ones are shrunk to LARGEST_TILE.
     """
+    from torchvision.transforms.functional import pil_to_tensor  # takes a second: no start of a script waits for it
+    from torchvision.utils import make_grid
+
     scaled = [_scaled(as_bytes(images), tile) for _, images in rows]
     height, width = (max(images.shape[side] for images in scaled) for side in (-2, -1))
     tiles = torch.full((len(rows), max(map(len, scaled)), 3, max(height, FONT_SIZE), width), 255, dtype=torch.uint8)

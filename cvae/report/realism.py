@@ -14,7 +14,6 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torchvision.transforms.functional import pil_to_tensor
 
 from cvae.console import Bar
 from cvae.context import Context
@@ -223,4 +222,6 @@ def _chart(shares: Tensor, true: int, words: str) -> Tensor:
             pen.text((left + width / 2, SIDE), str(k), fill=TRUE if k == true else INK, font=font, anchor="mb")
     pen.line((0, foot, SIDE - 1, foot), fill=INK)
     pen.text((SIDE / 2, 0), words, fill=INK, font=font, anchor="mt")
+    from torchvision.transforms.functional import pil_to_tensor  # takes a second, as in figures
+
     return pil_to_tensor(picture)  # type: ignore[no-any-return]
