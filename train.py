@@ -45,9 +45,8 @@ from cvae.run.plan import parse, plan, shared_images
 from cvae.run.session import Run
 from cvae.settings import Settings
 from cvae.training.graphed import GraphedStep
-from cvae.training.optimizer import GuardedAdam
+from cvae.training.optimizer import GuardedAdam, WeightAverage
 from cvae.training.phase import Phase
-from cvae.training.weights import WeightAverage, Weights
 
 REPORT_EVERY = 50  # steps between two looks at the device: the bar's loss, the gradients' health, the other processes
 NUM_DIGITS, NUM_SAMPLES = 10, 5  # of each epoch's picture
@@ -60,11 +59,10 @@ class Step:
     """
 
     def __init__(self, phase: Phase, s: Settings, context: Context):
-        self.context, self.images, self.objective = context, phase.train, phase.objective
-        self.weights = Weights(phase.model, context.half)
-        self.average = WeightAverage(phase.model, self.weights, s.average)
+        self.context, self.images, self.model, self.objective = context, phase.train, phase.model, phase.objective
+        self.average = WeightAverage(phase.model, s.average)
         fp16 = context.half == torch.float16
-        self.optimizer = GuardedAdam(self.weights, s.learning_rate, s.weight_decay, loss_scaling=fp16, clip=s.clip)
+        self.optimizer = GuardedAdam(phase.model, s.learning_rate, s.weight_decay, loss_scaling=fp16, clip=s.clip)
         self.batch_size = min(s.batch_size, len(phase.train))
         self.count = len(phase.train) // self.batch_size  # of an epoch
         self.totals = Totals(context.device)
@@ -73,14 +71,14 @@ class Step:
     def __call__(self, rows: Tensor, *eps: Tensor) -> None:
         """Take the step; rows: this process's images of the batch, int64 `[B]`; eps: the noise for them."""
         batch = self.images.batch(rows)
-        self.weights.model.zero_grad()  # a capture that failed may have left some
+        self.optimizer.zero_grad()
         with self.context.autocast():
-            terms = self.objective(self.weights.model, batch, *eps)  # draws z; nats per image, by name
+            terms = self.objective(self.model, batch, *eps)  # draws z; nats per image, by name
         loss = with_free_nats(terms, self.free_nats).sum() / -self.batch_size
         self.optimizer.scaled(loss).backward()
-        loss, gradient = loss.detach(), self.weights.take_gradient()
-        self.context.processes.sum_(gradient, loss)
-        skipped = self.optimizer.step(loss, gradient)
+        loss, gradients = loss.detach(), self.optimizer.gradients()
+        self.context.processes.sum_(loss, *gradients)
+        skipped = self.optimizer.step(loss, gradients)
         self.totals.add(terms, skipped)
 
 
@@ -95,7 +93,6 @@ def fit(phase: Phase, run: Run, last: dict[str, Any]) -> Progress:
     parts: dict[str, Any] = {"model": phase.model, "average": average.model, "optimizer": optimizer}
     if last.get("phase") == phase.name:
         progress = run.restore(last, parts)
-        step.weights.refresh()
     graphed = context.device.type == "cuda" and processes.count == 1
     take_step = GraphedStep(step, run.warn) if graphed else step
 
@@ -147,7 +144,7 @@ def train_epoch(phase: Phase, run: Run, step: Step, take_step: Callable[..., Non
     random = context.generator(s.seed, phase.name, epoch)
     order = permutation(len(step.images), s.seed, phase.name, epoch).to(context.device)
     seed_dropout(s.seed, phase.name, epoch, context.processes.rank)
-    step.weights.model.train()
+    step.model.train()
     binary, bend = s.targets == "binary", phase.bend(s, epoch)
     if binary or phase.bend(s, 0) or step.images.task.is_random:  # also in last epochs, without bent images
         with run.progress_bar(f"{where}, its images", len(step.images)) as bar:

@@ -1,8 +1,8 @@
 """The plain way of doing the same training in PyTorch: what a good script does without any machinery of ours.
 
 The networks are ours, and so is the data path; the step is autocast, `binary_cross_entropy_with_logits`, `AdamW` with
-`fused=True`, `clip_grad_norm_` and an exponential average of the weights in each step. Nothing guards it, and memory,
-denormal numbers and waiting threads are as PyTorch and the system have them.
+`fused=True`, `clip_grad_norm_` and an exponential average of the weights in each step. Nothing guards it, and
+threads wait as the system has them.
 """
 
 import time

@@ -3,7 +3,7 @@
     python benchmarks/speed.py                        # some three minutes on two cores, which nothing else should use
     python benchmarks/speed.py --format json
     python benchmarks/speed.py --against ../older --numpyro       # `git worktree add ../older COMMIT` makes one
-    python benchmarks/speed.py --machinery            # what each piece of our machinery buys
+    python benchmarks/speed.py --machinery            # what the derivative of the Bernoulli that is written out buys
     python benchmarks/speed.py --network paper --sides ours --no-trainings
     python benchmarks/speed.py --rounds 2 --steps 5 --no-trainings        # a trial of the script itself
 
@@ -21,8 +21,7 @@ ours        The loop of `train.py` (its `train_epoch`) and the estimates of `eva
 plain       `plain.py`: autocast, AdamW with fused=True, clip_grad_norm_, an average of the weights.
 tutorial    `tutorial.py`: float32; its evaluation is RenyiELBO's, one estimate in place of four.
 numpyro     `numpyro_way.py`: float32, the same sizes, whole epochs compiled.
-without …   Ours without a piece: `malloc`, freed memory kept for the next step; `denormals`, counted as zero;
-            `bernoulli`, the derivative written out; `half-copy`, weights kept in half precision between steps.
+plain Bernoulli    Ours, with the log-likelihood and its derivative by the library.
 
 gemm_share  is the share of the best rate of a large product of the same precision that the CVAE's step makes use of.
 Counted is what has to be computed: 2 FLOPs for each weight of a network and image in the forward pass, 2 for the
@@ -48,7 +47,7 @@ import numpyro_way
 import torch
 from common import arguments, count, machine, run, show, speeds, turns, worker
 from start import ROOT
-from worker import DEVICE, PIECES
+from worker import DEVICE
 
 from cvae.context import HALF, resolve_precision
 from cvae.settings import Settings
@@ -100,8 +99,8 @@ def start_sides(options: Any) -> dict[str, Callable[[str, str, int], float]]:
     sides: dict[str, Callable[[str, str, int], float]] = {}
     for name in options.sides:
         sides[name] = start(name, *flags)
-    for piece in PIECES if options.machinery else ():
-        sides[f"without {piece}"] = start(*flags, "--without", piece)
+    if options.machinery:
+        sides["plain Bernoulli"] = start(*flags, "--plain-bernoulli")
     if options.against:
         sides["against"] = start(folder=options.against)
     if options.numpyro:

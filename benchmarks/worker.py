@@ -28,8 +28,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 import train
-from cvae import context
-from cvae.context import Context, Interruption
+from cvae.context import Context, Interruption, prepare
 from cvae.data.images import ImageSet
 from cvae.data.sources import load_train
 from cvae.data.tasks import FixedMask, quadrants
@@ -40,7 +39,6 @@ from cvae.model.networks import build
 from cvae.run.session import Run
 from cvae.settings import Settings
 from cvae.training.phase import Phase
-from cvae.training.weights import Weights
 
 DEVICE = torch.device("cpu")
 EPOCH, EPOCHS = 100, 1000
@@ -112,21 +110,6 @@ def plain_bernoulli(y: Tensor, logits: Tensor, weight: Tensor | None = None) -> 
     return (log_prob if weight is None else log_prob * weight).sum(-1)
 
 
-def leave_out(piece: str) -> None:
-    """Have this process do without a piece of machinery."""
-    if piece == "malloc":
-        context.keep_freed_memory = lambda keep: None  # type: ignore[assignment]
-    elif piece == "denormals":
-        context._flush_denormals = lambda flush: None  # type: ignore[assignment]
-    elif piece == "bernoulli":
-        cvae.bernoulli_log_prob = objectives.bernoulli_log_prob = plain_bernoulli
-    elif piece == "half-copy":  # autocast converts the weights in each step
-        train.Weights = lambda model, half: Weights(model)  # type: ignore[assignment,misc]
-
-
-PIECES = ("malloc", "denormals", "bernoulli", "half-copy")
-
-
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -134,12 +117,12 @@ def main() -> None:
     parser.add_argument("--batch-size", type=count, default=128, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--network", default=Settings.network, help="(default: %(default)s)")
     parser.add_argument("--objective", default=Settings.objective, help="(default: %(default)s)")
-    parser.add_argument("--without", choices=PIECES, help="leave a piece of our machinery out")
+    parser.add_argument("--plain-bernoulli", action="store_true", help="differentiate the likelihood by autograd")
     options = parser.parse_args()
     s = Settings(network=options.network, objective=options.objective, batch_size=options.batch_size)
     images = load_train(s).train
-    if options.without:
-        leave_out(options.without)
+    if options.plain_bernoulli:
+        cvae.bernoulli_log_prob = objectives.bernoulli_log_prob = plain_bernoulli
     make: Callable[[str, str], Any]
     if options.side == "plain":
         from plain import PlainTraining
@@ -150,7 +133,7 @@ def main() -> None:
 
         make = lambda phase, precision: TutorialWay(phase, images, s, SAMPLES)  # noqa: E731
     else:
-        context.prepare(DEVICE)
+        prepare(DEVICE)
         make = lambda phase, precision: (  # noqa: E731
             Evaluation(s, precision, images) if phase == "evaluation" else Training(phase, s, precision, images)
         )

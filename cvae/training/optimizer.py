@@ -1,17 +1,18 @@
-"""One step of AdamW that no NaN and no infinity gets past, with loss scaling for float16, and without a host sync."""
+"""AdamW that no NaN and no infinity gets past, with loss scaling for float16, and the average of the weights."""
 
-from typing import Any
+import copy
+from typing import Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.adamw import adamw  # AdamW's step as a function
 
 from cvae.errors import NonFiniteError
-from cvae.training.weights import Weights
+
+Model = TypeVar("Model", bound=nn.Module)
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # Kingma and Ba 2015
-MAX_STREAK = 10
-"""So many bad steps in a row end a training."""
+MAX_STREAK = 10  # bad steps in a row that end a training
 INITIAL_SCALE, MIN_SCALE, GROWTH_INTERVAL = 2.0**16, 2.0**-14, 2000
 
 
@@ -28,7 +29,7 @@ class GuardedAdam:
     et al. 2018.
 
     Args:
-        weights: What is trained.
+        model: What is trained: its parameters that require a gradient, in float32 or wider.
         learning_rate: The rate, which `self.learning_rate`, a scalar tensor, holds from then on.
         weight_decay: The share of the weights, times the rate, that is taken off in each step.
         loss_scaling: Whether the loss is scaled.
@@ -36,21 +37,17 @@ class GuardedAdam:
     """
 
     def __init__(
-        self, weights: Weights[Any], learning_rate: float, weight_decay: float = 0.0, *,
+        self, model: nn.Module, learning_rate: float, weight_decay: float = 0.0, *,
         loss_scaling: bool = False, clip: float | None = None,
     ):  # fmt: skip
-        device, vector = weights.vector.device, weights.vector
-        self.weights, self.clip = weights, clip
-        self.learning_rate = torch.tensor(learning_rate, device=device)
-        self.moments, self.squares = torch.zeros_like(vector), torch.zeros_like(vector)
-        self._parts = [
-            (rows, decay, torch.zeros((), device=device))
-            for rows, decay in (
-                (slice(0, weights.num_undecayed), 0.0),
-                (slice(weights.num_undecayed, len(vector)), weight_decay),
-            )
-            if rows.start < rows.stop
-        ]  # with the number of steps taken
+        self.parameters: list[Tensor] = sorted(
+            (p for p in model.parameters() if p.requires_grad), key=lambda p: p.dim() > 1
+        )
+        device, vectors = self.parameters[0].device, sum(p.dim() < 2 for p in self.parameters)
+        self.clip, self.learning_rate = clip, torch.tensor(learning_rate, device=device)
+        self.moments, self.squares = ([torch.zeros_like(p) for p in self.parameters] for _ in range(2))
+        self._updates = [torch.zeros((), device=device) for _ in self.parameters]  # steps taken
+        self._groups = (slice(vectors), 0.0), (slice(vectors, None), weight_decay)
         self.scale = torch.full((), INITIAL_SCALE, device=device) if loss_scaling else None
         self._counts = torch.zeros(5, device=device)  # see `_count`
 
@@ -58,27 +55,35 @@ class GuardedAdam:
         """Return what the gradient is to be taken of: the loss, times the scale if there is one."""
         return loss if self.scale is None else loss * self.scale
 
+    def zero_grad(self) -> None:
+        """Drop the gradients of the step before."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def gradients(self) -> list[Tensor]:
+        """Return the gradient of each parameter; zeros where the loss does not depend on it."""
+        return [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+
     @torch.no_grad()
-    def step(self, loss: Tensor, gradient: Tensor) -> Tensor:
+    def step(self, loss: Tensor, gradients: list[Tensor]) -> Tensor:
         """Update the weights, unless the loss or the norm of the gradient, that of `scaled(loss)`, is not finite.
 
         Returns:
             Whether the step was skipped, a bool scalar.
         """
-        norm = torch.linalg.vector_norm(gradient)
+        norm = nn.utils.get_total_norm(gradients)
         skipped = ~torch.isfinite(loss + norm)
         skip = skipped.float()
         divisor = self.scale
         if self.clip is not None:
             divisor = torch.maximum(norm / self.clip, norm.new_ones(()) if self.scale is None else self.scale).float()
-        vector = self.weights.vector
-        for rows, decay, updates in self._parts:
+        for group, decay in self._groups:
             adamw(
-                [vector[rows]], [gradient[rows]], [self.moments[rows]], [self.squares[rows]], [], [updates],
-                fused=True, capturable=gradient.is_cuda, grad_scale=divisor, found_inf=skip, lr=self.learning_rate,
-                beta1=BETA1, beta2=BETA2, eps=EPSILON, weight_decay=decay, amsgrad=False, maximize=False,
+                self.parameters[group], gradients[group], self.moments[group], self.squares[group], [],
+                self._updates[group], fused=True, capturable=norm.is_cuda, grad_scale=divisor, found_inf=skip,
+                lr=self.learning_rate, beta1=BETA1, beta2=BETA2, eps=EPSILON, weight_decay=decay, amsgrad=False,
+                maximize=False,
             )  # fmt: skip
-        self.weights.refresh()
         self._count(skip, skip * torch.isfinite(loss) if self.scale is not None else torch.zeros_like(skip))
         return skipped
 
@@ -119,19 +124,50 @@ class GuardedAdam:
         bad, overflows = (int(count) for count in self._counts[:2].tolist())
         return {"skipped_steps": bad} if self.scale is None else {"skipped_steps": bad, "overflow_steps": overflows}
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, list[Tensor]]:
         """Return everything that the next steps depend on."""
-        return {
-            "moments": self.moments, "squares": self.squares, "updates": self._parts[0][2], "counts": self._counts,
-            "scale": self.scale,
-        }  # fmt: skip
+        rest = [self._counts] + ([] if self.scale is None else [self.scale])
+        return {"moments": self.moments, "squares": self.squares, "updates": self._updates, "counts": rest}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, list[Tensor]]) -> None:
         """Take over a state from an optimizer of the same parameters; raise what PyTorch raises if it does not fit."""
-        for rows in self._parts:
-            rows[2].copy_(state["updates"])
-        for name, tensor in self.state_dict().items():
-            if tensor is not None:
-                if state[name].shape != tensor.shape:
+        for name, tensors in self.state_dict().items():
+            for tensor, saved in zip(tensors, state[name], strict=True):
+                if tensor.shape != saved.shape:
                     raise ValueError(f"{name} has another shape")
-                tensor.copy_(state[name])
+                tensor.copy_(saved)
+
+
+class WeightAverage(Generic[Model]):
+    """An exponential moving average of a model's weights, in a copy of the model: less noisy than any last weights.
+
+    Buffers of floats, as of batch normalisation, are averaged with the weights, others are copied.
+    Source: Polyak and Juditsky 1992, with exponential weights.
+
+    Args:
+        model: The model that is trained.
+        window: The steps that the average spans, fewer at the start; 0: none, `self.model` is the model itself.
+    """
+
+    def __init__(self, model: Model, window: int):
+        frozen = {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
+        self.model: Model = copy.deepcopy(model, frozen) if window else model  # what is frozen is shared
+        tensors = ((*each.parameters(), *each.buffers()) for each in (self.model, model))
+        self._pairs = [(mean, now) for mean, now in zip(*tensors, strict=True) if mean is not now]
+        self._window, self._since = window, 0  # steps since the weights were last taken in
+
+    @torch.no_grad()
+    def update(self, step: int, last: bool = False) -> None:
+        """Take the weights in, after the step of this number, counted from 0 over the whole training.
+
+        A pass over all weights takes time, and later they change little: then they are taken in every so many steps,
+        with the weight of these steps, and after the `last` step of an epoch.
+        """
+        self._since += 1
+        every = 1 if step < 100 else min(20, max(1, self._window // 25))
+        if self._window and (last or self._since >= every):
+            span = min(self._window, 1 + step / 9)
+            share = 1 - (1 - 1 / span) ** self._since
+            for mean, now in self._pairs:
+                mean.lerp_(now, share) if mean.is_floating_point() else mean.copy_(now)
+            self._since = 0

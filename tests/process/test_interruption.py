@@ -177,7 +177,7 @@ def test_exploding_weights(work: Path) -> None:
     assert checkpoints(folder)["best"] == checkpoints(work / "runs/sound")["best"]
     last = checkpoint.load(folder / "last.pt")
     assert last["progress"]["best_epoch"] == 2
-    assert all(tensor.isfinite().all() for tensor in (*last["model"].values(), last["optimizer"]["moments"]))
+    assert all(tensor.isfinite().all() for tensor in (*last["model"].values(), *last["optimizer"]["moments"]))
 
     # Two more bad steps, and it says so again: the eight are not forgotten.
     assert call_train("--resume", folder)[::2] == (4, ended.err)

@@ -24,7 +24,6 @@ from cvae.run.folder import RunFolder
 from cvae.run.load import load, load_trained, start_from
 from cvae.run.weights_file import as_safetensors, read_trained, save_safetensors
 from cvae.settings import Settings
-from cvae.training.weights import Weights
 
 SMALL = Settings(hidden=(8, 7), latent_dim=4)
 TASK = FixedMask(quadrants(1, 10, 9), "1 quadrant")
@@ -129,7 +128,6 @@ def test_any_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, network: s
     settings = replace(SMALL, network=network, levels=2 if network == "deep" else 1)
     model = build(TASK, settings)
     saved = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    Weights(model, None)  # as in a training, where all of them are parts of one vector
     save_safetensors(model, settings, tmp_path / "any name.safetensors", half)
     loaded = load(str(tmp_path / "any name.safetensors"))
     rounded = {name: t.half().float() if half and t.is_floating_point() else t for name, t in saved.items()}

@@ -99,9 +99,10 @@ def make_training(
 
 def state(training: Training) -> dict[str, Tensor]:
     """All that steps change, as copies: weights, buffers, their average, the optimizer's state, the sums."""
+    optimizer = training.step.optimizer.state_dict()
     parts = {
         "model": training.model.state_dict(), "average": training.step.average.model.state_dict(),
-        "optimizer": {name: each for name, each in training.step.optimizer.state_dict().items() if each is not None},
+        "optimizer": {f"{name}.{i}": t for name, ts in optimizer.items() for i, t in enumerate(ts)},
         "totals": {"sums": training.step.totals.sums},
     }  # fmt: skip
     return {f"{part}.{name}": tensor.cpu().clone() for part, states in parts.items() for name, tensor in states.items()}

@@ -143,13 +143,12 @@ def test_two_epochs_are_those_of_plain_torch(float64, network, objective):
         unused = objective in OF_PRIOR and "recognition" in name and distance.dim() < 2
         assert distance.ne(0).any() == (not name.startswith("baseline_net.") and not unused), name
     assert max(plain.norms) > 1
-    assert all(p.grad is None for p in training.phase.model.parameters())  # no gradient outlives its step
 
 
 @cases
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_is_that_of_autocast(network, objective, precision):
-    """The weights' copy is what autocast would make of them: gradients differ by no more than rounding.
+    """Gradients differ by no more than rounding; the weights stay in float32.
 
     It is ε/2 of a number, in the gradient and in what it is a product of. Where a gradient cancels, Adam makes a step
     of what is left: of a share ε of the weights, which is √ε of the way of all. In float16 both sides scale the loss.
@@ -163,15 +162,12 @@ def test_half_precision_is_that_of_autocast(network, objective, precision):
     assert not any(training.step.optimizer.skipped().values())
     theirs = torch.cat([plain.adam.state[p]["exp_avg"].flatten() for p in by_dimensions(plain.trained)])
     epsilon = torch.finfo(half).eps
-    assert (training.step.optimizer.moments - theirs).norm() <= 2 * epsilon * theirs.norm()
+    moments = torch.cat([moment.flatten() for moment in training.step.optimizer.moments])
+    assert (moments - theirs).norm() <= 2 * epsilon * theirs.norm()
     pairs = (start, plain.model), (training.phase.model, plain.model)
     way, error = (torch.cat([each.flatten() for each in distances(*pair).values()]).norm() for pair in pairs)
     assert error <= epsilon**0.5 * way
-    models = training.step.weights.model, training.phase.model
-    for copied, full in zip(*(by_dimensions(model.parameters()) for model in models), strict=True):
-        assert copied.dtype == (torch.float32 if copied.dim() < 2 or not copied.requires_grad else half)
-        assert torch.equal(copied, full.to(copied.dtype))  # the copy has followed
-        assert full.dtype == torch.float32
+    assert {tensor.dtype for tensor in training.phase.model.parameters()} == {torch.float32}
 
 
 @cases
