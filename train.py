@@ -31,8 +31,8 @@ from torch import Tensor
 
 from cvae.console import called, command
 from cvae.context import Context, Interruption, opened, permutation, seed_dropout
-from cvae.data.images import ImageSet
 from cvae.data.sources import TrainImages
+from cvae.data.tasks import ImageSet
 from cvae.model.cvae import noise
 from cvae.model.networks import build
 from cvae.model.objectives import Totals, log_likelihood, maximised, objective, with_free_nats

@@ -14,8 +14,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cvae.context import HALF
-from cvae.data.images import ImageSet
-from cvae.data.tasks import FixedMask, quadrants
+from cvae.data.masks import quadrants
+from cvae.data.tasks import FixedMask, ImageSet
 from cvae.model.densities import gaussian_kl
 from cvae.model.networks import build
 from cvae.settings import Settings

@@ -29,9 +29,9 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 import train
 from cvae.context import Context, Interruption, prepare
-from cvae.data.images import ImageSet
+from cvae.data.masks import quadrants
 from cvae.data.sources import load_train
-from cvae.data.tasks import FixedMask, quadrants
+from cvae.data.tasks import FixedMask, ImageSet
 from cvae.model import cvae, objectives
 from cvae.model.cvae import noise
 from cvae.model.likelihood import evaluate

@@ -12,7 +12,8 @@ from reference.networks import TEST_NETWORKS
 from support.trainings import Forked, make_contrary_data, make_data
 from torch import Tensor, nn
 
-from cvae.data.tasks import Batch, FixedMask, Task, quadrants
+from cvae.data.masks import quadrants
+from cvae.data.tasks import Batch, FixedMask, Task
 from cvae.model.cvae import CVAE
 from cvae.model.networks import NETWORKS
 from cvae.settings import Settings

@@ -12,9 +12,8 @@ from support.steps import CPU, assert_equal, make_run
 from torch import Tensor
 
 from cvae import context
-from cvae.data.images import ImageSet
 from cvae.data.sources import record
-from cvae.data.tasks import Batch, Task
+from cvae.data.tasks import Batch, ImageSet, Task
 from cvae.model.cvae import CVAE, noise
 from cvae.model.likelihood import active_units, evaluate
 from cvae.model.networks import build

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from cvae import context
-from cvae.data.images import as_targets
 from cvae.data.pictures import read_pictures, resized
 from cvae.data.readers import Source, mnist, naming, read_arrays, read_idx_set
+from cvae.data.tasks import as_targets
 from cvae.errors import DataError, printable
 from cvae.settings import Settings
 

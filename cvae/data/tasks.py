@@ -1,17 +1,20 @@
-"""Tasks: what is given of an image (x), what is asked (y), and which of it counts; and the masks of fixed ones."""
+"""Tasks: what is given of an image (x), what is asked (y), and which of it counts; and images in batches of these."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import partial
-from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from cvae.data.mask_pictures import read_mask
-from cvae.errors import DataError, printable
+from cvae import context
+from cvae.data.bending import bent
 from cvae.settings import Settings
+
+DRAWN_ONCE = {"grey": (), "binary": ("validation", "test"), "binary-fixed": ("train", "validation", "test")}
+"""The parts of the images that are black or white from the start, by the setting `targets`."""
+
+AT_ONCE = 10_000  # images that are redrawn at once
 
 
 class Batch(NamedTuple):
@@ -150,84 +153,97 @@ class FixedMask(Task):
         return rows.index_select(-1, self._on(x.device)[1]).view(*leading, self.height, self.width)
 
 
-def quadrants(count: int, height: int = 28, width: int = 28) -> Tensor:
-    """Return the mask in which `count` quadrants are observed.
-
-    1 quadrant: the bottom left one; 2: the left half; 3: all but the bottom right one. Halves of an odd size are cut by
-    floor division. Source: the MNIST experiment of Sohn et al. 2015, with the choice of quadrants of the Pyro tutorial.
-
-    Returns:
-        bool `[height, width]`, True = given.
-    """
-    if count not in (1, 2, 3):
-        raise ValueError(f"1, 2 or 3 quadrants can be observed, not {count}")
-    if height < 2 or width < 2:
-        raise ValueError(f"an image of {height}×{width} pixels has no four quadrants")
-    lower = torch.arange(height)[:, None] >= height // 2
-    left = torch.arange(width)[None, :] < width // 2
-    return (lower & left, left.expand(height, width).clone(), ~lower | left)[count - 1]
-
-
-def _in_middle(index: Tensor, side: int) -> Tensor:
-    """Return whether rows or columns are in the middle half: (side + 1) // 4 are left out at both ends."""
-    return (index >= (side + 1) // 4) & (index < side - (side + 1) // 4)
-
-
-RULES: dict[str, Callable[[Tensor, Tensor, int, int], Tensor]] = {
-    "left": lambda row, column, height, width: column < width // 2,
-    "right": lambda row, column, height, width: column >= width // 2,
-    "top": lambda row, column, height, width: row < height // 2,
-    "bottom": lambda row, column, height, width: row >= height // 2,
-    "center": lambda row, column, height, width: _in_middle(row, height) & _in_middle(column, width),
-    "border": lambda row, column, height, width: ~(_in_middle(row, height) & _in_middle(column, width)),
-    "checkerboard": lambda row, column, height, width: (row + column) % 2 == 0,
-    "every-second-row": lambda row, column, height, width: row % 2 == 0,
-}
-"""What each mask by name gives: of row indices `[height, 1]`, column indices `[width]`, height and width → bool."""
-
-
-def _mask(name: str, height: int, width: int) -> Tensor:
-    mask = RULES[name](torch.arange(height)[:, None], torch.arange(width), height, width)
-    return mask.expand(height, width).clone()
-
-
-MASKS: dict[str, Callable[[int, int], Tensor]] = {name: partial(_mask, name) for name in RULES}
-"""Makers of masks, by name: height, width → bool `[height, width]`, True = given."""
-
-
-def is_picture(s: Settings) -> bool:
-    """Return whether `s.observed` is the path of a picture, from the root, on this or another system, and no name."""
-    paths = () if s.observed is None else (PurePosixPath(s.observed), PureWindowsPath(s.observed))
-    return any(path.is_absolute() for path in paths)
-
-
-def mask_name(s: Settings) -> str:
-    """Return a name of the mask for people: "2 quadrants", "top", or a picture's file without its ending."""
-    if s.observed is None:
-        return f"{s.quadrants} quadrant{'s' * (s.quadrants > 1)}"
-    return printable(PureWindowsPath(s.observed).stem if is_picture(s) else s.observed)
-
-
-def make_task(s: Settings, height: int, width: int, picture: Path | None = None) -> FixedMask:
-    """Make the task of the settings, for images of this size.
+class ImageSet:
+    """Images on the device, kept as rows of a task, and batches of them.
 
     Args:
-        s: The settings; `s.observed` names a mask or a picture of one, else `s.quadrants` counts.
-        height, width: The size of the images.
-        picture: The file to read where the settings name a picture: the mask that a run has kept of it.
+        images: uint8 `[N, height, width]`, 0 to 255.
+        task: What turns them into x and y.
+        device: Where they are kept.
+        labels: Their classes, int64 `[N]`, where the task needs them.
+        key: The key of the random numbers, where the task draws any.
 
     Raises:
-        ValueError: If there is no mask of this name.
-        DataError: If the mask does not suit the images, or cannot be read.
+        ValueError: For images of another size or type.
     """
-    if is_picture(s):
-        observed, about = read_mask(picture or Path(str(s.observed)), height, width, exact=picture is not None)
-        return FixedMask(observed, mask_name(s), about)
-    try:
-        make = partial(quadrants, s.quadrants) if s.observed is None else s.chosen("observed", MASKS)
-        return FixedMask(make(height, width), mask_name(s))
-    except ValueError as error:
-        raise DataError(f"images of {height}×{width} pixels cannot be split: {error}") from None
+
+    def __init__(
+        self, images: Tensor, task: Task, device: torch.device | str = "cpu", labels: Tensor | None = None,
+        key: tuple[object, ...] = (),
+    ):  # fmt: skip
+        if images.dtype != torch.uint8 or images.dim() != 3:
+            raise ValueError(f"images are uint8 [N, height, width], 0 to 255, not {described(images)}")
+        self.task, self.images = task, images.to(device)
+        self.labels = None if labels is None else labels.to(device)
+        self.rows = task.rows(self.images, self.labels, key)
+        self.guesses: Tensor | None = None
+        self._baseline: Callable[[Tensor], Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def set_guesses(self, baseline: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> None:
+        """Compute a frozen baseline's logits of ŷ for all images, now and whenever they are redrawn.
+
+        dtype: The type to keep them in; logits of half-precision products are no more exact than it.
+        """
+        self._baseline = baseline
+        self.guesses = torch.empty(len(self), self.task.y_dim, dtype=dtype, device=self.rows.device)
+        self._guess(self.guesses)
+
+    @torch.no_grad()
+    def _guess(self, guesses: Tensor, size: int = 1000) -> None:
+        assert self._baseline is not None
+        for i, part in enumerate(guesses.split(size)):
+            part.copy_(self._baseline(self.batch(slice(i * size, (i + 1) * size)).x))
+
+    def redraw(
+        self, *key: object, binary: bool, bend: float = 0.0, done: Callable[[int], object] = lambda count: None
+    ) -> None:
+        """Draw the rows anew from the images; they and the guesses change in place, where a CUDA graph reads them.
+
+        key: The key of the random numbers. binary: Whether pixels are drawn black or white (`binarized`). bend: The
+        share of the images that are bent (`bent`). done: Called with the number of images that were just drawn.
+        """
+        for i, first in enumerate(range(0, len(self), AT_ONCE)):
+            part = slice(first, first + AT_ONCE)
+            images = bent(self.images[part], bend, *key, i) if bend else self.images[part]
+            rows = self.task.rows(images, None if self.labels is None else self.labels[part], (*key, i))
+            self.rows[part] = binarized(rows, *key, i) if binary else rows
+            done(len(rows))
+        if self.guesses is not None:
+            self._guess(self.guesses)
+
+    def batch(self, rows: Tensor | slice) -> Batch:
+        """Return the images at these rows, int64 `[B]` on the device or a slice, with their guesses if known."""
+        guess = None if self.guesses is None else _select(self.guesses, rows)
+        return self.task.batch(_select(self.rows, rows))._replace(guess=guess)
+
+
+def _select(table: Tensor, rows: Tensor | slice) -> Tensor:
+    return table[rows] if isinstance(rows, slice) else table.index_select(0, rows)
+
+
+def binarized(images: Tensor, *key: object) -> Tensor:
+    """Draw each pixel white with the probability grey / 255; black and white ones stay.
+
+    A draw on the CPU is the same on every machine; key: see `derive_seed`. Returns uint8, 0 or 255.
+    Source: Salakhutdinov and Murray 2008, who draw MNIST's pixels so.
+    """
+    if images.dtype != torch.uint8:
+        raise ValueError(f"grey levels are uint8, 0 to 255, not {described(images)}")
+    random = context.generator(images.device, *key)
+    thresholds = torch.randint(255, images.shape, generator=random, dtype=torch.uint8, device=images.device)
+    return (thresholds < images).view(torch.uint8).mul_(255)
+
+
+def as_targets(s: Settings, part: str, images: Tensor) -> Tensor:
+    """Return one part (`train`, `validation` or `test`) of a source's images, uint8, as the setting `targets` wants it.
+
+    What is drawn once is drawn from the part's name, whatever the run's seed: runs of several seeds are evaluated on
+    the same pictures.
+    """
+    return binarized(images, "targets", part) if part in DRAWN_ONCE[s.targets] else images
 
 
 def described(tensor: Tensor) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cvae import context
-from cvae.data.given import Picture, as_images, as_pixels
+from cvae.data.pictures import Picture, as_images, as_pixels
 from cvae.data.tasks import Batch, Task, described
 from cvae.model.densities import (
     Gaussian,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cvae.context import Context
-from cvae.data.images import ImageSet
+from cvae.data.tasks import ImageSet
 from cvae.model.cvae import CVAE, NOISE_IMAGES, SAMPLES_AT_ONCE, noise
 from cvae.model.densities import bernoulli_entropy, bernoulli_log_prob, log_mean_exp, widen
 from cvae.model.objectives import elbo, kl_levels

@@ -32,9 +32,9 @@ from torch.optim.lr_scheduler import OneCycleLR
 from cvae import context
 from cvae.console import Bar, command, say
 from cvae.data.bending import bent
-from cvae.data.images import binarized
+from cvae.data.masks import quadrants
 from cvae.data.sources import difference, load_labels, load_train, named
-from cvae.data.tasks import FixedMask, quadrants
+from cvae.data.tasks import FixedMask, binarized
 from cvae.errors import DataError
 from cvae.run.checkpoint import write_atomically
 from cvae.run.folder import RunFolder, find_run, quoted

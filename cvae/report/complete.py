@@ -32,8 +32,7 @@ from torch.nn import functional
 from cvae import context
 from cvae.console import command, complain, program, say
 from cvae.data.digits import as_digit
-from cvae.data.given import as_images
-from cvae.data.pictures import pictures_below
+from cvae.data.pictures import as_images, pictures_below
 from cvae.data.tasks import Task
 from cvae.errors import DataError, UsageError
 from cvae.report import figures

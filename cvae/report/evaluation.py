@@ -12,8 +12,8 @@ from torch import Tensor
 
 from cvae.console import Bar, called
 from cvae.context import Context
-from cvae.data.images import ImageSet
 from cvae.data.sources import TestImages, difference
+from cvae.data.tasks import ImageSet
 from cvae.errors import DataError
 from cvae.model.cvae import CVAE
 from cvae.model.likelihood import Likelihoods, active_units, evaluate

@@ -31,8 +31,8 @@ import torch
 from torch import Tensor, nn
 
 from cvae.console import command, say
-from cvae.data.mask_pictures import mask_png
-from cvae.data.tasks import FixedMask, is_picture, mask_name
+from cvae.data.masks import is_picture, mask_name, mask_png
+from cvae.data.tasks import FixedMask
 from cvae.errors import DataError, DiskError, UsageError
 from cvae.model.cvae import CVAE
 from cvae.run.checkpoint import atomic_file, write_atomically, write_json

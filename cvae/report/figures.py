@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from cvae.data.given import in_range
+from cvae.data.pictures import in_range
 from cvae.data.tasks import Task, described
 from cvae.errors import DiskError, UsageError
 from cvae.run.checkpoint import write_atomically

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any
 
-from cvae.data.tasks import mask_name
+from cvae.data.masks import mask_name
 from cvae.errors import printable
 from cvae.model.likelihood import estimate
 from cvae.report.evaluation import Evaluation, Values

@@ -17,7 +17,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cvae.data.tasks import MASKS, FixedMask, is_picture, make_task
+from cvae.data.masks import MASKS, is_picture, make_task
+from cvae.data.tasks import FixedMask
 from cvae.errors import DataError, taken_for_damage
 from cvae.model.networks import NETWORKS
 from cvae.model.objectives import OBJECTIVES

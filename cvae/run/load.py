@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from cvae.console import called
-from cvae.data.tasks import FixedMask, Task, make_task
+from cvae.data.masks import make_task
+from cvae.data.tasks import FixedMask, Task
 from cvae.errors import DataError, first_line
 from cvae.model.cvae import CVAE
 from cvae.model.networks import upgraded

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from cvae.context import Context, Interruption
+from cvae.data.masks import MASKS
 from cvae.data.sources import TrainImages, load_train, named
-from cvae.data.tasks import MASKS
 from cvae.errors import DataError, Interrupted, UsageError
 from cvae.run.folder import CHOICES, RunFolder, find_run
 from cvae.settings import PRESETS, Settings, add_flags, flag, with_preset

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from cvae.console import Bar, called, complain, program, say
 from cvae.context import Context, Interruption
-from cvae.data.mask_pictures import mask_png
+from cvae.data.masks import is_picture, make_task, mask_png
 from cvae.data.sources import difference
-from cvae.data.tasks import FixedMask, is_picture, make_task
+from cvae.data.tasks import FixedMask
 from cvae.errors import DataError, Interrupted, NonFiniteError, UsageError, first_line, taken_for_damage
 from cvae.model.cvae import CVAE
 from cvae.run import checkpoint, history

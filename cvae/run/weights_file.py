@@ -13,7 +13,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from cvae.data.tasks import FixedMask, Task, is_picture, mask_name
+from cvae.data.masks import is_picture, mask_name
+from cvae.data.tasks import FixedMask, Task
 from cvae.errors import DataError, is_out_of_memory, taken_for_damage
 from cvae.model.cvae import CVAE
 from cvae.model.densities import widen

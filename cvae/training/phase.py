@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cvae.context import Context
-from cvae.data.images import ImageSet
+from cvae.data.tasks import ImageSet
 from cvae.model.likelihood import active_units
 from cvae.model.objectives import Objective, Totals, by_level
 from cvae.settings import Settings

@@ -6,9 +6,9 @@ from torch import Tensor
 
 from cvae.data import bending
 from cvae.data.bending import KNOTS, bent, warped, with_levels_of
-from cvae.data.images import ImageSet
+from cvae.data.masks import quadrants
 from cvae.data.readers import mnist
-from cvae.data.tasks import FixedMask, quadrants
+from cvae.data.tasks import FixedMask, ImageSet
 from cvae.model.densities import bernoulli_entropy
 
 IMAGES = mnist("train")[:400]

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from cvae.context import derive_seed
-from cvae.data import images as image_sets
-from cvae.data.images import AT_ONCE, DRAWN_ONCE, ImageSet, as_targets, binarized
-from cvae.data.tasks import FixedMask, quadrants
+from cvae.data import tasks as image_sets
+from cvae.data.masks import quadrants
+from cvae.data.tasks import AT_ONCE, DRAWN_ONCE, FixedMask, ImageSet, as_targets, binarized
 from cvae.settings import Settings
 
 LEVELS = torch.arange(256, dtype=torch.uint8).view(4, 8, 8)

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from cvae.data.mask_pictures import mask_png, read_mask
-from cvae.data.tasks import MASKS, make_task
+from cvae.data.masks import MASKS, make_task, mask_png, read_mask
 from cvae.errors import DataError
 from cvae.settings import Settings
 

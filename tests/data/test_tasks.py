@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cvae.data.images import ImageSet, binarized
-from cvae.data.tasks import MASKS, FixedMask, make_task, mask_name, quadrants
+from cvae.data.masks import MASKS, make_task, mask_name, quadrants
+from cvae.data.tasks import FixedMask, ImageSet, binarized
 from cvae.errors import DataError
 from cvae.settings import Settings
 

@@ -6,7 +6,8 @@ import torch
 from reference.quadrature import bernoulli
 
 import cvae
-from cvae.data.tasks import FixedMask, quadrants
+from cvae.data.masks import quadrants
+from cvae.data.tasks import FixedMask
 from cvae.model.networks import build, upgraded
 from cvae.model.objectives import elbo
 from cvae.settings import Settings

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from reference.quadrature import integrate
 
-from cvae.data.images import ImageSet
+from cvae.data.tasks import ImageSet
 from cvae.errors import DataError
 from cvae.model.cvae import NOISE_IMAGES, SAMPLES_AT_ONCE, noise
 from cvae.model.densities import log_mean_exp

@@ -8,8 +8,8 @@ from reference.quadrature import bernoulli, integrate, log_evidence
 from torch.distributions import Bernoulli
 
 from cvae.context import Context
-from cvae.data.images import ImageSet
-from cvae.data.tasks import FixedMask, quadrants
+from cvae.data.masks import quadrants
+from cvae.data.tasks import FixedMask, ImageSet
 from cvae.model import likelihood
 from cvae.model.cvae import CVAE, NOISE_IMAGES, SAMPLES_AT_ONCE, Draw, Latent
 from cvae.model.densities import Gaussian

@@ -8,7 +8,8 @@ from reference.networks import TEST_NETWORKS
 from reference.quadrature import bernoulli, formula
 from torch.distributions import Independent, Normal, kl_divergence
 
-from cvae.data.tasks import Batch, FixedMask, quadrants
+from cvae.data.masks import quadrants
+from cvae.data.tasks import Batch, FixedMask
 from cvae.model.cvae import some
 from cvae.model.networks import NETWORKS, build
 from cvae.model.objectives import OBJECTIVES, maximised, objective

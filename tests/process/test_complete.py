@@ -12,7 +12,8 @@ from support.inprocess import Ended, call
 from support.trainings import contents
 
 import cvae
-from cvae.data.tasks import FixedMask, quadrants
+from cvae.data.masks import quadrants
+from cvae.data.tasks import FixedMask
 from cvae.model.networks import build
 from cvae.report import complete
 from cvae.run.weights_file import save_safetensors

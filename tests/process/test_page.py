@@ -23,8 +23,9 @@ from support.inprocess import call
 from support.trainings import ENVIRONMENT, contents, start
 
 import cvae
+from cvae.data.masks import quadrants
 from cvae.data.sources import load_test
-from cvae.data.tasks import FixedMask, quadrants
+from cvae.data.tasks import FixedMask
 from cvae.model.networks import build
 from cvae.report import page, page_models
 from cvae.report.export import export_folder

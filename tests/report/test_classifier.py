@@ -10,8 +10,8 @@ import torch
 from support.inprocess import TINY, Ended, call, call_eval, call_train
 from support.scripts import NAMES, idx_bytes
 
+from cvae.data.masks import quadrants
 from cvae.data.sources import load_labels, load_train
-from cvae.data.tasks import quadrants
 from cvae.report import classifier, realism
 from cvae.settings import Settings
 

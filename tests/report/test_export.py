@@ -16,7 +16,8 @@ from support.scripts import ROOT, run_python
 from torch import Tensor
 
 import cvae
-from cvae.data.tasks import Batch, FixedMask, quadrants
+from cvae.data.masks import quadrants
+from cvae.data.tasks import Batch, FixedMask
 from cvae.errors import DataError
 from cvae.model.networks import NETWORKS, build
 from cvae.report import export

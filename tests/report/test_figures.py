@@ -10,7 +10,8 @@ from PIL import Image
 from torch import Tensor
 
 import cvae
-from cvae.data.tasks import FixedMask, quadrants
+from cvae.data.masks import quadrants
+from cvae.data.tasks import FixedMask
 from cvae.errors import DiskError, UsageError
 from cvae.report import figures
 

@@ -11,8 +11,8 @@ from support.scripts import ROOT
 
 import cvae
 from cvae import context
-from cvae.data.images import ImageSet
 from cvae.data.sources import load_train
+from cvae.data.tasks import ImageSet
 from cvae.model.objectives import elbo
 from cvae.report.tables import MNIST, laid_out
 from cvae.run.folder import CONFIG, WEIGHTS, RunFolder

@@ -11,7 +11,7 @@ import torch
 from support.inprocess import TINY, Ended, call_eval, call_train, interrupted_after, make_tiny_data, results
 from support.trainings import contents, plain
 
-from cvae.data.mask_pictures import mask_png
+from cvae.data.masks import mask_png
 from cvae.run import checkpoint
 from cvae.run.folder import RunFolder
 from cvae.run.load import load

@@ -16,7 +16,8 @@ from support.trainings import contents
 from torch import Tensor
 
 import cvae
-from cvae.data.tasks import FixedMask, quadrants
+from cvae.data.masks import quadrants
+from cvae.data.tasks import FixedMask
 from cvae.errors import DataError
 from cvae.model.networks import NETWORKS, build
 from cvae.run import checkpoint

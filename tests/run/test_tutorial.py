@@ -9,7 +9,8 @@ from test_checkpoint import Payload
 from torch import Tensor, nn
 
 import cvae
-from cvae.data.tasks import Batch, quadrants
+from cvae.data.masks import quadrants
+from cvae.data.tasks import Batch
 from cvae.errors import DataError
 from cvae.run.load import load_tutorial
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from cvae import context
-from cvae.data.images import ImageSet
-from cvae.data.tasks import FixedMask, Task, quadrants
+from cvae.data.masks import quadrants
+from cvae.data.tasks import FixedMask, ImageSet, Task
 from cvae.model.cvae import CVAE, noise
 from cvae.model.networks import NETWORKS, Tutorial
 from cvae.model.objectives import OBJECTIVES, log_likelihood, objective
