@@ -1,1 +1,1 @@
-"""How weights change: the optimizer, the weights as one vector, their average."""
+"""How weights change: the optimizer, the average of the weights, a phase and its schedule, the CUDA graph."""
