@@ -16,10 +16,8 @@ if __name__ == "__main__":
     before_torch()
 
 import argparse
-import copy
 import io
 import json
-import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -33,8 +31,9 @@ from torch import Tensor, nn
 from cvae.console import command, say
 from cvae.data.masks import is_picture, mask_name, mask_png
 from cvae.data.tasks import FixedMask
-from cvae.errors import DataError, DiskError, UsageError
+from cvae.errors import DataError, UsageError
 from cvae.model.cvae import CVAE
+from cvae.report import figures
 from cvae.run.checkpoint import atomic_file, write_atomically, write_json
 from cvae.run.folder import CONFIG, OBSERVED, WEIGHTS, quoted
 from cvae.run.load import load_trained
@@ -42,18 +41,15 @@ from cvae.run.plan import user_path
 from cvae.run.weights_file import Trained, as_safetensors, description, passed_on, read_trained
 from cvae.settings import VERSION
 
-TOLERANCE = 1e-5  # of a pixel in [0, 1]
-CHECKED = ((1, 1), (3, 2))  # numbers of samples and of pictures
+TOLERANCE, HALF_TOLERANCE = 1e-5, 0.05  # of a pixel in [0, 1]; float16 has 11 bits, and errors add up over the layers
 HUB_FOLDER, HALVES = "hub-folder", ".safetensors"  # HALVES: the format that has weights in half precision
+SAMPLES, BATCH = torch.export.Dim("samples", min=1), torch.export.Dim("batch", min=1)
+FREE: Any = {"dynamic_shapes": {"x": {0: BATCH}, "eps": {0: SAMPLES, 1: BATCH}}}  # the sizes that a graph leaves open
 Function = Callable[[Tensor, Tensor], Tensor]
 
 
 class Completion(nn.Module):
-    """The exported function: pictures with a hidden part and noise → completed pictures.
-
-    x: `[B, height, width]` in [0, 1]; its hidden pixels are not looked at. eps: noise, N(0, 1), `[S, B, latent_dim]`.
-    Returns `[S, B, height, width]`, in [0, 1]: x where it is observed, else pixel means of p(y|x,z) at z ~ p(z|x).
-    """
+    """The exported function: pictures with a hidden part and noise → completed pictures, as `in_words` says it."""
 
     def __init__(self, model: CVAE):
         super().__init__()
@@ -64,39 +60,33 @@ class Completion(nn.Module):
         return self.model.task.compose(given, self.model.completions(given, eps))
 
 
-def traced(model: CVAE) -> tuple[nn.Module, tuple[Tensor, Tensor], dict[str, Any], dict[str, str]]:
-    """Return the function, an example of its inputs, which of their sizes are free, and what they are in words."""
-    example = torch.zeros(2, model.task.height, model.task.width), torch.zeros(3, 2, model.latent_dim)
-    samples, batch = torch.export.Dim("samples", min=1), torch.export.Dim("batch", min=1)
-    picture = f"{model.task.height}, {model.task.width}"
-    words = {
+def in_words(trained: Trained) -> dict[str, str]:
+    """Return the metadata of an exported function: that of its model, and what goes in and out."""
+    picture = f"{trained.model.task.height}, {trained.model.task.width}"
+    return description(trained) | {
         "x": f"float32 [batch, {picture}]: pictures, grey levels in [0, 1]; hidden pixels may hold anything",
-        "eps": f"float32 [samples, batch, {model.latent_dim}]: noise, N(0, 1), other noise for other samples",
+        "eps": f"float32 [samples, batch, {trained.model.latent_dim}]: noise, N(0, 1), other noise for other samples",
         "completed": f"float32 [samples, batch, {picture}]: x where it is observed, else pixel means in [0, 1]",
     }
+
+
+def traced(model: CVAE) -> torch.export.ExportedProgram:
+    """Return the function as a graph, for any numbers of samples and pictures."""
     function = Completion(model)
+    example = torch.zeros(2, model.task.height, model.task.width), torch.zeros(3, 2, model.latent_dim)
     function(*example)  # what the task keeps for later calls is there before
-    return function, example, {"x": {0: batch}, "eps": {0: samples, 1: batch}}, words
+    graph = torch.export.export(function, example, **FREE)
+    for node in graph.graph.nodes:
+        node.meta.pop("stack_trace", None)  # where the source code lies on this machine
+    return graph
 
 
 def as_onnx(trained: Trained) -> bytes:
-    """Return the ONNX file of a model. Raises UsageError, with the command that installs them, without its packages."""
-    try:
-        for name in ("onnx", "onnxscript", "onnxruntime"):
-            import_module(name)
-    except ImportError as error:
-        raise UsageError(f"ONNX needs more packages ({error}): pip install onnx onnxscript onnxruntime") from None
-    function, example, shapes, words = traced(trained.model)
+    """Return the ONNX file of a model. Raises ImportError without its packages."""
     names: Any = {"input_names": ["x", "eps"], "output_names": ["completed"], "external_data": False}
-    program = torch.onnx.export(function, example, dynamic_shapes=shapes, dynamo=True, verbose=False, **names)
-    assert program is not None
-    proto = program.model_proto
-    for part in (proto.graph, *proto.graph.node, *proto.graph.value_info):
-        del part.metadata_props[:]  # where the source code lies on this machine
-    for value in (*proto.graph.input, *proto.graph.output):
-        value.doc_string = words[value.name]
-    for key, text in {**description(trained), **words}.items():
-        proto.metadata_props.add(key=key, value=text)
+    program: Any = torch.onnx.export(traced(trained.model), **FREE, **names, verbose=False)
+    proto = program.model_proto  # made anew at each look
+    import_module("onnx").helper.set_model_props(proto, in_words(trained))
     return bytes(proto.SerializeToString())
 
 
@@ -108,47 +98,45 @@ def from_onnx(path: Path) -> Function:
 
 def as_pt2(trained: Trained) -> bytes:
     """Return the file of `torch.export` of a model; `metadata.json` is among its extra files."""
-    function, example, shapes, words = traced(trained.model)
-    program = torch.export.export(function, example, dynamic_shapes=shapes)
-    for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # where the source code lies on this machine
-    buffer, metadata = io.BytesIO(), json.dumps({**description(trained), **words}, indent=2)
-    torch.export.save(program, buffer, extra_files={"metadata.json": metadata})
+    buffer, metadata = io.BytesIO(), json.dumps(in_words(trained), indent=2)
+    torch.export.save(traced(trained.model), buffer, extra_files={"metadata.json": metadata})
     return buffer.getvalue()
 
 
+# What makes a file and what reads it, by the ending of its name
 FORMATS: dict[str, tuple[Callable[[Trained], bytes], Callable[[Path], Function]]] = {
     ".onnx": (as_onnx, from_onnx),
     ".pt2": (as_pt2, lambda path: torch.export.load(io.BytesIO(path.read_bytes())).module()),
     ".safetensors": (as_safetensors, lambda path: Completion(read_trained(path).model)),
 }
-"""What makes a file and what reads it, by the ending of its name."""
 
 
 def export(path: Path, trained: Trained, half: bool = False) -> str:
     """Write a file once what is read from it does what the model does; returns what there is to say of it.
 
-    Raises DataError if a pixel differs by more than TOLERANCE, DiskError and UsageError: what stood there is intact.
+    half: Weights in float16. Raises DataError if a pixel differs by more than the tolerance, UsageError if a package is
+    missing, and DiskError: what stood there is intact.
     """
     make, read = FORMATS[path.suffix.lower()]
-    stored = trained._replace(model=copy.deepcopy(trained.model).half().float()) if half else trained
-    with torch.no_grad(), warnings.catch_warnings(), atomic_file(path) as file:
-        warnings.simplefilter("ignore")  # about how an export is done
-        file.write(as_safetensors(stored, half=True) if half else make(stored))
-        file.flush()
-        difference = largest_difference(read(Path(file.name)), stored.model)
-        if not difference <= TOLERANCE:  # so that NaN is more
-            raise DataError(f"{path}: is not written, for its completions differ from the model's by {difference:.1e}")
-        cost = largest_difference(Completion(stored.model), trained.model)
-    line = f"{path}: {path.stat().st_size / 1e6:.1f} MB; read again, its completions differ from the model's by at most"
-    line += f" {difference:.1g}"
-    return line + (f" with its weights in float16, and by {cost:.1g} with them in float32" if half else "")
+    try:
+        with torch.no_grad(), warnings.catch_warnings(), atomic_file(path) as file:
+            warnings.simplefilter("ignore")  # about how an export is done
+            file.write(as_safetensors(trained, half) if half else make(trained))
+            file.flush()
+            difference = largest_difference(read(Path(file.name)), trained.model)
+            if not difference <= (HALF_TOLERANCE if half else TOLERANCE):  # so that NaN is more
+                line = f"is not written, for its completions differ from the model's by {difference:.1e}"
+                raise DataError(f"{path}: {line}")
+    except ImportError as error:
+        raise UsageError(f"ONNX needs more packages ({error}): pip install onnx onnxscript onnxruntime") from None
+    size = path.stat().st_size / 1e6
+    return f"{path}: {size:.1f} MB; read again, its completions differ from the model's by at most {difference:.1g}"
 
 
 def largest_difference(function: Function, model: CVAE) -> float:
     """Return how far a completed pixel lies from the model's at most, for random pictures; NaN if one is NaN."""
     differences, random = [], torch.Generator().manual_seed(0)
-    for samples, batch in CHECKED:
+    for samples, batch in ((1, 1), (3, 2)):
         x = torch.rand(batch, model.task.height, model.task.width, generator=random)
         eps = torch.randn(samples, batch, model.latent_dim, generator=random)
         differences.append((function(x, eps) - Completion(model)(x, eps)).abs().max())
@@ -160,12 +148,8 @@ def export_folder(folder: Path, trained: Trained, half: bool = False) -> str:
 
     Raises UsageError if there is something in it already, and what `export` does.
     """
-    try:
-        if os.path.lexists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
-            raise UsageError(f"{folder} exists already and is left as it is; choose another folder")
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DiskError(f"{folder}: cannot be made ({error.strerror or error})") from None
+    figures.refuse_to_replace(list(folder.glob("*")))
+    figures.make_folders([folder / WEIGHTS])
     line = export(folder / WEIGHTS, trained, half)
     s, task = passed_on(trained.settings), trained.model.task
     write_json(folder / CONFIG, {"settings": s.to_dict(), "images": trained.images, "version": VERSION})
@@ -218,26 +202,20 @@ completed = model.complete("picture.png", samples=10)
 @command("export.py")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m cvae.report.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add, endings = parser.add_argument, ", ".join(FORMATS)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, places = parser.add_argument, f"a file ({', '.join(FORMATS)}), or the word {HUB_FOLDER} and a new folder"
     add("run", type=user_path, metavar="RUN", help="run, as a path or a name below runs/, or a .safetensors file")
-    add("--to", nargs="+", required=True, metavar="PATH",
-        help=f"file to write, as its ending says ({endings}), or the word {HUB_FOLDER} and a new folder")  # fmt: skip
+    add("--to", nargs="+", required=True, metavar="PATH", help=f"what is to be written: {places}")
     add("--half", action="store_true", help=f"weights in float16, half the size; for {HALVES} and {HUB_FOLDER}")
     options = parser.parse_args(argv)
-    is_folder = options.to[0] == HUB_FOLDER and len(options.to) == 2
-    if len(options.to) != 1 + is_folder or options.to == [HUB_FOLDER]:
-        parser.error(f"--to takes a file, or {HUB_FOLDER} and a folder, not {' '.join(options.to)}")
-    path = user_path(options.to[-1])
+    words, path = options.to[:-1], user_path(options.to[-1])
+    is_folder = words == [HUB_FOLDER]
     suffix = HALVES if is_folder else path.suffix.lower()
-    if suffix not in FORMATS:
-        parser.error(f"--to {path}: files are written as {endings}; choose one of these endings")
+    if suffix not in FORMATS or len(words) > is_folder:
+        parser.error(f"--to takes {places}, not {' '.join(options.to)}")
     if options.half and suffix != HALVES:
         parser.error(f"--half is for {HALVES} and {HUB_FOLDER}; {suffix} has weights in float32")
-    trained = load_trained(options.run)
-    say((export_folder if is_folder else export)(path, trained, options.half))
+    say((export_folder if is_folder else export)(path, load_trained(options.run), options.half))
     return 0
 
 

@@ -100,8 +100,8 @@ def test_command(tmp_path: Path, source: Path) -> None:
     }
     assert shapes == {"x": ["batch", 10, 9], "eps": ["samples", "batch", 4], "completed": ["samples", "batch", 10, 9]}
     said = {entry.key: entry.value for entry in proto.metadata_props}
-    assert "hidden pixels may hold anything" in said["x"] == proto.graph.input[0].doc_string
-    assert "noise, N(0, 1)" in said["eps"] == proto.graph.input[1].doc_string
+    assert "hidden pixels may hold anything" in said["x"]
+    assert "noise, N(0, 1)" in said["eps"]
     assert Settings.from_dict(json.loads(said["settings"])) == SMALL
     assert said["observed"].splitlines() == ["0" * 9] * 5 + ["1111" + "0" * 5] * 5
 
@@ -123,8 +123,8 @@ def test_what_is_refused(
 ) -> None:
     """In one line, and nothing is written."""
     for words, reason in (
-        (["model.txt"], "files are written as .onnx, .pt2, .safetensors"),
-        (["one.onnx", "two.onnx"], "--to takes a file, or hub-folder and a folder, not one.onnx two.onnx"),
+        (["model.txt"], "--to takes a file (.onnx, .pt2, .safetensors), or the word hub-folder and a new folder, not"),
+        (["one.onnx", "two.onnx"], "not one.onnx two.onnx"),
         (["model.onnx", "--half"], "--half is for .safetensors and hub-folder"),
     ):
         with pytest.raises(SystemExit, match="2"):
@@ -162,8 +162,7 @@ def test_file_that_does_something_else_is_not_written(tmp_path: Path, monkeypatc
 def test_half_precision(tmp_path: Path, source: Path) -> None:
     """Half the weights' size; what the rounding costs is said. Weights that float16 does not hold are refused."""
     ended = call(export, source, "--to", tmp_path / "half.safetensors", "--half")
-    cost = ended.out.removesuffix(" with them in float32\n").partition(" with its weights in float16, and by ")[2]
-    assert 0 < float(cost) < 1e-3  # float16 has 11 bits
+    assert 0 < float(ended.out.rpartition("by at most ")[2]) < 1e-3  # float16 has 11 bits
     weights, half = cvae.load(source).state_dict(), cvae.load(tmp_path / "half.safetensors").state_dict()
     assert all(torch.equal(weights[name].half().float(), half[name]) for name in weights)
     large = trained()
