@@ -136,10 +136,11 @@ def draw_all(runs: dict[str, Subject], options: argparse.Namespace) -> list[str]
         guess = model.guess(model.task.batch(model.task.rows(images.to(context.device)))).sigmoid()
         rows = figures.completion_rows(images, model.task, guess, model.task.asked(samples))
         if figure:
-            figures.write_picture(figure, figures.as_picture(figures.draw_rows(rows)))
+            figures.write_picture(figure, figures.draw_rows(rows))
             lines.append(f"figure: {figure}")
         if pieces:
-            figures.write_pieces(pieces, rows)
+            for path, image in zip(pieces, (image for _, row in rows for image in row), strict=True):
+                figures.write_picture(path, figures.as_picture(image))
             lines.append(f"samples: {pieces[0].parent}")
     return lines
 

@@ -69,13 +69,13 @@ def plan(path: Path, output: Path | None, separate: int) -> dict[Path, list[Path
 
 def write(files: Sequence[Path], picture: Tensor, completions: Tensor, task: Task) -> None:
     """Write the picture, what is given of it, and its completions: as a grid to the one file, or each to its own."""
-    first = torch.cat([figures.colour(picture[None] / 255), figures.as_given(picture[None] / 255, task)])
-    samples = figures.colour(completions)
-    labels = ["picture", "samples", *[""] * len(samples)]
-    rows = list(zip(labels, [first, *samples.split(IN_A_ROW)], strict=False))
-    figures.make_folders(files)
-    for file, image in zip(files, [figures.draw_rows(rows)] if len(files) == 1 else [*first, *samples], strict=True):
-        figures.write_picture(file, figures.as_picture(image))
+    given = figures.as_given(picture[None] / 255, task)
+    first = torch.cat([(picture / 255).expand_as(given), given])
+    labels = ["picture", "samples", *[""] * len(completions)]
+    rows = list(zip(labels, [first, *completions.split(IN_A_ROW)], strict=False))
+    images = [figures.draw_rows(rows)] if len(files) == 1 else list(map(figures.as_picture, [*first, *completions]))
+    for file, image in zip(files, images, strict=True):
+        figures.write_picture(file, image)
 
 
 def in_blocks(images: Tensor, columns: int) -> str:

@@ -1,4 +1,4 @@
-"""Pictures: labelled rows of images, with what is given, what is true, and what models make of it; and their files."""
+"""Pictures of images and of what models make of them, and their files."""
 
 import io
 import os
@@ -7,15 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, pad
+from torch.nn.utils.rnn import pad_sequence
 
 from cvae.data.pictures import in_range
 from cvae.data.tasks import Task, described
-from cvae.errors import DiskError, UsageError
-from cvae.run.checkpoint import write_atomically
+from cvae.errors import UsageError
+from cvae.run.checkpoint import telling_of_disk, write_atomically
 
 # The endings of pictures' names, each with the options by which Pillow writes it
 ENDINGS: dict[str, dict[str, Any]] = {
@@ -25,16 +27,17 @@ ENDINGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 NOT_GIVEN = (0.36, 0.44, 0.56)  # the colour of a hidden pixel in the row of inputs
 PAPER, INK = (255, 255, 255), (40, 40, 40)
-LONGEST_NAME = 20  # of a mask, in letters, in the margin
 GAP, FONT_SIZE = 4, 12  # screen pixels
 TILE, LARGEST_TILE = 56, 128  # an image's longer side, screen pixels
 
-Rows = list[tuple[str, Tensor]]  # of a picture: a label and images, `[N, 3, height, width]` in [0, 1] on the CPU
+Rows = list[tuple[str, Tensor]]
+"""A label and images, grey `[N, height, width]` or colours `[N, 3, height, width]`, uint8 or floats in [0, 1]."""
 
 
 def completions(images: Tensor, task: Task, guess: Tensor, samples: Tensor | None = None) -> Tensor:
-    """Return the picture of `completion_rows`, uint8 `[3, height, width]`, on the CPU."""
-    return draw_rows(completion_rows(images, task, guess, samples))
+    """Return the picture of `completion_rows` for TensorBoard, uint8 `[3, height, width]`."""
+    picture = draw_rows(completion_rows(images, task, guess, samples))
+    return torch.tensor(np.asarray(picture)).movedim(-1, 0)
 
 
 def completion_rows(images: Tensor, task: Task, guess: Tensor, samples: Tensor | None = None) -> Rows:
@@ -44,54 +47,44 @@ def completion_rows(images: Tensor, task: Task, guess: Tensor, samples: Tensor |
     """
     images = images.cpu().float() / 255
     x = task.batch(task.rows(images)).x
-    name = task.name if len(task.name) <= LONGEST_NAME else task.name[: LONGEST_NAME - 1] + "…"
-    rows = [(f"input: {name}" if name else "input", as_given(images, task)), ("truth", colour(images))]
+    rows = [(f"input: {task.name:.20}" if task.name else "input", as_given(images, task)), ("truth", images)]
     made = {"NN": guess} | {f"CVAE {i}": y for i, y in enumerate(() if samples is None else samples, start=1)}
-    return rows + [(label, colour(task.compose(x, y.detach().cpu().float()))) for label, y in made.items()]
+    return rows + [(label, task.compose(x, y.detach().cpu().float())) for label, y in made.items()]
 
 
 def as_given(images: Tensor, task: Task) -> Tensor:
     """Return images `[N, height, width]` in [0, 1] in colours, `[N, 3, height, width]`: what is asked in NOT_GIVEN."""
     x = task.batch(task.rows(images)).x
     black, white = (task.compose(x, x.new_full((len(x), task.y_dim), level)) for level in (0.0, 1.0))
-    return torch.where((black != white)[:, None], torch.tensor(NOT_GIVEN)[:, None, None], colour(images))
+    return torch.where((black != white)[:, None], torch.tensor(NOT_GIVEN)[:, None, None], images[:, None])
 
 
-def colour(images: Tensor) -> Tensor:
-    """Return grey images `[..., height, width]` as `[..., 3, height, width]`."""
-    return images.unsqueeze(-3).expand(*images.shape[:-2], 3, *images.shape[-2:])
-
-
-def draw_rows(rows: Rows, tile: int = TILE) -> Tensor:
-    """Return a picture of labelled rows on white, uint8 `[3, height, width]`.
+def draw_rows(rows: Rows, tile: int = TILE) -> Image.Image:
+    """Return a picture of labelled rows on white.
 
     Small images are magnified by a whole number, to about `tile` screen pixels; large ones are shrunk to LARGEST_TILE.
     """
-    from torchvision.transforms.functional import pil_to_tensor  # takes a second: no start of a script waits for it
-    from torchvision.utils import make_grid
+    from torchvision.utils import make_grid  # takes a second: no start of a script waits for it
 
-    scaled = [_scaled(as_bytes(images), tile) for _, images in rows]
-    height, width = (max(images.shape[side] for images in scaled) for side in (-2, -1))
-    tiles = torch.full((len(rows), max(map(len, scaled)), 3, max(height, FONT_SIZE), width), 255, dtype=torch.uint8)
-    for place, images in zip(tiles, scaled, strict=True):
-        place[: len(images), :, : images.shape[-2], : images.shape[-1]] = images
-    grid = as_picture(make_grid(tiles.flatten(0, 1), nrow=tiles.shape[1], padding=GAP, pad_value=255))
+    scaled = []
+    for _, images in rows:
+        zoom = min(LARGEST_TILE / max(images.shape[-2:]), max(1, round(tile / max(images.shape[-2:]))))
+        size = [max(1, round(length * zoom)) for length in images.shape[-2:]]
+        levels = images / 255 if images.dtype == torch.uint8 else images
+        colours = levels.view(len(levels), -1, *levels.shape[-2:]).expand(-1, 3, -1, -1)
+        scaled.append(interpolate(colours, size, mode="area"))
+    height, width = (max(FONT_SIZE, *(images.shape[side] for images in scaled)) for side in (-2, -1))
+    padded = [pad(images, (0, width - images.shape[-1], 0, height - images.shape[-2]), value=1.0) for images in scaled]
+    tiles = pad_sequence(padded, batch_first=True, padding_value=1.0)
+    grid = as_picture(make_grid(tiles.flatten(0, 1), nrow=tiles.shape[1], padding=GAP, pad_value=1.0))
     font = ImageFont.load_default(size=FONT_SIZE)
     margin = max(int(font.getlength(label)) for label, _ in rows) + GAP
     picture = Image.new("RGB", (margin + grid.width, grid.height), PAPER)
     picture.paste(grid, (margin, 0))
     for i, (label, _) in enumerate(rows):
-        middle = GAP + i * (tiles.shape[-2] + GAP) + height // 2
+        middle = GAP + i * (height + GAP) + height // 2
         ImageDraw.Draw(picture).text((margin, middle), label, fill=INK, font=font, anchor="rm")
-    return pil_to_tensor(picture)  # type: ignore[no-any-return]
-
-
-def _scaled(images: Tensor, tile: int) -> Tensor:
-    """Return images, uint8 `[N, 3, height, width]`, in the size in which they are shown."""
-    side = max(images.shape[-2:])
-    zoom = min(LARGEST_TILE / side, max(1, round(tile / side)))
-    size = [max(1, round(length * zoom)) for length in images.shape[-2:]]
-    return as_bytes(interpolate(images / 255, size, mode="area"))
+    return picture
 
 
 def show(pictures: Tensor) -> Image.Image:
@@ -105,17 +98,13 @@ def show(pictures: Tensor) -> Image.Image:
         wanted = "uint8 or floats in [0, 1], [H, W], [N, H, W] or [S, B, H, W]"
         raise ValueError(f"pictures to be shown are {wanted}, not {described(pictures)}")
     rows = pictures.transpose(0, 1) if pictures.dim() == 4 else pictures.reshape(1, -1, *pictures.shape[-2:])
-    return as_picture(draw_rows([("", colour(row)) for row in rows.detach().cpu()]))
-
-
-def as_bytes(images: Tensor) -> Tensor:
-    """Return images of any shape, in [0, 1] or uint8, as uint8 on the CPU."""
-    return images.cpu() if images.dtype == torch.uint8 else images.mul(255).round().to("cpu", torch.uint8)
+    return draw_rows([("", row) for row in rows.detach().cpu()])
 
 
 def as_picture(image: Tensor) -> Image.Image:
-    """Return colours `[3, height, width]`, in [0, 1] or uint8, as a Pillow image."""
-    return Image.fromarray(as_bytes(image).permute(1, 2, 0).contiguous().numpy())
+    """Return a grey image `[height, width]` or colours `[3, height, width]`, uint8 or in [0, 1], as a Pillow image."""
+    levels = (image if image.dtype == torch.uint8 else image.mul(255).round().byte()).cpu()
+    return Image.fromarray((levels.movedim(0, -1) if levels.dim() == 3 else levels).contiguous().numpy())
 
 
 def ending(path: Path) -> str:
@@ -126,20 +115,19 @@ def ending(path: Path) -> str:
 
 
 def write_picture(path: Path, picture: Image.Image) -> None:
-    """Write a picture in the format of its name. Raises UsageError if that cannot hold it, and DiskError."""
+    """Write a picture in the format of its name, and make its folder.
+
+    Raises UsageError if the format cannot hold it, and DiskError.
+    """
     suffix, buffer = ending(path), io.BytesIO()
     try:
         picture.save(buffer, Image.registered_extensions()[suffix], **ENDINGS[suffix])
     except (OSError, ValueError, struct.error):
         size = f"{picture.width}×{picture.height} pixels"
         raise UsageError(f"{path}: this format cannot hold {size}; choose .png") from None
+    with telling_of_disk(f"{path.parent}: cannot be made"):
+        path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, buffer.getvalue())
-
-
-def name_pieces(folder: Path, run: str, numbers: Sequence[int], samples: int) -> list[Path]:
-    """Return the files of `write_pieces` for the images of these numbers, row by row: `RUN-imageN-PART.png`."""
-    parts = ["input", "truth", "nn", *(f"sample{i:02d}" for i in range(1, samples + 1))]
-    return [folder / f"{run}-image{number}-{part}.png" for part in parts for number in numbers]
 
 
 def refuse_to_replace(paths: Sequence[Path]) -> None:
@@ -148,17 +136,7 @@ def refuse_to_replace(paths: Sequence[Path]) -> None:
         raise UsageError(f"{there[0]} exists already and is left as it is; choose another folder")
 
 
-def make_folders(paths: Sequence[Path]) -> None:
-    """Make the folders of these files. Raises DiskError."""
-    for folder in {path.parent for path in paths}:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DiskError(f"{folder}: cannot be made ({error.strerror or error})") from None
-
-
-def write_pieces(paths: Sequence[Path], rows: Rows) -> None:
-    """Write each image of the rows to a file, pixel for pixel; grey but for the inputs. Raises DiskError."""
-    make_folders(paths)
-    for path, image in zip(paths, (image for _, row in rows for image in row), strict=False):
-        write_picture(path, as_picture(image) if path.stem.endswith("-input") else as_picture(image).convert("L"))
+def name_pieces(folder: Path, run: str, numbers: Sequence[int], samples: int) -> list[Path]:
+    """Return the files for the images of these numbers in `completion_rows`, row by row: `RUN-imageN-PART.png`."""
+    parts = ["input", "truth", "nn", *(f"sample{i:02d}" for i in range(1, samples + 1))]
+    return [folder / f"{run}-image{number}-{part}.png" for part in parts for number in numbers]

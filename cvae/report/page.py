@@ -235,7 +235,7 @@ def build(models: dict[str, Shown]) -> Any:
 def data_url(picture: Tensor) -> str:
     """Return a picture, `[height, width]` or colours `[3, height, width]` in [0, 1], as a PNG in a URL."""
     buffer = io.BytesIO()
-    figures.as_picture(picture if picture.dim() == 3 else figures.colour(picture)).save(buffer, "PNG")
+    figures.as_picture(picture).save(buffer, "PNG")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -24,7 +25,7 @@ from cvae.model.likelihood import estimate
 from cvae.report import measures
 from cvae.report.classifier import Classifier, open_judges
 from cvae.report.evaluation import Subject
-from cvae.report.figures import INK, PAPER, as_picture, completion_rows, draw_rows, write_picture
+from cvae.report.figures import INK, PAPER, completion_rows, draw_rows, write_picture
 from cvae.report.tables import laid_out, number
 
 COMPLETIONS = 50  # of each image, S
@@ -207,7 +208,7 @@ def draw(case: Case, ambiguity: Tensor, seed: int, context: Context) -> Image.Im
     words = [f"{entropy:.2f}" for entropy in ambiguity[numbers]]
     rows.insert(2, ("x only", torch.stack(list(map(_chart, known, classes, words)))))
     rows.append((f"of {COMPLETIONS}", torch.stack(list(map(_chart, came, classes, [""] * len(numbers))))))
-    return as_picture(draw_rows(rows, SIDE))
+    return draw_rows(rows, SIDE)
 
 
 def _chart(shares: Tensor, true: int, words: str) -> Tensor:
@@ -222,6 +223,4 @@ def _chart(shares: Tensor, true: int, words: str) -> Tensor:
             pen.text((left + width / 2, SIDE), str(k), fill=TRUE if k == true else INK, font=font, anchor="mb")
     pen.line((0, foot, SIDE - 1, foot), fill=INK)
     pen.text((SIDE / 2, 0), words, fill=INK, font=font, anchor="mt")
-    from torchvision.transforms.functional import pil_to_tensor  # takes a second, as in figures
-
-    return pil_to_tensor(picture)  # type: ignore[no-any-return]
+    return torch.tensor(np.asarray(picture)).movedim(-1, 0)

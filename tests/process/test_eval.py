@@ -275,7 +275,6 @@ def test_pictures_that_cannot_be_drawn(place: Path, monkeypatch: pytest.MonkeyPa
     before = contents(place)
     monkeypatch.setattr(evaluation, "evaluate_run", lambda *_: pytest.fail("it evaluates"))
     for words, code, reason in (
-        ("--figure nowhere/f.png", 5, "nowhere/f.png: cannot be written"),
         ("--samples-to runs/q1/config.json", 5, "runs/q1/config.json: cannot be made"),
         ("--figure x.png --digits 3,50", 2, "--digits 50: the test images of runs/q1 are numbered 0 to 49"),
         ("--samples-to x --digits=-1,3", 2, "--digits -1: the test images of runs/q1 are numbered 0 to 49"),

@@ -23,9 +23,9 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
-def pixels(image: Image.Image | Tensor) -> npt.NDArray[np.uint8]:
+def pixels(image: Image.Image) -> npt.NDArray[np.uint8]:
     """Return a picture as `[height, width, 3]`."""
-    return np.asarray(image.convert("RGB")) if isinstance(image, Image.Image) else image.permute(1, 2, 0).numpy()
+    return np.asarray(image.convert("RGB"))
 
 
 def random_images(*shape: int) -> Tensor:
@@ -36,7 +36,7 @@ def random_images(*shape: int) -> Tensor:
 def test_each_image_is_where_it_belongs(height: int, width: int, zoom: int) -> None:
     """Magnified by a whole number, in the row of its label, GAP screen pixels from the next one, on white."""
     images = random_images(2, 3, height, width)
-    rows = [("first", figures.colour(images[0]) / 255), ("second row", figures.colour(images[1, :2]) / 255)]
+    rows = [("first", images[0] / 255), ("second row", images[1, :2, None].expand(-1, 3, -1, -1))]
     drawn = pixels(figures.draw_rows(rows)).copy()
     across, down = zoom * width + figures.GAP, zoom * height + figures.GAP
     left = drawn.shape[1] - 3 * across
@@ -55,11 +55,12 @@ def test_each_image_is_where_it_belongs(height: int, width: int, zoom: int) -> N
 def test_large_images_are_shrunk(height: int, width: int) -> None:
     """To 128 screen pixels; their mean stays, and the label has room."""
     images = random_images(4, height, width).float() / 255
-    drawn = figures.draw_rows([("", figures.colour(images))])
+    drawn = pixels(figures.draw_rows([("", images)]))
     tile = [max(1, round(side * 128 / max(height, width))) for side in (height, width)]
-    assert drawn.shape == (3, max(tile[0], 12) + 8, 4 * (tile[1] + 4) + 8)
-    seen = torch.stack([drawn[0, 4:][: tile[0], 8 + j * (tile[1] + 4) :][:, : tile[1]] for j in range(4)])
-    assert seen.float().mean() == pytest.approx(255 * images.mean().item(), abs=2)  # windows overlap at their edges
+    place = [max(side, 12) for side in tile]
+    assert drawn.shape == (place[0] + 8, 4 * (place[1] + 4) + 8, 3)
+    seen = [drawn[4:, 8 + j * (place[1] + 4) :][: tile[0], : tile[1], 0] for j in range(4)]
+    assert np.mean(seen) == pytest.approx(255 * images.mean().item(), abs=2)  # windows overlap at their edges
 
 
 def test_rows_of_completions() -> None:
@@ -68,17 +69,16 @@ def test_rows_of_completions() -> None:
     guess, samples = torch.rand(3, task.y_dim), torch.rand(2, 3, task.y_dim)
     rows = dict(figures.completion_rows(images, task, guess, samples))
     assert list(rows) == ["input: 1 quadrant", "truth", "NN", "CVAE 1", "CVAE 2"]
-    for name, label in (("", "input"), ("a" * 300, f"input: {'a' * 19}…")):
+    for name, label in (("", "input"), ("a" * 300, f"input: {'a' * 20}")):
         assert figures.completion_rows(images, FixedMask(task.observed, name), guess)[0][0] == label
     given = rows.pop("input: 1 quadrant").permute(0, 2, 3, 1)
     assert (given[:, task.observed].mul(255).round().byte() == images[:, task.observed, None]).all()
     assert (given[:, ~task.observed].mul(255).round() == torch.tensor(BLUE)).all()
     for row in rows.values():
-        assert torch.equal(row[:, 0, task.observed], images[:, task.observed] / 255)
-        assert torch.equal(row[:, 0], row[:, 2])
+        assert torch.equal(row[:, task.observed], images[:, task.observed] / 255)
     asked = {"truth": images[:, ~task.observed] / 255, "NN": guess, "CVAE 1": samples[0], "CVAE 2": samples[1]}
     for label, y in asked.items():
-        assert torch.equal(rows[label][:, 0, ~task.observed], y)
+        assert torch.equal(rows[label][:, ~task.observed], y)
 
 
 def test_show_in_a_notebook() -> None:
@@ -108,32 +108,29 @@ def test_formats(tmp_path: Path, ending: str) -> None:
 
 
 def test_pictures_that_cannot_be_written(tmp_path: Path) -> None:
-    """By their format, their name, or their folder; nothing is left behind."""
-    unfit = [
-        (f"wide.{form}", UsageError, "this format cannot hold 70000×1 pix") for form in ("webp", "jpg", "gif", "pdf")
-    ]
-    unknown, nowhere = (
-        ("a.xyz", UsageError, "pictures are written as "),
-        ("nowhere/a.png", DiskError, "cannot be written"),
-    )
-    for name, error, problem in (*unfit, unknown, nowhere):
-        with pytest.raises(error, match=f"{name}: {problem}"):
+    """By their format, their name, or their folder, which is a file; nothing is left behind."""
+    (tmp_path / "file").touch()
+    forms = ("webp", "jpg", "gif", "pdf")
+    unfit = [(f"wide.{form}", UsageError, f"wide.{form}: this format cannot hold 70000×1 pix") for form in forms]
+    unknown = ("a.xyz", UsageError, "a.xyz: pictures are written as ")
+    no_folder = ("file/a.png", DiskError, "file: cannot be made")
+    for name, error, problem in (*unfit, unknown, no_folder):
+        with pytest.raises(error, match=problem):
             figures.write_picture(tmp_path / name, Image.new("RGB", (70_000, 1)))
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_pieces(tmp_path: Path) -> None:
-    """Each image in a file of its own, pixel for pixel; none replaces another file."""
-    images, task = random_images(2, 5, 4), FixedMask(torch.arange(20).view(5, 4) < 4)
-    rows = figures.completion_rows(images, task, torch.zeros(2, 16), torch.ones(1, 2, 16))
+def test_files_of_single_images(tmp_path: Path) -> None:
+    """Pixel for pixel, in a folder that is made, under the numbers of the images; none replaces another file."""
     paths = figures.name_pieces(tmp_path / "new/folder", "q1-input", [7, 3], 1)
-    assert [path.name for path in paths[:3]] == [f"q1-input-image{i}.png" for i in ("7-input", "3-input", "7-truth")]
+    parts = ("7-input", "3-input", "7-truth", "3-truth", "7-nn", "3-nn", "7-sample01", "3-sample01")
+    assert [path.name for path in paths] == [f"q1-input-image{part}.png" for part in parts]
     figures.refuse_to_replace(paths)
-    figures.write_pieces(paths, rows)
-    assert sorted(paths[0].parent.iterdir()) == sorted(paths)
-    for path, expected in zip(paths, torch.cat([row for _, row in rows]), strict=True):
-        with Image.open(path) as image:
-            assert image.mode == ("RGB" if path.name.endswith("-input.png") else "L")
-            assert (pixels(image) == pixels(figures.as_bytes(expected))).all()
-    with pytest.raises(UsageError, match=r"q1-input-image3-truth\.png exists already and is left as it is"):
-        figures.refuse_to_replace(paths[3:])
+    for path, image in zip(paths, (torch.rand(5, 4), random_images(3, 5, 4)), strict=False):
+        figures.write_picture(path, figures.as_picture(image))
+        with Image.open(path) as written:
+            assert written.mode == ("L" if image.dim() == 2 else "RGB")
+            expected = image.mul(255).round().byte() if image.is_floating_point() else image
+            assert (pixels(written) == expected.expand(3, -1, -1).permute(1, 2, 0).numpy()).all()
+    with pytest.raises(UsageError, match=r"q1-input-image3-input\.png exists already and is left as it is"):
+        figures.refuse_to_replace(paths[1:])
