@@ -34,7 +34,7 @@ from cvae.data.tasks import FixedMask
 from cvae.errors import DataError, UsageError
 from cvae.model.cvae import CVAE
 from cvae.report import figures
-from cvae.run.checkpoint import atomic_file, write_atomically, write_json
+from cvae.run.checkpoint import atomic_file, telling_of_disk, write_atomically, write_json
 from cvae.run.folder import CONFIG, OBSERVED, WEIGHTS, quoted
 from cvae.run.load import load_trained
 from cvae.run.plan import user_path
@@ -149,7 +149,8 @@ def export_folder(folder: Path, trained: Trained, half: bool = False) -> str:
     Raises UsageError if there is something in it already, and what `export` does.
     """
     figures.refuse_to_replace(list(folder.glob("*")))
-    figures.make_folders([folder / WEIGHTS])
+    with telling_of_disk(f"{folder}: cannot be made"):
+        folder.mkdir(parents=True, exist_ok=True)
     line = export(folder / WEIGHTS, trained, half)
     s, task = passed_on(trained.settings), trained.model.task
     write_json(folder / CONFIG, {"settings": s.to_dict(), "images": trained.images, "version": VERSION})
