@@ -103,8 +103,7 @@ class GuardedAdam:
 
     def start_epoch(self) -> None:
         """Count skipped steps from zero; a streak of bad steps goes on."""
-        self._counts[:2] = 0
-        self._counts[3] = self._counts[2]
+        self._counts[:2] = self._counts[3] = 0
 
     def check(self, where: str) -> None:
         """Raise NonFiniteError, naming `where`, after MAX_STREAK bad steps in a row or with a collapsed loss scale."""

@@ -1,5 +1,6 @@
 """Two real processes, which exchange by gloo, train and validate as one does."""
 
+import math
 import multiprocessing
 import os
 import socket
@@ -58,6 +59,15 @@ def fit_ranked(processes: Processes, folder: Path) -> None:
         fit(training.phase, run, {})
 
 
+def skip_together(processes: Processes) -> dict[str, int]:
+    """The skipped steps of an epoch in which the loss of the second process is infinite, and all gradients finite."""
+    training = make_training(processes=processes)
+    objective, constant = training.step.objective, math.inf if processes.rank else 0.0
+    training.step.objective = lambda *given: {name: term + constant for name, term in objective(*given).items()}
+    train_epoch(training.phase, training.run, training.step, training.step, 1)
+    return training.step.optimizer.skipped()
+
+
 def exchange_all(processes: Processes) -> list[Any]:
     """What comes of sums, means, gathered objects, and of a failure in one of the processes."""
 
@@ -89,7 +99,7 @@ def one_of_two(rank: int, port: int, folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     processes = Processes()
     with processes.connected(CPU):
-        torch.save([train_all(processes), exchange_all(processes)], folder / f"{rank}.pt")
+        torch.save([train_all(processes), exchange_all(processes), skip_together(processes)], folder / f"{rank}.pt")
         fit_ranked(processes, folder / "run")
 
 
@@ -139,6 +149,10 @@ def test_sums_means_and_objects(two):
         assert numbers == [[3.0] * 3, 4.0, [0.5, 5.0], rank, [0.2, 1.0], 10, [[0.0, 1.0]]]
         assert memory.startswith("the memory does not suffice (no room here)")
         assert (everybody, lost, main) == (f"read by {rank}", "no such file here", "read by 0")
+
+
+def test_step_is_skipped_by_all_or_by_none(two):
+    assert [torch.load(two / f"{rank}.pt")[2] for rank in (0, 1)] == [{"skipped_steps": 3}] * 2
 
 
 def test_process_without_a_portion_validates_nothing(monkeypatch):
