@@ -34,10 +34,9 @@ from cvae.context import Context, opened
 from cvae.data.sources import load_test, named
 from cvae.errors import DataError, UsageError
 from cvae.report import figures, realism, tables
-from cvae.report.evaluation import Subject, by_setting, evaluate_run, find_runs, is_comparable, open_run, short_names
+from cvae.report.evaluation import Subject, by_setting, evaluate_run, find_runs, open_run, short_names
 from cvae.run.folder import find_run
 from cvae.run.plan import absolute, user_path
-from cvae.settings import Settings
 
 RUNS = Path("runs")
 NUM_DIGITS, NUM_SAMPLES = 10, 10  # of the figure
@@ -62,8 +61,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--realism", action="store_true", help="measure realism and diversity of completions too: a second table")
     add("--realism-images", type=int, metavar="N", help="measure on the first N test images only (default: all)")
     add("--realism-figure", type=path, metavar="PATH", help="draw completions of ever more ambiguous images")
-    add("--data", default="", metavar="PATH", help="where the images of the runs are now, as for train.py")
-    add("--data-root", metavar="DIR", help="where torchvision's data sets are now, as for train.py")
+    add("--data", type=named, metavar="PATH", help="where the images of the runs are now, as for train.py")
+    add("--data-root", type=absolute, metavar="DIR", help="where torchvision's data sets are now, as for train.py")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:n (default: %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="random seed of the noise (default: %(default)s)")
     options = parser.parse_intermixed_args(argv)
@@ -74,14 +73,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--realism-images and --realism-figure need --realism")
     if options.digits and not (options.figure or options.samples_to):
         parser.error("--digits chooses test images for --figure and --samples-to: give one of them")
-    try:
-        places = {"data": named(options.data), "data_root": options.data_root and absolute(options.data_root)}
-        options.moved = {name: place for name, place in places.items() if place}
-        Settings(**options.moved)
-        for figure in filter(None, (options.figure, options.realism_figure)):
-            figures.ending(figure)
-    except (ValueError, UsageError) as error:
-        parser.error(str(error))
+    for figure in filter(None, (options.figure, options.realism_figure)):
+        figures.ending(figure)
     return options
 
 
@@ -90,47 +83,47 @@ def numbers(word: str) -> list[int]:
     return list(dict.fromkeys(map(int, word.split(","))))
 
 
-def open_runs(options: argparse.Namespace, context: Context) -> tuple[dict[str, Subject], dict[str, str], list[str]]:
-    """Return the runs by name, which of them each is compared with, and a line about each problem."""
-    processes, against = context.processes, options.against and find_run(options.against, RUNS)
+def open_runs(options: argparse.Namespace, context: Context) -> tuple[dict[str, Subject], list[str]]:
+    """Return the runs by name, none if the one to compare with cannot be evaluated, and a line about each problem."""
+    processes, against, opened = context.processes, options.against and find_run(options.against, RUNS).resolve(), []
     folders, problems = processes.on_main(partial(find_runs, options.named + options.runs, RUNS))
-    if against and against.resolve() not in [folder.resolve() for folder in folders]:
-        folders.insert(0, against)
+    if against and against not in [folder.resolve() for folder in folders]:
+        folders.insert(0, find_run(options.against, RUNS))
+    moved = {name: place for name in ("data", "data_root") if (place := getattr(options, name))}
     load = cache(partial(load_test, show=processes.is_main))  # once for the runs that share the images
-    found = []
     for folder in folders:
         try:
-            opening = partial(open_run, folder, options.unfinished, options.moved, context.device, load)
-            found.append(processes.on_all(opening))
+            opened.append(processes.on_all(partial(open_run, folder, options.unfinished, moved, context.device, load)))
         except DataError as error:
             problems.append(str(error) if str(error).startswith(str(folder)) else f"{folder}: {error}")
-    runs, compared = dict(zip(short_names([run.folder for run in found]), found, strict=True)), {}
+    runs = dict(zip(short_names([run.folder for run in opened]), opened, strict=True))
     if against:
-        base = next((name for name, run in runs.items() if run.folder.resolve() == against.resolve()), None)
+        base = next((name for name, run in runs.items() if run.folder.resolve() == against), None)
         if base is None:
-            raise DataError("\n".join([*problems, f"--against {options.against}: cannot be evaluated"]))
-        others = [name for name in runs if name != base]
-        compared = {name: base for name in others if is_comparable(runs[name], runs[base])}
-        reason = f"cannot be compared with {runs[base].folder}: the test images or the mask are others"
-        problems += [f"{runs[name].folder}: {reason}" for name in others if name not in compared]
-    return runs, compared, problems
+            return {}, [*problems, f"--against {options.against}: cannot be evaluated"]
+        asked = runs[base].model.task.asked(runs[base].test.images)
+        for name, run in runs.items():
+            if run.test.record == runs[base].test.record and torch.equal(run.model.task.asked(run.test.images), asked):
+                runs[name] = run._replace(against=base)
+            else:
+                reason = "the test images or the mask are others"
+                problems.append(f"{run.folder}: cannot be compared with {runs[base].folder}: {reason}")
+    return runs, problems
 
 
-def draw_all(runs: dict[str, Subject], options: argparse.Namespace) -> list[str]:
-    """Write the figures and samples that are asked for, unless one has to be refused; return a line about each."""
-    drawings, lines = [], []
+def draw_all(runs: dict[str, Subject], options: argparse.Namespace, context: Context) -> list[str]:
+    """Write the figures and samples that are asked for; return a line about each. Raises UsageError and DiskError."""
+    lines = []
     for name, run in runs.items() if options.figure or options.samples_to else ():
-        name, count, figure, folder = name.replace("/", "-"), len(run.test.images), options.figure, options.samples_to
+        figure, folder, model, name = options.figure, options.samples_to, run.model, name.replace("/", "-")
         if len(runs) > 1:
             figure, folder = figure and figure.with_stem(f"{figure.stem}-{name}"), folder and folder / name
-        digits = options.digits or list(range(min(NUM_DIGITS, count)))
-        if bad := [digit for digit in digits if not 0 <= digit < count]:
-            raise UsageError(f"--digits {bad[0]}: the test images of {run.folder} are numbered 0 to {count - 1}")
+        digits, count = options.digits or list(range(NUM_DIGITS))[: len(run.test.images)], len(run.test.images)
+        if not 0 <= min(digits) <= max(digits) < count:
+            raise UsageError(f"--digits: the test images of {run.folder} are numbered 0 to {count - 1}")
         pieces = figures.name_pieces(folder, name, digits, NUM_SAMPLES) if folder else []
         figures.refuse_to_replace(pieces)
-        drawings.append((run, digits, figure, pieces))
-    for run, digits, figure, pieces in drawings:
-        images, model, context = run.test.images[digits], run.model, Context(next(run.model.parameters()).device)
+        images = run.test.images[digits]
         random = [context.generator(options.seed, "figure", digit) for digit in digits]  # whatever is drawn beside it
         samples = torch.cat(list(map(model.complete, images, [NUM_SAMPLES] * len(digits), random)), dim=1)
         guess = model.guess(model.task.batch(model.task.rows(images.to(context.device)))).sigmoid()
@@ -138,10 +131,10 @@ def draw_all(runs: dict[str, Subject], options: argparse.Namespace) -> list[str]
         if figure:
             figures.write_picture(figure, figures.draw_rows(rows))
             lines.append(f"figure: {figure}")
-        if pieces:
+        if folder:
             for path, image in zip(pieces, (image for _, row in rows for image in row), strict=True):
                 figures.write_picture(path, figures.as_picture(image))
-            lines.append(f"samples: {pieces[0].parent}")
+            lines.append(f"samples: {folder}")
     return lines
 
 
@@ -153,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.precision != "auto" or context.device.type == "cpu":
             context = context.with_precision(options.precision)
         is_main, is_text = context.processes.is_main, options.format == "text"
-        runs, compared, problems = open_runs(options, context)
+        runs, problems = open_runs(options, context)
         cases, more = realism.open_cases(runs if options.realism else {}, options.realism_images, context)
         problems += more
         if is_main:
@@ -161,13 +154,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 complain(f"{program('eval.py')}: {line}")
             for line in dict.fromkeys(run.test.about for run in runs.values() if is_text):
                 say(line)
-        drawn = context.processes.on_main(partial(draw_all, runs, options))
-        found = {name: evaluate_run(name, run, options.samples, options.seed, context) for name, run in runs.items()}
+        drawn = context.processes.on_main(partial(draw_all, runs, options, context))
+        found = [evaluate_run(name, run, options.samples, options.seed, context) for name, run in runs.items()]
         judged = {name: realism.judge(name, case, options.seed, context) for name, case in cases.items()}
         if is_main and found:
-            columns = [run._replace(against=found.get(compared.get(name, ""))) for name, run in found.items()]
-            beside = realism.records(found, judged) if options.realism else {}
-            table = tables.render(by_setting(columns) if options.seeds else columns, options.format, beside)
+            beside = realism.records(runs, judged) if options.realism else {}
+            columns = by_setting(found) if options.seeds else [[run] for run in found]
+            table = tables.render(columns, options.format, beside)
             if judged and options.format in ("text", "markdown"):
                 table += realism.render(beside, runs, options.format)
             say("\n".join(["", table, *drawn, ""] if drawn else ["", table]) if is_text else table, end="")

@@ -1,7 +1,8 @@
-"""A run on the test images: found, opened, evaluated; and runs that differ in their seeds alone, put together."""
+"""Runs on the test images: found, opened, evaluated; and those that differ in their seeds alone, put together."""
 
+import math
 import os
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,16 +19,12 @@ from cvae.errors import DataError
 from cvae.model.cvae import CVAE
 from cvae.model.likelihood import Likelihoods, active_units, evaluate
 from cvae.model.objectives import trains_recognition
-from cvae.run.folder import BEST, CONFIG, LAST, SUMMARY, RunFolder, find_run, quoted
+from cvae.run.folder import CONFIG, RunFolder, find_run, quoted
 from cvae.run.load import load_trained
 from cvae.settings import Settings
 
-Values = dict[tuple[str, int], Tensor]
-"""Quantities of each image, float64 `[N]`, by name and number of samples S; `kl` by the level of z, others with 0.
-
-`gap` is nn_nll minus cvae_is_nll at the largest S. What takes z from an untrained recognition network is left out."""
-
 OF_THE_IMAGES = ("data", "data_root", "size", "transpose", "targets")  # settings that the test images depend on
+NOT_FROM_RECOGNITION = ("nn_nll", "floor", "cvae_mc_nll")
 
 
 class Subject(NamedTuple):
@@ -38,6 +35,21 @@ class Subject(NamedTuple):
     model: CVAE
     test: TestImages
     epochs: int | None  # that an unfinished run has had
+    against: str = ""  # the name of the run that it is compared with: of the same images, with the same mask
+
+
+class Evaluation(NamedTuple):
+    """The estimates of a run, or the means over several that differ in their seeds alone."""
+
+    name: str  # of the run in the table
+    settings: Settings
+    samples: tuple[int, ...]  # the numbers of samples S, ascending
+    values: dict[str, Tensor]  # as `by_name` gives them
+    units: list[tuple[int, int]]  # of each level of z, from top to bottom: active dimensions, all dimensions
+    precision: str
+    images: str  # SHA-256 of the test images
+    epochs: int | None = None  # as in Subject, like the next one
+    against: str = ""
 
 
 def find_runs(words: Sequence[Path], runs: Path) -> tuple[list[Path], list[str]]:
@@ -45,20 +57,16 @@ def find_runs(words: Sequence[Path], runs: Path) -> tuple[list[Path], list[str]]
 
     words: Runs and folders of runs, as paths or as names below the folder `runs`; none: all runs there.
     """
-    folders: dict[Path, Path] = {}
-    problems = []
+    folders, problems = dict[Path, Path](), []
     for place in [find_run(word, runs) for word in words] or [runs]:
-        below = [place] if _has_run(place) else [path for path in sorted(place.glob("[!.]*")) if _has_run(path)]
+        is_run = os.path.isfile(place / CONFIG)
+        below = [place] if is_run else sorted(file.parent for file in place.glob(f"[!.]*/{CONFIG}"))
         for folder in below:
             folders.setdefault(folder.resolve(), folder)
         if not below:
             problem = "has no run in it" if os.path.isdir(place) else "there is no such folder"
             problems.append(f"{place}: {problem}; {called('train.py')} trains a run")
     return list(folders.values()), problems
-
-
-def _has_run(folder: Path) -> bool:
-    return any(os.path.isfile(folder / name) for name in (CONFIG, BEST, LAST, SUMMARY))
 
 
 def open_run(
@@ -75,86 +83,55 @@ def open_run(
         way = f"{called('train.py')} --resume {quoted(folder)} goes on with it, --unfinished evaluates it as it is"
         raise DataError(f"{folder}: is not finished; {way}")
     model = load_trained(folder, device).model
-    epochs = [line.get("epoch") for line in ([] if is_finished else run.metrics()) if line.get("phase") == "cvae"]
+    epochs = [] if is_finished else [line.get("epoch") for line in run.metrics() if line.get("phase") == "cvae"]
     test = load(Settings(**{name: getattr(settings, name) for name in OF_THE_IMAGES}))
     if (other := difference(run.record, test.record)) is not None:
         raise DataError(f"{folder}: was begun on {other}; --data says where its own are")
     return Subject(folder, settings, model, test, epochs[-1] if epochs else None)
 
 
-def is_comparable(run: Subject, other: Subject) -> bool:
-    """Return whether two runs have the same test images and the same mask."""
-    one, two = (each.model.task.rows(each.test.images) for each in (run, other))
-    return run.model.task.x_dim == other.model.task.x_dim and torch.equal(one, two)
-
-
 def short_names(folders: Sequence[Path]) -> list[str]:
     """Return a name for each run: its folder's, with as many folders above it as tell it from the others."""
-    parts = [Path(os.path.abspath(folder)).parts for folder in folders]
-    lengths = [next(n for n in range(1, 1 + len(own)) if [p[-n:] for p in parts].count(own[-n:]) == 1) for own in parts]
-    return ["/".join(own[-length:]) for own, length in zip(parts, lengths, strict=True)]
-
-
-class Evaluation(NamedTuple):
-    """The estimates of a run, or the means over several that differ in their seeds alone."""
-
-    name: str  # of the run in the table
-    settings: Settings
-    samples: tuple[int, ...]  # the numbers of samples S, ascending
-    values: Values
-    units: list[tuple[int, int]]  # of each level of z, from top to bottom: active dimensions, all dimensions
-    precision: str
-    images: str  # SHA-256 of the test images
-    epochs: int | None = None  # that an unfinished run has had
-    against: "Evaluation | None" = None  # what it is compared with: of the same images, with the same mask
-    seeds: "tuple[Evaluation, ...]" = ()  # the runs that were put together; all but `values` is the first one's
+    paths = [Path(os.path.abspath(folder)).parts for folder in folders]
+    ends = [[path[-n:] for n in range(1, 1 + len(path))] for path in paths]
+    return ["/".join(next(end for end in each if sum(end in other for other in ends) == 1)) for each in ends]
 
 
 def evaluate_run(name: str, run: Subject, samples: tuple[int, ...], seed: int, context: Context) -> Evaluation:
     """Evaluate a run, under this name; each process computes the estimates of its share of the images."""
-    images, processes = ImageSet(run.test.images, run.model.task, context.device), context.processes
-    portions = []
+    images, processes, portions = ImageSet(run.test.images, run.model.task, context.device), context.processes, []
     with Bar(name, len(images) // processes.count, "img", processes.is_main) as bar:
         for portion in processes.in_step(evaluate(run.model, images, samples, seed, context)):
             portions.append(portion)
             bar.update(len(portion.nn_nll))
     found = Likelihoods(*(processes.gather(torch.cat(parts, dim=-1)) for parts in zip(*portions, strict=True)))
-    values, units = by_name(found, samples, run.settings), active_units(run.model, images, seed, context)
+    values, units = by_name(found, run.settings), active_units(run.model, images, seed, context)
     sha256 = run.test.record["test"]["sha256"]
-    return Evaluation(name, run.settings, samples, values, units, context.precision, sha256, run.epochs)
+    return Evaluation(name, run.settings, samples, values, units, context.precision, sha256, run.epochs, run.against)
 
 
-def by_name(found: Likelihoods, samples: Sequence[int], settings: Settings) -> Values:
-    """Return what the likelihoods say about a run of these settings."""
-    values: Values = {("nn_nll", 0): found.nn_nll, ("floor", 0): found.floor}
-    values |= {("cvae_mc_nll", s): nll for s, nll in zip(samples, found.cvae_mc_nll, strict=True)}
-    if trains_recognition(settings):
-        values |= {("cvae_neg_elbo", 0): found.cvae_neg_elbo, ("gap", 0): found.nn_nll - found.cvae_is_nll[-1]}
-        values |= {("cvae_is_nll", s): nll for s, nll in zip(samples, found.cvae_is_nll, strict=True)}
-        values |= {("ess", s): ess for s, ess in zip(samples, found.ess, strict=True)}
-        values |= {("kl", level): kl for level, kl in enumerate(found.kl, start=1)}
+def by_name(found: Likelihoods, settings: Settings) -> dict[str, Tensor]:
+    """Return the likelihoods by name, and `gap`, nn_nll minus cvae_is_nll at the largest S.
+
+    What takes z from a recognition network is NaN where runs of these settings do not train any.
+    """
+    values = {**found._asdict(), "gap": found.nn_nll - found.cvae_is_nll[-1]}
+    if not trains_recognition(settings):
+        values |= {key: torch.full_like(values[key], math.nan) for key in values if key not in NOT_FROM_RECOGNITION}
     return values
 
 
-def by_setting(runs: Sequence[Evaluation]) -> list[Evaluation]:
-    """Put runs on the same images that differ in their seeds alone together, in the order of the first ones.
-
-    Folders and devices do not count. Runs of one seed, as copies are, stay apart.
-    """
-    groups: dict[tuple[object, ...], list[Evaluation]] = {}
-    copies: Counter[tuple[object, ...]] = Counter()
+def by_setting(runs: Sequence[Evaluation]) -> list[list[Evaluation]]:
+    """Group runs on the same images that differ in their seeds alone; folders and devices do not count."""
+    groups = defaultdict[object, list[Evaluation]](list)
     for run in runs:
-        alike = (replace(run.settings, seed=0, data_root=None, device="auto"), run.images, run.epochs)
-        groups.setdefault((*alike, copies[*alike, run.settings.seed]), []).append(run)
-        copies[*alike, run.settings.seed] += 1
-    means = {run.name: mean for group in groups.values() for mean in [_mean(group)] for run in group}
-    together = [(means[group[0].name], group[0].against) for group in groups.values()]
-    references = [None if other is None or means[other.name] is run else means[other.name] for run, other in together]
-    return [run._replace(against=other) for (run, _), other in zip(together, references, strict=True)]
+        groups[replace(run.settings, seed=0, data_root=None, device="auto"), run.images, run.epochs].append(run)
+    return list(groups.values())
 
 
-def _mean(runs: Sequence[Evaluation]) -> Evaluation:
+def mean_of(runs: Sequence[Evaluation]) -> Evaluation:
+    """Return the mean of runs, image by image, under their names; all but the values is the first one's."""
     names = [run.name for run in runs]
     name = ", ".join(names) if len(names) <= 3 else f"{names[0]} … {names[-1]}"
-    values = {row: torch.stack([run.values[row] for run in runs]).mean(0) for row in runs[0].values}
-    return runs[0]._replace(name=name, values=values, seeds=tuple(runs))
+    values = {key: torch.stack([run.values[key] for run in runs]).mean(0) for key in runs[0].values}
+    return runs[0]._replace(name=name, values=values)

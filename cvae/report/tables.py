@@ -8,10 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from cvae.data.masks import mask_name
 from cvae.errors import printable
 from cvae.model.likelihood import estimate
-from cvae.report.evaluation import Evaluation, Values
+from cvae.model.objectives import trains_recognition
+from cvae.report.evaluation import Evaluation, mean_of
 
 Cells = list[list[str]]
 Record = dict[str, Any]
@@ -23,21 +27,22 @@ LABELS = {
     "ess": "Effective samples of S = {:,}", "active_units": "Active units of z",
 }  # fmt: skip
 SAMPLED = ("cvae_mc_nll", "cvae_is_nll", "ess")  # quantities that depend on the number of samples S
+COMPARED = ("nn_nll", "cvae_neg_elbo", "cvae_mc_nll", "cvae_is_nll", "gap")
 SMALL = 5  # effective samples: with fewer the estimate is what a few samples make of it
 TUTORIAL = {1: (100.4, 71.8), 2: (61.9, 51.0), 3: (25.4, 24.2)}  # published NN and CVAE by the number of quadrants
 MNIST = "6d87418db22cc8025d05968bec9bd5c3932904b23485740db143a061a2c9d161"  # SHA-256 of the pixels of its test images
 
 
-def render(runs: Sequence[Evaluation], form: str, beside: Mapping[str, Record] | None = None) -> str:
+def render(columns: Sequence[Sequence[Evaluation]], form: str, beside: Mapping[str, Record] | None = None) -> str:
     """Return the table of runs with the same numbers of samples, in one of `FORMATS`.
 
-    JSON and CSV have a record for each run by itself, with more entries from `beside`, by the names of the runs.
+    columns: The runs; several in one are printed as their mean. JSON and CSV have a record for each run by itself, with
+    more entries from `beside`, by the names of the runs.
     """
     if form in ("text", "markdown"):
-        mark = "[{}] {}" if form == "text" else "{}. {}"
-        notes = "\n".join(mark.format(i, note) for i, note in enumerate(_notes(runs), start=1))
-        return "\n\n".join([*(laid_out(cells, form) for cells in _blocks(runs)), notes]) + "\n"
-    records = [record(one) | (beside or {}).get(one.name, {}) for run in runs for one in run.seeds or (run,)]
+        return _readable(columns, form)
+    runs = {run.name: run for column in columns for run in column}
+    records = [record(run, runs.get(run.against)) | (beside or {}).get(run.name, {}) for run in runs.values()]
     if form == "json":
         return json.dumps(records, indent=2) + "\n"
     lines, buffer = [dict(_flat(each)) for each in records], io.StringIO()
@@ -47,92 +52,92 @@ def render(runs: Sequence[Evaluation], form: str, beside: Mapping[str, Record] |
     return buffer.getvalue()
 
 
-def record(run: Evaluation) -> Record:
-    """Return what JSON says of a run; None for what cannot be known, or would say nothing."""
-    s, values, gap, levels = run.settings, run.values, _entry(run.values, "gap"), range(1, 1 + len(run.units))
-    recognises, against = ("kl", 1) in values, None
-    if run.against is not None:
-        minus = {row: values[row] - run.against.values[row] for row in values if row in run.against.values}
-        against = {"run": run.against.name, **_entries(minus, run.samples, SAMPLED[:2]), "gap": _entry(minus, "gap")}
+def record(run: Evaluation, against: Evaluation | None = None) -> Record:
+    """Return what JSON says of a run, compared with another one; None for what is not known or would say nothing."""
+    s, values, gap, differences = run.settings, run.values, _entry(run.values["gap"]), None
+    if against is not None and against is not run:
+        minus = {key: values[key] - against.values[key] for key in COMPARED}
+        differences = {"run": against.name, **_entries(minus, run.samples), "gap": _entry(minus["gap"])}
+    has_recognition = trains_recognition(s)
     return {
         "run": run.name, "seed": s.seed, "quadrants": s.quadrants if s.observed is None else None,
         "observed": mask_name(s), "targets": s.targets, "unfinished_at_epoch": run.epochs,
         "network": s.network, "objective": s.objective, "precision": run.precision,
-        "samples": run.samples[-1], "images": len(values["nn_nll", 0]), **_entries(values, run.samples, SAMPLED),
-        "floor": _entry(values, "floor"), "gap": gap["mean"], "gap_stderr": gap["stderr"],
-        "kl": [_entry(values, "kl", level) for level in levels] if recognises else None,
-        "active_units": [active for active, _ in run.units] if recognises else None,
-        "units": [count for _, count in run.units], "against": against,
+        "samples": run.samples[-1], "images": len(values["nn_nll"]), **_entries(values, run.samples),
+        "floor": _entry(values["floor"]), "gap": gap["mean"], "gap_stderr": gap["stderr"],
+        "kl": list(map(_entry, values["kl"])) if has_recognition else None,
+        "active_units": [active for active, _ in run.units] if has_recognition else None,
+        "units": [count for _, count in run.units], "against": differences,
     }  # fmt: skip
 
 
-def _entries(values: Values, samples: Sequence[int], sampled: Sequence[str]) -> Record:
-    """Return the entries in nats; those of `sampled` at the largest S, and then at each."""
-    at_largest = {key: _entry(values, key, samples[-1]) for key in sampled}
-    by_samples = {str(s): {key: _entry(values, key, s) for key in sampled} for s in samples}
-    return {key: _entry(values, key) for key in ("nn_nll", "cvae_neg_elbo")} | at_largest | {"by_samples": by_samples}
+def _entries(values: Mapping[str, Tensor], samples: Sequence[int]) -> Record:
+    """Return the entries in nats, and effective samples: those of `SAMPLED` at the largest S, and then at each."""
+    sampled = [key for key in SAMPLED if key in values]
+    by_samples = {str(s): {key: _entry(values[key][i], key) for key in sampled} for i, s in enumerate(samples)}
+    plain = {key: _entry(values[key]) for key in ("nn_nll", "cvae_neg_elbo")}
+    return {**plain, **by_samples[str(samples[-1])], "by_samples": by_samples}
 
 
-def _entry(values: Values, key: str, s: int = 0) -> Record:
+def _entry(values: Tensor, key: str = "") -> Record:
     """Return mean and standard error; of effective samples the median, and the share of images below `SMALL`."""
-    each, parts = values.get((key, s)), (math.nan, math.nan)
-    if each is not None:
-        parts = (each.median().item(), (each < SMALL).double().mean().item()) if key == "ess" else estimate(each)
-    names = ("median", f"below_{SMALL}") if key == "ess" else ("mean", "stderr")
-    return {name: None if math.isnan(part) else part for name, part in zip(names, parts, strict=True)}
+    parts = estimate(values)._asdict()
+    if key == "ess":
+        few = torch.where(values.isnan(), values, (values < SMALL).double())
+        parts = {"median": values.median().item(), f"below_{SMALL}": few.mean().item()}
+    return {name: None if math.isnan(part) else part for name, part in parts.items()}
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the columns of CSV: each value under the names that lead to it; lists are counted from 1."""
-    if not isinstance(value, dict | list):
+    if isinstance(value, dict | list):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value, start=1):
+            yield from _flat(part, f"{name}_{key}" if name else str(key))
+    else:
         yield name, value
-        return
-    for key, part in value.items() if isinstance(value, dict) else enumerate(value, start=1):
-        yield from _flat(part, f"{name}_{key}" if name else str(key))
 
 
-def _blocks(runs: Sequence[Evaluation]) -> list[Cells]:
-    """Return the cells of the table, and those of the differences if there are any, each with its header."""
-    samples, records = runs[0].samples, [record(run) | {"seeds": [*map(record, run.seeds)]} for run in runs]
-    blocks = [[["nats per image, lower is better", *map(_heading, runs)], *rows(records, samples)]]
-    if compared := [run for run in runs if run.against is not None]:
-        differences, keys = [record(run)["against"] for run in compared], list(LABELS)[:5]
+def _readable(columns: Sequence[Sequence[Evaluation]], form: str) -> str:
+    """Return the table, that of the differences if there are any, and the notes."""
+    means = {run.name: whole for column in columns for whole in [mean_of(column)] for run in column}
+    records, headings, samples = [], [], columns[0][0].samples
+    for column in columns:
+        run, seeds = means[column[0].name], list(map(record, column))
+        records.append(record(run, means.get(run.against)) | {"seeds": seeds, "sha256": run.images})
+        marks = [mask_name(run.settings)] + ["binarized"] * (run.settings.targets != "grey")
+        marks += [f"epoch {run.epochs} so far"] * (run.epochs is not None)
+        marks += [f"{len(seeds)} seeds"] * (len(seeds) > 1)
+        headings.append(f"{printable(run.name)} ({', '.join(marks)})")
+    blocks = [[["nats per image, lower is better", *headings], *rows(records, samples)]]
+    if compared := [(name, each["against"]) for name, each in zip(headings, records, strict=True) if each["against"]]:
+        names, differences = zip(*compared, strict=True)
         header = f"minus {printable(differences[0]['run'])}, below zero is better"
-        blocks.append([[header, *map(_heading, compared)], *rows(differences, samples, keys, "+.3f")])
-    return blocks
-
-
-def _heading(run: Evaluation) -> str:
-    """Return a run's name, and what its numbers depend on."""
-    marks = [mask_name(run.settings)] + ["binarized"] * (run.settings.targets != "grey")
-    marks += [f"epoch {run.epochs} so far"] * (run.epochs is not None)
-    marks += [f"{len(run.seeds)} seeds"] * (len(run.seeds) > 1)
-    return f"{printable(run.name)} ({', '.join(marks)})"
+        blocks.append([[header, *names], *rows(differences, samples, COMPARED, "+.3f")])
+    mark = "[{}] {}" if form == "text" else "{}. {}"
+    notes = "\n".join(mark.format(i, note) for i, note in enumerate(_notes(records), start=1))
+    return "\n\n".join([*(laid_out(cells, form) for cells in blocks), notes]) + "\n"
 
 
 def rows(
     records: Sequence[Record], samples: Sequence[int], keys: Sequence[str] = (*LABELS,), form: str = ".2f"
 ) -> Cells:
-    """Return the rows of these quantities, a cell for each record."""
-    each = [(key, s) for key in keys for s in (samples if key in SAMPLED else (0,))]
-    return [[LABELS[key].format(s), *(_cell(record, key, str(s), form) for record in records)] for key, s in each]
+    """Return the rows of these quantities, a cell for each record; its `seeds`, if any, are those it is the mean of."""
+    places = [(key, s) for key in keys for s in (samples if key in SAMPLED else (0,))]
+    return [[LABELS[key].format(s), *(_cell(each, key, str(s), form) for each in records)] for key, s in places]
 
 
 def _cell(record: Record, key: str, s: str, form: str) -> str:
-    """Return a quantity of a record; `seeds` in it are the records of the runs that were put together."""
-    seeds = record.get("seeds") or [record]
+    seeds = record.get("seeds", [record])
+    *entries, entry = ((each["by_samples"][s] if key in SAMPLED else each)[key] for each in [*seeds, record])
     if key == "active_units":
-        counts = ["+".join(map(str, each[key])) for each in seeds if each[key]]
-        return f"{', '.join(counts)} of {sum(record['units'])}" if counts else "–"
-    found = [each["by_samples"][s] if key in SAMPLED else each for each in [*seeds, record]]
+        return f"{', '.join('+'.join(map(str, each)) for each in entries)} of {sum(record['units'])}" if entry else "–"
     if key == "ess":
-        median, few = zip(*(each[key].values() for each in found[:-1]), strict=True)
+        median, few = zip(*(each.values() for each in entries), strict=True)
         return "–" if None in median else f"{mean(median):.1f}, {mean(few):.1%} below {SMALL}"
-    if key == "gap" and "gap_stderr" in record:
-        found = [{"gap": {"mean": each["gap"], "stderr": each["gap_stderr"]}} for each in found]
-    entries = [each[key] for each in found]
-    means = [entry["mean"] for entry in entries[:-1]]
-    return number(entries[-1], form) + (f", seeds ± {stdev(means):.2f}" if len(means) > 1 and None not in means else "")
+    if key == "gap" and "gap_stderr" in record:  # JSON has two numbers in the place of an entry
+        entries, entry = [{"mean": each} for each in entries], {"mean": entry, "stderr": record["gap_stderr"]}
+    means = [each["mean"] for each in entries]
+    return number(entry, form) + (f", seeds ± {stdev(means):.2f}" if len(means) > 1 and None not in means else "")
 
 
 def number(entry: Record, form: str = ".2f") -> str:
@@ -142,21 +147,20 @@ def number(entry: Record, form: str = ".2f") -> str:
     return f"{entry['mean']:{form}}" + ("" if entry["stderr"] is None else f" ± {entry['stderr']:{form.lstrip('+')}}")
 
 
-def _notes(runs: Sequence[Evaluation]) -> list[str]:
+def _notes(records: Sequence[Record]) -> list[str]:
     """Return what has to be known beside the numbers."""
-    counts = " or ".join(map(str, sorted({len(run.values["nn_nll", 0]) for run in runs})))
-    half = " Matrix products are in bfloat16 (--precision)." * any(run.precision == "bf16" for run in runs)
+    counts = " or ".join(map(str, sorted({each["images"] for each in records})))
+    half = " Matrix products are in bfloat16 (--precision)." * any(each["precision"] == "bf16" for each in records)
     notes = [f"± is the standard error over the {counts} test images.{half} docs/table.md explains the rows."]
-    names = {run.name: printable(run.name) for run in runs}
-    if several := [run for run in runs if len(run.seeds) > 1]:
-        seeds = {names[run.name]: ", ".join(str(one.settings.seed) for one in run.seeds) for run in several}
+    several = {printable(each["run"]): [one["seed"] for one in each["seeds"]] for each in records}
+    if seeds := [f"{run}: seeds {', '.join(map(str, each))}" for run, each in several.items() if len(each) > 1]:
         words = "Several seeds are one column, their mean; seeds ± is the deviation between them."
-        notes.append(f"{words} {'; '.join(f'{name}: seeds {each}' for name, each in seeds.items())}.")
-    grey = [run for run in runs if run.settings.targets == "grey"]
-    if floors := ", ".join(f"{run.values['floor', 0].mean():.1f} for {names[run.name]}" for run in grey):
+        notes.append(f"{words} {'; '.join(seeds)}.")
+    grey = [each for each in records if each["targets"] == "grey"]
+    if floors := ", ".join(f"{each['floor']['mean']:.1f} for {printable(each['run'])}" for each in grey):
         words = "Grey levels under a Bernoulli are no normalised density; their own entropy is a floor under every row"
         notes.append(f"{words} but the gap: {floors}.")
-    known = {run.settings.quadrants for run in grey if run.images == MNIST and run.settings.observed is None}
+    known = {each["quadrants"] for each in grey if each["sha256"] == MNIST} - {None}
     if figures := "; ".join(f"NN {TUTORIAL[k][0]}, CVAE {TUTORIAL[k][1]} with {k}" for k in sorted(known)):
         notes.append(f"The tutorial's published table, by quadrants of MNIST: {figures}. Its CVAE row is a −ELBO.")
     return notes

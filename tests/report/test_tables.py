@@ -32,17 +32,28 @@ def evaluated(name: str = "q1", images: str = "0" * 64, epochs: int | None = Non
         for key in Likelihoods._fields
     }
     s = Settings(**settings)
-    return Evaluation(name, s, SAMPLES, by_name(Likelihoods(**values), SAMPLES, s), UNITS, "fp32", images, epochs)
+    return Evaluation(name, s, SAMPLES, by_name(Likelihoods(**values), s), UNITS, "fp32", images, epochs)
+
+
+def shown(*runs: Evaluation, form: str = "text") -> str:
+    """The table with a column for each run."""
+    return render([[run] for run in runs], form)
+
+
+def records(*runs: Evaluation) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(shown(*runs, form="json"), parse_constant=pytest.fail)
+    return found
 
 
 def of_seeds(count: int = 3) -> list[Evaluation]:
     """Runs of one setting, and one of another, all against the first one."""
     runs = [*(evaluated(f"s{i}", seed=i) for i in range(count)), evaluated("other", hidden=(7,))]
-    return [runs[0], *(run._replace(against=runs[0]) for run in runs[1:])]
+    return [runs[0], *(run._replace(against="s0") for run in runs[1:])]
 
 
-def numpy_of(run: Evaluation, key: str, s: int = 0) -> Any:
-    return run.values[key, s].numpy()
+def numpy_of(run: Evaluation, key: str, s: int | None = None) -> Any:
+    """A quantity for each image, at S samples if it depends on them."""
+    return (run.values[key] if s is None else run.values[key][SAMPLES.index(s)]).numpy()
 
 
 def mean_and_error(values: Any, digits: int = 2, sign: str = "") -> str:
@@ -56,10 +67,10 @@ def cells(line: str) -> list[str]:
 
 def test_every_number_of_a_run() -> None:
     run = evaluated()
-    (record,) = json.loads(render([run], "json"))
-    printed = dict(map(cells, render([run], "text").splitlines()[2:12]))
+    (record,) = records(run)
+    printed = dict(map(cells, shown(run).splitlines()[2:12]))
     assert (record["samples"], record["images"], record["units"], record["active_units"]) == (40, COUNT, [4, 2], [3, 0])
-    assert [level["mean"] for level in record["kl"]] == pytest.approx([numpy_of(run, "kl", i).mean() for i in (1, 2)])
+    assert [level["mean"] for level in record["kl"]] == pytest.approx(run.values["kl"].mean(1).tolist())
     for key, label in (("nn_nll", "NN (baseline)"), ("cvae_neg_elbo", "CVAE (−ELBO)"), ("floor", None)):
         values = numpy_of(run, key)
         wanted = {"mean": values.mean(), "stderr": values.std(ddof=1) / math.sqrt(COUNT)}
@@ -79,7 +90,7 @@ def test_every_number_of_a_run() -> None:
     assert record["gap"] == pytest.approx(gap.mean(), rel=1e-12)
     assert printed["Performance gap"] == mean_and_error(gap)
     assert printed["Active units of z"] == "3+0 of 6"
-    (row,) = csv.DictReader(io.StringIO(render([run], "csv")))
+    (row,) = csv.DictReader(io.StringIO(shown(run, form="csv")))
     assert float(row["nn_nll_stderr"]) == record["nn_nll"]["stderr"]
     assert float(row["by_samples_3_ess_median"]) == record["by_samples"]["3"]["ess"]["median"]
     assert (float(row["kl_2_mean"]), row["active_units_2"]) == (record["kl"][1]["mean"], "0")
@@ -101,7 +112,7 @@ def test_seeds_are_one_column() -> None:
     medians = [torch.tensor(numpy_of(run, "ess", 3)).median() for run in runs[:3]]
     assert f"{sum(medians) / 3:.1f}, " in next(line for line in lines if "samples of S = 3 " in line)
     assert "s0, s1, s2: seeds 0, 1, 2." in text
-    assert json.loads(render(by_setting(runs), "json")) == json.loads(render(runs, "json"))
+    assert json.loads(render(by_setting(runs), "json")) == records(*runs)
     block = text.split("\n\n")[1].splitlines()
     assert cells(block[0]) == ["minus s0, s1, s2, below zero is better", "other (1 quadrant)"]
     means = np.stack([numpy_of(run, "nn_nll") for run in runs[:3]]).mean(0)
@@ -109,36 +120,35 @@ def test_seeds_are_one_column() -> None:
 
 
 def test_what_is_no_other_seed_of_the_same() -> None:
-    """Another setting, other images, fewer epochs so far, the same seed once more; the device does not count."""
+    """Another setting, other images, fewer epochs so far; the device does not count."""
     runs = [evaluated("a", seed=1), evaluated("b", seed=2, device="cpu"), evaluated("c", seed=3, learning_rate=1.0)]
     runs += [evaluated("d", "1" * 64, seed=4), evaluated("e", epochs=3, seed=5)]
-    runs += [evaluated("f", seed=1), evaluated("g", seed=2)]
-    assert [run.name for run in by_setting(runs)] == ["a, b", "c", "d", "e", "f, g"]
+    assert [[run.name for run in column] for column in by_setting(runs)] == [["a", "b"], ["c"], ["d"], ["e"]]
 
 
 def test_differences_are_paired_by_image() -> None:
     """Their standard error is that of the differences: far less than those of the means, where images differ alike."""
     hard = torch.linspace(0, 1000, COUNT, dtype=torch.float64)
     one, two = (run._replace(values={row: v + hard for row, v in run.values.items()}) for run in of_seeds()[:2])
-    one = one._replace(against=two)
-    record, other = json.loads(render([one, two._replace(against=None)], "json"))
-    assert (other["against"], record["against"]["run"]) == (None, "s1")
-    for key, s in (("nn_nll", 0), ("cvae_is_nll", 40)):
+    one = one._replace(against="s1")
+    record, other = records(one, two._replace(against="s1"))
+    assert (other["against"], record["against"]["run"]) == (None, "s1"), "none from itself"
+    for key, s in (("nn_nll", None), ("cvae_is_nll", 40)):
         minus = numpy_of(one, key, s) - numpy_of(two, key, s)
         wanted = {"mean": minus.mean(), "stderr": minus.std(ddof=1) / math.sqrt(COUNT)}
         assert record["against"][key] == pytest.approx(wanted, rel=1e-9)
         assert wanted["stderr"] < record[key]["stderr"] / 50
-    block = render([one, two], "text").split("\n\n")[1].splitlines()
+    block = shown(one, two).split("\n\n")[1].splitlines()
     assert not any(line.startswith(("Effective", "Active")) for line in block)
 
 
 def test_nothing_is_said_of_an_untrained_recognition_network() -> None:
     run = evaluated(objective="gsnn")
-    (record,) = json.loads(render([run._replace(against=evaluated("q2"))], "json"))
+    record = records(run._replace(against="q2"), evaluated("q2"))[0]
     assert record["kl"] is record["active_units"] is record["gap"] is record["ess"]["median"] is None
     assert record["cvae_is_nll"]["mean"] is record["cvae_neg_elbo"]["mean"] is record["against"]["gap"]["mean"] is None
     assert record["cvae_mc_nll"]["mean"] > 0
-    printed = dict(map(cells, render([run], "text").splitlines()[2:12]))
+    printed = dict(map(cells, shown(run).splitlines()[2:12]))
     assert {label for label, cell in printed.items() if cell == "–"} == {
         "CVAE (−ELBO)", "CVAE (importance sampling, S = 3)", "CVAE (importance sampling, S = 40)", "Performance gap",
         "Effective samples of S = 3", "Effective samples of S = 40", "Active units of z",
@@ -148,8 +158,8 @@ def test_nothing_is_said_of_an_untrained_recognition_network() -> None:
 @pytest.mark.filterwarnings("ignore:std")
 def test_single_image_has_no_standard_error_and_json_says_so() -> None:
     run = evaluated()
-    single = run._replace(values={row: values[:1] for row, values in run.values.items()})
-    (record,) = json.loads(render([single], "json"), parse_constant=pytest.fail)
+    single = run._replace(values={row: values[..., :1] for row, values in run.values.items()})
+    (record,) = records(single)
     assert record["nn_nll"]["stderr"] is record["gap_stderr"] is None
 
 
@@ -159,9 +169,9 @@ def test_published_figures_stand_under_columns_of_the_same_alone() -> None:
     published = {1: ("100.4", "71.8"), 2: ("61.9", "51.0"), 3: ("25.4", "24.2")}
     others = [evaluated("fashion"), *(evaluated(name, MNIST, **of) for name, of in OTHERS.items())]
     for quadrants, figures in published.items():
-        printed = render([evaluated("same", MNIST, quadrants=quadrants, data="/copy/of/mnist"), *others], "text")
+        printed = shown(evaluated("same", MNIST, quadrants=quadrants, data="/copy/of/mnist"), *others)
         assert [figure for each in published.values() for figure in each if figure in printed] == list(figures)
-    text = render(others, "markdown")
+    text = shown(*others, form="markdown")
     assert "tutorial" not in text
     floors = (f"{numpy_of(run, 'floor').mean():.1f} for {run.name}" for run in others[:2])
     assert f"but the gap: {', '.join(floors)}.\n" in text, "none for black and white pixels"
@@ -175,11 +185,11 @@ def test_headings() -> None:
         ({"targets": "binary-fixed", "observed": "left"}, 12, "a (left, binarized, epoch 12 so far)"),
     ):
         run = evaluated("a", epochs=epochs, **settings)
-        assert render([run], "text").splitlines()[0].endswith(f"  {heading}")
-        assert json.loads(render([run], "json"))[0]["unfinished_at_epoch"] == epochs
+        assert shown(run).splitlines()[0].endswith(f"  {heading}")
+        assert records(run)[0]["unfinished_at_epoch"] == epochs
     run = evaluated("a|b\nc")
-    assert render([run], "markdown").startswith("| nats per image, lower is better | a\\|b\\nc (1 quadrant) |\n")
-    assert json.loads(render([run], "json"))[0]["run"] == "a|b\nc"
+    assert shown(run, form="markdown").startswith("| nats per image, lower is better | a\\|b\\nc (1 quadrant) |\n")
+    assert records(run)[0]["run"] == "a|b\nc"
 
 
 def test_names_have_as_many_folders_as_tell_them_apart() -> None:
