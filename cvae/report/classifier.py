@@ -8,11 +8,6 @@ folder, but for those that come with the package. What is printed of them is mea
 images with labels: MNIST, or IDX files. Exit codes: 0 done, 2 usage, 3 a run or its images cannot be read, 5 disk.
 """
 
-if __name__ == "__main__":
-    from cvae.console import before_torch
-
-    before_torch()
-
 import argparse
 import sys
 import time

@@ -10,11 +10,6 @@ its place. docs/export.md says what is in them. Exit codes: 0 done, 2 usage, or 
 be read, or a file would not do what the model does; 5 disk.
 """
 
-if __name__ == "__main__":
-    from cvae.console import before_torch
-
-    before_torch()
-
 import argparse
 import io
 import json
@@ -22,6 +17,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +45,7 @@ Function = Callable[[Tensor, Tensor], Tensor]
 
 
 class Completion(nn.Module):
-    """The exported function: pictures with a hidden part and noise → completed pictures, as `in_words` says it."""
+    """The exported function: pictures with a hidden part and noise → completed pictures, as `traced` says it."""
 
     def __init__(self, model: CVAE):
         super().__init__()
@@ -60,33 +56,29 @@ class Completion(nn.Module):
         return self.model.task.compose(given, self.model.completions(given, eps))
 
 
-def in_words(trained: Trained) -> dict[str, str]:
-    """Return the metadata of an exported function: that of its model, and what goes in and out."""
-    picture = f"{trained.model.task.height}, {trained.model.task.width}"
-    return description(trained) | {
-        "x": f"float32 [batch, {picture}]: pictures, grey levels in [0, 1]; hidden pixels may hold anything",
-        "eps": f"float32 [samples, batch, {trained.model.latent_dim}]: noise, N(0, 1), other noise for other samples",
-        "completed": f"float32 [samples, batch, {picture}]: x where it is observed, else pixel means in [0, 1]",
-    }
-
-
-def traced(model: CVAE) -> torch.export.ExportedProgram:
-    """Return the function as a graph, for any numbers of samples and pictures."""
-    function = Completion(model)
-    example = torch.zeros(2, model.task.height, model.task.width), torch.zeros(3, 2, model.latent_dim)
+def traced(trained: Trained) -> tuple[torch.export.ExportedProgram, dict[str, str]]:
+    """Return the function as a graph, for any numbers of samples and pictures, and the metadata of its file."""
+    function, task, z = Completion(trained.model), trained.model.task, trained.model.latent_dim
+    example = torch.zeros(2, task.height, task.width), torch.zeros(3, 2, z)
     function(*example)  # what the task keeps for later calls is there before
     graph = torch.export.export(function, example, **FREE)
     for node in graph.graph.nodes:
         node.meta.pop("stack_trace", None)  # where the source code lies on this machine
-    return graph
+    size = f"{task.height}, {task.width}"
+    return graph, description(trained) | {
+        "x": f"float32 [batch, {size}]: pictures, grey levels in [0, 1]; hidden pixels may hold anything",
+        "eps": f"float32 [samples, batch, {z}]: noise, N(0, 1), other noise for other samples",
+        "completed": f"float32 [samples, batch, {size}]: x where it is observed, else pixel means in [0, 1]",
+    }
 
 
 def as_onnx(trained: Trained) -> bytes:
-    """Return the ONNX file of a model. Raises ImportError without its packages."""
+    """Return the ONNX file of a model."""
+    graph, metadata = traced(trained)
     names: Any = {"input_names": ["x", "eps"], "output_names": ["completed"], "external_data": False}
-    program: Any = torch.onnx.export(traced(trained.model), **FREE, **names, verbose=False)
+    program: Any = torch.onnx.export(graph, **FREE, **names, verbose=False)
     proto = program.model_proto  # made anew at each look
-    import_module("onnx").helper.set_model_props(proto, in_words(trained))
+    import_module("onnx").helper.set_model_props(proto, metadata)
     return bytes(proto.SerializeToString())
 
 
@@ -98,8 +90,8 @@ def from_onnx(path: Path) -> Function:
 
 def as_pt2(trained: Trained) -> bytes:
     """Return the file of `torch.export` of a model; `metadata.json` is among its extra files."""
-    buffer, metadata = io.BytesIO(), json.dumps(in_words(trained), indent=2)
-    torch.export.save(traced(trained.model), buffer, extra_files={"metadata.json": metadata})
+    buffer, (graph, metadata) = io.BytesIO(), traced(trained)
+    torch.export.save(graph, buffer, extra_files={"metadata.json": json.dumps(metadata, indent=2)})
     return buffer.getvalue()
 
 
@@ -114,33 +106,27 @@ FORMATS: dict[str, tuple[Callable[[Trained], bytes], Callable[[Path], Function]]
 def export(path: Path, trained: Trained, half: bool = False) -> str:
     """Write a file once what is read from it does what the model does; returns what there is to say of it.
 
-    half: Weights in float16. Raises DataError if a pixel differs by more than the tolerance, UsageError if a package is
-    missing, and DiskError: what stood there is intact.
+    half: Weights in float16. Raises DataError if a pixel differs by more than the tolerance, and DiskError: what stood
+    there is intact.
     """
     make, read = FORMATS[path.suffix.lower()]
-    try:
-        with torch.no_grad(), warnings.catch_warnings(), atomic_file(path) as file:
-            warnings.simplefilter("ignore")  # about how an export is done
-            file.write(as_safetensors(trained, half) if half else make(trained))
-            file.flush()
-            difference = largest_difference(read(Path(file.name)), trained.model)
-            if not difference <= (HALF_TOLERANCE if half else TOLERANCE):  # so that NaN is more
-                line = f"is not written, for its completions differ from the model's by {difference:.1e}"
-                raise DataError(f"{path}: {line}")
-    except ImportError as error:
-        raise UsageError(f"ONNX needs more packages ({error}): pip install onnx onnxscript onnxruntime") from None
+    with torch.no_grad(), warnings.catch_warnings(), atomic_file(path) as file:
+        warnings.simplefilter("ignore")  # about how an export is done
+        file.write(as_safetensors(trained, half) if half else make(trained))
+        file.flush()
+        difference = largest_difference(read(Path(file.name)), trained.model)
+        if not difference <= (HALF_TOLERANCE if half else TOLERANCE):  # so that NaN is more
+            raise DataError(f"{path}: is not written, for its completions differ from the model's by {difference:.1e}")
     size = path.stat().st_size / 1e6
     return f"{path}: {size:.1f} MB; read again, its completions differ from the model's by at most {difference:.1g}"
 
 
 def largest_difference(function: Function, model: CVAE) -> float:
     """Return how far a completed pixel lies from the model's at most, for random pictures; NaN if one is NaN."""
-    differences, random = [], torch.Generator().manual_seed(0)
-    for samples, batch in ((1, 1), (3, 2)):
-        x = torch.rand(batch, model.task.height, model.task.width, generator=random)
-        eps = torch.randn(samples, batch, model.latent_dim, generator=random)
-        differences.append((function(x, eps) - Completion(model)(x, eps)).abs().max())
-    return float(torch.stack(differences).max())
+    random = torch.Generator().manual_seed(0)
+    x = torch.rand(3, model.task.height, model.task.width, generator=random)
+    eps = torch.randn(1, 3, model.latent_dim, generator=random)
+    return float((function(x, eps) - Completion(model)(x, eps)).abs().max())
 
 
 def export_folder(folder: Path, trained: Trained, half: bool = False) -> str:
@@ -163,7 +149,7 @@ def export_folder(folder: Path, trained: Trained, half: bool = False) -> str:
 def card(name: str, trained: Trained) -> str:
     """Return the model card: what the model is, and how it is used."""
     model, s = trained.model, passed_on(trained.settings)
-    images = s.data or "MNIST"
+    images, parameters = s.data or "MNIST", sum(parameter.numel() for parameter in model.parameters())
     if train := trained.images.get("train"):
         images += f", {min(train['count'], s.train_limit or train['count'])} of them"
     mask, images = (text.replace("|", "\\|") for text in (mask_name(s), images))
@@ -183,12 +169,9 @@ observed one.
 | pictures | {model.task.height}×{model.task.width}, grey levels in [0, 1] |
 | observed | {mask}: {model.task.x_dim} of {model.task.height * model.task.width} pixels |
 | training images | {images} |
-| network, objective | {s.network}, {s.objective} |
-| dimensions of z | {model.latent_dim}, in {s.levels} level{"s" * (s.levels > 1)} |
-| parameters | {sum(parameter.numel() for parameter in model.parameters()):,} |
+| model | {s.network}, {s.objective}, {model.latent_dim} dimensions of z, {parameters:,} parameters |
 
-`{WEIGHTS}` has the weights, and in its metadata all that is needed to build the model; `{CONFIG}` has the settings.
-With the package `cvae-quadrants`:
+`{CONFIG}` has the settings. With the package `cvae-quadrants`:
 
 ```python
 import cvae
@@ -212,10 +195,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     words, path = options.to[:-1], user_path(options.to[-1])
     is_folder = words == [HUB_FOLDER]
     suffix = HALVES if is_folder else path.suffix.lower()
-    if suffix not in FORMATS or len(words) > is_folder:
-        parser.error(f"--to takes {places}, not {' '.join(options.to)}")
-    if options.half and suffix != HALVES:
-        parser.error(f"--half is for {HALVES} and {HUB_FOLDER}; {suffix} has weights in float32")
+    if suffix not in FORMATS or len(words) > is_folder or (options.half and suffix != HALVES):
+        parser.error(f"--to takes {places}, with --half {HALVES} or {HUB_FOLDER}, not {' '.join(options.to)}")
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if suffix == ".onnx" and find_spec(name) is None]
+    if missing:
+        raise UsageError(f"{suffix} needs more packages: pip install {' '.join(missing)}")
     say((export_folder if is_folder else export)(path, load_trained(options.run), options.half))
     return 0
 

@@ -9,40 +9,47 @@ ends it. It needs gradio, the extra `page`. It asks nothing of the network, and 
 it shows. Exit codes: 2 usage, a port that is taken, or gradio is missing; 3 no such run; 130 Ctrl-C, 143 SIGTERM.
 """
 
-if __name__ == "__main__":
-    from cvae.console import before_torch
-
-    before_torch()
-
 import argparse
+import base64
+import io
 import os
-import random
 import signal
 import socket
 import sys
 import webbrowser
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import cache, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cvae import context
-from cvae.console import command, say
+from cvae.console import called, command, complain, program, say
+from cvae.data.digits import as_digit
+from cvae.data.sources import load_test
 from cvae.errors import DataError, UsageError
 from cvae.model.cvae import CVAE
-from cvae.report.page_models import DRAWING, PHOTOGRAPH, TEST, as_html, chosen, likelihoods, read, views
+from cvae.model.densities import bernoulli_entropy, bernoulli_log_prob
+from cvae.report import figures
+from cvae.report.evaluation import OF_THE_IMAGES, find_runs, short_names
+from cvae.run.folder import COME_WITH, REFERENCE
+from cvae.run.load import load_trained
 from cvae.run.plan import user_path
 from cvae.run.weights_file import Trained
+from cvae.settings import Settings
 
 HOST, PORT = "127.0.0.1", 7860
 LARGEST_REQUEST = 32 << 20  # bytes: enough for a photograph
-MOST_SAMPLES = 25
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"  # nothing from elsewhere, whatever gradio asks
 SILENT = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1"}
+MOST_SAMPLES, ESTIMATE_SAMPLES = 25, 100  # completions, and samples of z for each estimate of a log-likelihood
+TEST, DRAWING, PHOTOGRAPH = "Test digit", "Draw", "Photograph"
+TAKE_BRUSH = "setTimeout(() => document.querySelector('#pad [aria-label=Brush]')?.click(), 500)"
 INTRODUCTION = """# What could the rest of the picture be?
 A conditional VAE sees a part of a picture and samples the rest. All is computed on this machine; nothing leaves it."""
 ABOUT = """Spread: the standard deviation of each pixel; 0.5, the highest there can be, is white.
@@ -50,43 +57,95 @@ ABOUT = """Spread: the standard deviation of each pixel; 0.5, the highest there 
 Log-likelihoods are of the hidden pixels, given what the model sees; higher is more likely. Grey levels count as
 probabilities of white: no prediction gets above minus their entropy, the highest possible value, which is lower for a
 blurred completion than for a sharp picture. What can be compared is the distance to it."""
-TAKE_BRUSH = "setTimeout(() => document.querySelector('#pad [aria-label=Brush]')?.click(), 500)"
+HEAD = "| nats | log-likelihood | highest possible | distance |\n|---|---:|---:|---:|\n"
+_read_test = cache(load_test)  # to be seen, and not measured with
+_read_digit = lru_cache(maxsize=8)(as_digit)  # the page names a file by the digest of its content
 
 
-def listen(port: int | None) -> socket.socket:
-    """Return a socket at this port, or at the first free one of the hundred from `PORT` on. Raises UsageError."""
-    first, last = (PORT, PORT + 99) if port is None else (port, port)
-    for number in range(1 << 16)[first : last + 1]:
-        with suppress(OSError):
-            return socket.create_server((HOST, number))
-    raise UsageError(f"no port from {first} to {last} is free; choose another one with --port")
+def read(named: Sequence[Path], runs: Path, device: torch.device) -> dict[str, Trained]:
+    """Return the runs that are named, or all below a folder and all that come with the program, by their names.
 
-
-def guarded(application: Callable[..., Any]) -> Callable[..., Any]:
-    """Return an ASGI application that refuses what another website sends, and what is too large.
-
-    A browser says in `Origin` which website sends a request, and in `Host` by which name it knows this server: a
-    foreign name is how a website would pass for this page.
+    A run that cannot be read is left out with one line, unless it is named. Raises DataError for one that is, and where
+    there is none at all.
     """
+    if named:
+        return {str(word): load_trained(word, device, runs) for word in named}
+    models, folders = {}, find_runs([runs, *(place / REFERENCE for place in COME_WITH)], runs)[0]
+    for name, folder in zip(short_names(folders), folders, strict=True):
+        try:
+            models[name] = load_trained(folder, device)
+        except DataError as error:
+            complain(f"{program('page.py')}: left out: {error}")
+    if not models:
+        raise DataError(f"{runs}: has no run to be shown; {called('train.py')} trains one")
+    return models
 
-    async def guard(scope: dict[str, Any], receive: Callable[..., Any], send: Callable[..., Any]) -> None:
-        headers = dict(scope.get("headers", ()))
-        host, length = headers.get(b"host", b""), headers.get(b"content-length", b"0")
-        own = b"http://" + host
-        is_own = host.partition(b":")[0] in (HOST.encode(), b"localhost") and headers.get(b"origin", own) == own
-        is_small = b"transfer-encoding" not in headers and length.isdigit() and int(length) <= LARGEST_REQUEST
-        if scope["type"] == "lifespan" or (is_own and is_small):
-            await application(scope, receive, send)
-        else:
-            await send({"type": "http.response.start", "status": 413 if is_own else 403, "headers": []})
-            await send({"type": "http.response.body", "body": b"too large" if is_own else b"not from this page"})
 
-    return guard
+def chosen(
+    run: Trained, source: str, number: int, drawing: dict[str, Any] | None, photograph: str | None
+) -> Tensor:  # fmt: skip
+    """Return the picture that is chosen on the page, uint8 `[height, width]`; raise DataError where there is none."""
+    task = run.model.task
+    if source == TEST:
+        images = _read_test(Settings(**{name: getattr(run.settings, name) for name in OF_THE_IMAGES})).images
+        return images[number % len(images)]
+    if source == DRAWING:
+        sheet = None if drawing is None else drawing["composite"]
+        if sheet is None or sheet.getextrema() == (255, 255):
+            raise DataError("Draw one digit.")
+        return as_digit(sheet, task.height, task.width)
+    if photograph is None:
+        raise DataError("Open a photograph of one digit.")
+    try:
+        return _read_digit(photograph, task.height, task.width)
+    except DataError as error:
+        raise DataError(str(error).replace(photograph, Path(photograph).name)) from None
+
+
+@torch.no_grad()
+def views(model: CVAE, picture: Tensor, completions: Tensor) -> dict[str, Tensor]:
+    """Return the picture and what is made of it, by caption: grey or colours, in [0, 1]."""
+    image, spread = picture[None] / 255, completions.std(0, correction=0)
+    batch = model.task.batch(model.task.rows(image.to(next(model.parameters()).device)))
+    return {
+        "The picture": image[0],
+        "What the model sees": figures.as_given(image, model.task)[0],
+        "Guess of the baseline": model.task.compose(batch.x, model.guess(batch).sigmoid())[0].cpu(),
+        "Mean": completions.mean(0),
+        f"Spread, up to {spread.max():.2f}": 2 * spread,
+    }
+
+
+@torch.no_grad()
+def likelihoods(model: CVAE, picture: Tensor, completions: Tensor) -> str:
+    """Return a Markdown table of log-likelihoods and the highest possible ones, in nats: higher is more likely."""
+    images = torch.cat([picture[None] / 255, completions])
+    batch = model.task.batch(model.task.rows(images.to(next(model.parameters()).device)))
+    estimates, highest = model.log_likelihood(images, ESTIMATE_SAMPLES, seed=0), -bernoulli_entropy(batch.y).double()
+    rows = {
+        "The picture, CVAE": (estimates[0], highest[0]),
+        "The picture, baseline": (bernoulli_log_prob(batch.y, model.guess(batch))[0], highest[0]),
+        f"{len(completions)} completions, mean": (estimates[1:].mean(), highest[1:].mean()),
+    }
+    lines = [f"| {name} | {p:.1f} | {most:.1f} | {most - p:.1f} |" for name, (p, most) in rows.items()]
+    return HEAD + "\n".join(lines).replace(" -", " −")
+
+
+def as_html(pictures: dict[str, Tensor]) -> str:
+    """Return pictures, `[height, width]` or `[3, height, width]` in [0, 1], by caption: gradio would write files."""
+    parts = []
+    for caption, picture in pictures.items():
+        buffer = io.BytesIO()
+        figures.as_picture(picture).save(buffer, "PNG")
+        url = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        parts.append(f'<figure><img src="{url}" alt="{caption}"><figcaption>{caption}</figcaption></figure>')
+    return f'<div class="pictures">{"".join(parts)}</div>'
 
 
 def build(models: dict[str, Trained]) -> Any:
-    """Return the page of these models as an ASGI application."""
+    """Return the server of a page of these models."""
     import gradio  # takes seconds, and is missing where nobody needs the page
+    import uvicorn
     from fastapi import FastAPI
 
     def completed(run: str, samples: int, seed: int, temperature: float, *choice: Any) -> tuple[CVAE, Tensor, Tensor]:
@@ -115,7 +174,6 @@ def build(models: dict[str, Trained]) -> Any:
                 source = gradio.Textbox(TEST, visible="hidden")
                 with gradio.Tab(TEST) as test_tab:
                     number = gradio.Slider(0, 9999, 0, step=1, label="Number of the digit")
-                    another = gradio.Button("Another digit")
                 with gradio.Tab(DRAWING) as drawing_tab:
                     brush = gradio.Brush(default_size=10, colors=["#111111"], color_mode="fixed")
                     drawing = gradio.Sketchpad(
@@ -142,7 +200,6 @@ def build(models: dict[str, Trained]) -> Any:
                 gradio.Markdown(ABOUT)
         for tab, name in ((test_tab, TEST), (drawing_tab, DRAWING), (photograph_tab, PHOTOGRAPH)):
             tab.select(None, None, source, js=f"() => {{ {TAKE_BRUSH}; return {name!r}; }}", **quick)
-        another.click(lambda: random.randrange(10_000), None, number, **quick)
         controls = [run, samples, seed, temperature, source, number, drawing, photograph]
         quick["trigger_mode"] = "always_last"
         shown = [problem, pictures, completions]
@@ -150,7 +207,36 @@ def build(models: dict[str, Trained]) -> Any:
         shown.then(weigh, controls, table, **quick)
     hidden: Any = {"footer_links": [], "run_history": False, "ssr_mode": False, "mcp_server": False}
     css = Path(__file__).with_suffix(".css")
-    return gradio.mount_gradio_app(FastAPI(openapi_url=None), page, "/", css_paths=css, **hidden)
+    application = gradio.mount_gradio_app(FastAPI(openapi_url=None), page, "/", css_paths=css, **hidden)
+    quiet: Any = {"log_config": None, "log_level": "critical", "timeout_graceful_shutdown": 1, "ws": "none"}
+    return uvicorn.Server(uvicorn.Config(guarded(application), headers=[("Content-Security-Policy", POLICY)], **quiet))
+
+
+def listen(port: int | None) -> socket.socket:
+    """Return a socket at this port, or at the first free one of the hundred from `PORT` on. Raises UsageError."""
+    first, last = (PORT, PORT + 99) if port is None else (port, port)
+    for number in range(1 << 16)[first : last + 1]:
+        with suppress(OSError):
+            return socket.create_server((HOST, number))
+    raise UsageError(f"no port from {first} to {last} is free; choose another one with --port")
+
+
+def guarded(application: Callable[..., Any]) -> Callable[..., Any]:
+    """Return an ASGI application that refuses what another website sends, and what is too large."""
+
+    async def guard(scope: dict[str, Any], receive: Callable[..., Any], send: Callable[..., Any]) -> None:
+        headers = dict(scope.get("headers", ()))
+        host, length = headers.get(b"host", b""), headers.get(b"content-length", b"0")
+        own = b"http://" + host  # a foreign website is told by `Origin`, or by `Host` if its name leads to this machine
+        is_own = host.partition(b":")[0] in (HOST.encode(), b"localhost") and headers.get(b"origin", own) == own
+        is_small = b"transfer-encoding" not in headers and length.isdigit() and int(length) <= LARGEST_REQUEST
+        if scope["type"] == "lifespan" or (is_own and is_small):
+            await application(scope, receive, send)
+        else:
+            await send({"type": "http.response.start", "status": 413 if is_own else 403, "headers": []})
+            await send({"type": "http.response.body", "body": b"too large" if is_own else b"not from this page"})
+
+    return guard
 
 
 @command("page.py")
@@ -175,11 +261,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with TemporaryDirectory(prefix="cvae-page-", ignore_cleanup_errors=True) as place:
             os.environ.update(SILENT, GRADIO_TEMP_DIR=place)
             say(f"starting the page of {', '.join(models)}, which takes some seconds")
-            import uvicorn  # comes with gradio
-
-            quiet: Any = {"log_config": None, "log_level": "critical", "timeout_graceful_shutdown": 1, "ws": "none"}
-            headers = [("Content-Security-Policy", POLICY)]
-            server = uvicorn.Server(uvicorn.Config(guarded(build(models)), headers=headers, **quiet))
+            server = build(models)
             url = f"http://{HOST}:{connection.getsockname()[1]}"
             say(f"{url} has the page; Ctrl-C ends it")
             is_desktop = sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()

@@ -27,7 +27,7 @@ from cvae.data.masks import quadrants
 from cvae.data.sources import load_test
 from cvae.data.tasks import FixedMask
 from cvae.model.networks import build
-from cvae.report import page, page_models
+from cvae.report import page
 from cvae.report.export import export_folder
 from cvae.run.weights_file import Trained
 from cvae.settings import Settings
@@ -284,12 +284,12 @@ def test_ports_and_runs_at_hand(here: Path, tmp_path: Path, monkeypatch: pytest.
     shutil.copytree(here / "runs", tmp_path / "runs")
     (tmp_path / "runs/q2/model.safetensors").write_bytes(b"nothing")
     shutil.copytree(here / "runs/q2", tmp_path / "program/reference/q2")
-    monkeypatch.setattr(page_models, "COME_WITH", (tmp_path / "program",))
+    monkeypatch.setattr(page, "COME_WITH", (tmp_path / "program",))
     monkeypatch.chdir(tmp_path)
-    models = page_models.read([], Path("runs"), torch.device("cpu"))
+    models = page.read([], Path("runs"), torch.device("cpu"))
     masks = {name: model.task.name for name, (model, *_) in models.items()}
     assert masks == {"q1": "1 quadrant", "reference/q2": "2 quadrants"}
-    monkeypatch.setattr(page_models, "COME_WITH", ())
+    monkeypatch.setattr(page, "COME_WITH", ())
     (tmp_path / "empty").mkdir()
     with page.listen(None) as first, page.listen(None) as second:
         assert first.getsockname()[0] == second.getsockname()[0] == "127.0.0.1"

@@ -123,16 +123,16 @@ def test_what_is_refused(
 ) -> None:
     """In one line, and nothing is written."""
     for words, reason in (
-        (["model.txt"], "--to takes a file (.onnx, .pt2, .safetensors), or the word hub-folder and a new folder, not"),
+        (["model.txt"], "--to takes a file (.onnx, .pt2, .safetensors), or the word hub-folder and a new folder"),
         (["one.onnx", "two.onnx"], "not one.onnx two.onnx"),
-        (["model.onnx", "--half"], "--half is for .safetensors and hub-folder"),
+        (["model.onnx", "--half"], "with --half .safetensors or hub-folder, not model.onnx"),
     ):
         with pytest.raises(SystemExit, match="2"):
             export.main([str(source), "--to", *words])
         assert reason in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     for arguments, code, reason in (
-        ([source, "--to", tmp_path / "m.onnx"], 2, "pip install onnx onnxscript onnxruntime"),
+        ([source, "--to", tmp_path / "m.onnx"], 2, "needs more packages: pip install onnxruntime"),
         ([tmp_path / "nowhere", "--to", tmp_path / "m.pt2"], 3, "nowhere"),
         ([source, "--to", tmp_path / "no folder" / "m.safetensors"], 5, "no folder"),
         ([source, "--to", "hub-folder", source / "folder"], 5, "cannot be made"),
