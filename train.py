@@ -29,9 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cvae.console import called, command
+from cvae.console import Bar, called, command
 from cvae.context import Context, Interruption, opened, permutation, seed_dropout
-from cvae.data.sources import TrainImages
 from cvae.data.tasks import ImageSet
 from cvae.model.cvae import noise
 from cvae.model.networks import build
@@ -39,9 +38,8 @@ from cvae.model.objectives import Totals, log_likelihood, maximised, objective, 
 from cvae.processes import Processes
 from cvae.report.figures import completions
 from cvae.report.replay import draw_all
-from cvae.run.claim import refuse_existing
-from cvae.run.folder import Progress, RunFolder, find_run, quoted
-from cvae.run.plan import parse, plan, shared_images
+from cvae.run.folder import Progress, RunFolder, find_run, quoted, refuse_existing
+from cvae.run.plan import parse, plan
 from cvae.run.session import Run
 from cvae.settings import Settings
 from cvae.training.graphed import GraphedStep
@@ -103,7 +101,7 @@ def fit(phase: Phase, run: Run, last: dict[str, Any]) -> Progress:
         processes.sum_on_host_(step.totals.sums)
         processes.average_(*phase.model.buffers(), *average.model.buffers())
         seconds = time.perf_counter() - started
-        with run.progress_bar(f"{phase.name}, validation", len(phase.validation) // processes.count) as bar:
+        with Bar(f"{phase.name}, validation", len(phase.validation) // processes.count, "img", run.is_heard) as bar:
             totals = phase.validate(average.model, s.seed, context, bar.update)
         train, validation = step.totals.means(), totals.means()
         validation |= phase.active_units(average.model, s.seed, context) if "kl" in validation else {}
@@ -147,11 +145,11 @@ def train_epoch(phase: Phase, run: Run, step: Step, take_step: Callable[..., Non
     step.model.train()
     binary, bend = s.targets == "binary", phase.bend(s, epoch)
     if binary or phase.bend(s, 0) or step.images.task.is_random:  # also in last epochs, without bent images
-        with run.progress_bar(f"{where}, its images", len(step.images)) as bar:
+        with Bar(f"{where}, its images", len(step.images), "img", run.is_heard) as bar:
             step.images.redraw(s.seed, phase.name, epoch, binary=binary, bend=bend, done=bar.update)
     optimizer.start_epoch()
     step.totals.zero()
-    with run.progress_bar(where, steps * size) as bar:
+    with Bar(where, steps * size, "img", run.is_heard) as bar:
         for i, rows in enumerate(order[: steps * size].view(steps, size)[:, share]):
             eps = phase.noise(size, random)
             now = epoch - 1 + i / steps
@@ -169,16 +167,16 @@ def train_epoch(phase: Phase, run: Run, step: Step, take_step: Callable[..., Non
     optimizer.check(where)
 
 
-def train_run(run: Run, load_images: Callable[[], TrainImages], resume: bool, overwrite: bool) -> None:
+def train_run(run: Run) -> None:
     """Train the baseline, then the CVAE on top of it, from wherever the run has come to."""
     s, context = run.settings, run.context
-    images, held_out, about, record = load_images()
+    images, held_out, about, record = run.load_images()
     images = images[: s.train_limit]
-    context.processes.share_of_batch(min(s.batch_size, len(images)))  # refused before a folder is made
-    task = run.task(resume, *images.shape[1:])
+    task = run.task(*images.shape[1:])
     run.say("\n".join(filter(None, (about, task.about))))
     cvae = build(task, s)
-    last = run.open(cvae, record, resume, overwrite)
+    context.processes.share_of_batch(min(s.batch_size, len(images)))  # refused before a folder is made
+    last = run.open(cvae, record)
     if last is None:
         run.say(f"{run.folder} is finished: nothing is left to do")
         return
@@ -220,11 +218,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         with opened(runs[0][1].device) as context:
             for folder, _ in () if resume else runs:  # before the first one is begun
                 context.processes.on_main(partial(refuse_existing, folder, options.overwrite))
-            load_images = shared_images([s for _, s in runs], context, interruption, options.quiet)
             for folder, s in runs:
                 here = context.with_precision(RunFolder(folder).precision if resume else s.precision)
-                with Run(folder, s, here, interruption, options.quiet, init, options.words) as run:
-                    train_run(run, load_images, resume, options.overwrite)
+                with Run(
+                    folder, s, here, interruption, quiet=options.quiet, resume=resume, overwrite=options.overwrite,
+                    init=init, words=options.words,
+                ) as run:  # fmt: skip
+                    train_run(run)
     return 0
 
 

@@ -144,7 +144,7 @@ def machine() -> dict[str, Any]:
     """Return the hardware, versions and settings that the numbers depend on."""
     import torch
 
-    from cvae.run.history import processor
+    from cvae.run.machine import processor
 
     versions = {"python": platform.python_version()}
     for name in ("torch", "pyro-ppl", "numpyro", "jax"):

@@ -32,9 +32,8 @@ from cvae.model.cvae import CVAE
 from cvae.report import figures
 from cvae.run.checkpoint import atomic_file, telling_of_disk, write_atomically, write_json
 from cvae.run.folder import CONFIG, OBSERVED, WEIGHTS, quoted
-from cvae.run.load import load_trained
+from cvae.run.load import Trained, as_safetensors, description, load_trained, passed_on, read_trained
 from cvae.run.plan import user_path
-from cvae.run.weights_file import Trained, as_safetensors, description, passed_on, read_trained
 from cvae.settings import VERSION
 
 TOLERANCE, HALF_TOLERANCE = 1e-5, 0.05  # of a pixel in [0, 1]; float16 has 11 bits, and errors add up over the layers

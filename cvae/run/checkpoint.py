@@ -5,7 +5,7 @@ import json
 import os
 import secrets
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,14 +18,9 @@ FORMAT = 3
 
 def save(path: Path, content: Mapping[str, Any]) -> None:
     """Write tensors and plain values (numbers, strings, lists, dicts), wholly or not at all. Raises DiskError."""
-    write_atomically(path, packed(content))
-
-
-def packed(content: Mapping[str, Any]) -> bytes:
-    """Return what the file of a checkpoint holds."""
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **content}, buffer)
-    return buffer.getvalue()
+    write_atomically(path, buffer.getvalue())
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -43,13 +38,6 @@ def unpickled(path: Path, problem: str) -> Any:
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
-def kinds(state: object) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Return the shape and type of each tensor of a model, by name; nothing if this is no state of a model."""
-    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-        return {}
-    return {name: (tensor.shape, tensor.dtype) for name, tensor in state.items()}
-
-
 def read(path: Path) -> bytes:
     """Return the content of a file. Raises DataError, naming it."""
     try:
@@ -59,12 +47,12 @@ def read(path: Path) -> bytes:
 
 
 @contextmanager
-def telling_of_disk(problem: str, end: str = "") -> Iterator[None]:
+def telling_of_disk(problem: str) -> Iterator[None]:
     """Raise DiskError, with the problem and the reason, for what the system says within the block."""
     try:
         yield
     except OSError as error:
-        raise DiskError(f"{problem} ({error.strerror or error}){end}") from None
+        raise DiskError(f"{problem} ({error.strerror or error})") from None
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -80,26 +68,15 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     Until then it has a name of its own, so that two writers do not meet. Raises DiskError.
     """
     temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(6)}.tmp")
-    with telling_of_disk(f"{path}: cannot be written", "; what stood there is intact"):
+    with telling_of_disk(f"{path}: cannot be written"):
         try:
             with open(temporary, "xb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-        except BaseException:
-            with suppress(OSError):  # the disk may be read-only, or gone
-                temporary.unlink(missing_ok=True)
-            raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Have the names in a folder on the disk, where the system does that for a folder."""
-    with suppress(OSError), ExitStack() as stack:
-        descriptor = os.open(folder, os.O_RDONLY)
-        stack.callback(os.close, descriptor)
-        os.fsync(descriptor)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> Any:
@@ -111,9 +88,4 @@ def read_json(path: Path) -> Any:
 
 def write_json(path: Path, value: object) -> None:
     """Write a JSON file atomically. Raises DiskError."""
-    write_atomically(path, as_json(value))
-
-
-def as_json(value: object) -> bytes:
-    """Return what a JSON file of this value holds."""
-    return (json.dumps(value, indent=2) + "\n").encode()
+    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())

@@ -1,4 +1,4 @@
-"""Run folders: where they are, and what they say.
+"""Run folders: where they are, what they say, how one comes into being, and the lock that a training holds on it.
 
 A run folder holds `config.json` (settings, images, machine, when it was resumed where), `metrics.jsonl` (a line per
 epoch and phase), TensorBoard's events, `last.pt` (everything to go on from), `best.pt` (the best weights) and, once it
@@ -9,34 +9,37 @@ with, if they are another run's. A run that is passed on has `model.safetensors`
 import json
 import math
 import os
-import reprlib
 import shlex
-from collections.abc import Collection
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cvae.data.masks import MASKS, is_picture, make_task
+from filelock import FileLock, Timeout
+
+from cvae.data.masks import make_task
 from cvae.data.tasks import FixedMask
-from cvae.errors import DataError, taken_for_damage
+from cvae.errors import DataError, UsageError, taken_for_damage
 from cvae.model.networks import NETWORKS
 from cvae.model.objectives import OBJECTIVES
 from cvae.run import checkpoint
-from cvae.run.checkpoint import read_json
-from cvae.settings import LARGEST_SIDE, PRECISIONS, Settings
+from cvae.run.checkpoint import read_json, telling_of_disk
+from cvae.settings import Settings
 
 CONFIG, METRICS, SUMMARY, OBSERVED = "config.json", "metrics.jsonl", "summary.json", "observed.png"
 BEST, LAST, INIT, EVENTS = "best.pt", "last.pt", "init.pt", "events.out.tfevents."
 WEIGHTS, COMPLETIONS, LEARNING, CURVES = "model.safetensors", "completions.png", "learning.gif", "curves.png"
 FILES = (SUMMARY, COMPLETIONS, LEARNING, CURVES, LAST, BEST, WEIGHTS, METRICS, INIT, OBSERVED, CONFIG)
-"""The files of a run but its events; `config.json`, by which it is known, is moved and written last."""
+"""The files of a run but its events, in the order in which `create` removes them."""
 
 REFERENCE, PACKAGE = "reference", Path(__file__).resolve().parents[1]
 COME_WITH = (PACKAGE.parent / "runs", PACKAGE)
 """Where the folder of the runs that come with the program may be: in a clone, in the installed package."""
 
-CHOICES: dict[str, Collection[str]] = {"network": NETWORKS, "objective": OBJECTIVES}
+CHOICES: dict[str, Mapping[str, Any]] = {"network": NETWORKS, "objective": OBJECTIVES}
 """Settings that are names of something in the code, each with the table in which it is found."""
 
 
@@ -87,16 +90,12 @@ class RunFolder:
     @property
     def precision(self) -> str:
         """The precision that the run was begun in."""
-        begun = self.config.get("precision")
-        return begun if begun in PRECISIONS else self.settings.precision
+        return str(self.config.get("precision", self.settings.precision))
 
     @property
     def summary(self) -> dict[str, Any] | None:
         """What the run has come to; None as long as it is not finished."""
-        if not os.path.isfile(self.path / SUMMARY):
-            return None
-        summary = read_json(self.path / SUMMARY)
-        return summary if isinstance(summary, dict) else {}
+        return read_json(self.path / SUMMARY) if os.path.isfile(self.path / SUMMARY) else None
 
     @property
     def is_passed_on(self) -> bool:
@@ -124,15 +123,12 @@ class RunFolder:
                 raise DataError(f"{path}: is missing, and the run is past its first epoch")
             return {}
         last = checkpoint.load(path)
-        with taken_for_damage(f"{path}: is no checkpoint of a training", KeyError, TypeError, AttributeError):
-            progress, size = Progress(**last["progress"]), last["log"].get(METRICS, 0)
-            is_last_best = progress.best_epoch in (0, progress.epoch)
-            epoch = last["phase"], progress.best_epoch, progress.best_loss
-        if len(self.metrics()) - len(self.metrics(size)) > 1:
+        progress = Progress(**last["progress"])
+        if len(self.metrics()) - len(self.metrics(last["log"].get(METRICS, 0))) > 1:
             raise DataError(f"{self.path / METRICS}: has later epochs than {LAST}")
-        if not is_last_best:
+        if progress.best_epoch not in (0, progress.epoch):
             best = checkpoint.load(self.path / BEST)
-            if (best.get("phase"), best.get("epoch"), best.get("loss")) != epoch:
+            if (best.get("phase"), best.get("epoch")) != (last["phase"], progress.best_epoch):
                 raise DataError(f"{self.path / BEST}: is of another epoch than the best one of {LAST}")
         return last
 
@@ -157,23 +153,76 @@ def known_settings(values: object, file: Path) -> Settings:
     """Return the settings that a file holds, as `Settings.to_dict` gives them. Raises DataError."""
     try:
         settings = Settings.from_dict(values)
+        for name, table in CHOICES.items():
+            settings.chosen(name, table)
     except ValueError as error:
         raise DataError(f"{file}: {error}") from None
-    is_named = settings.observed is not None and not is_picture(settings)
-    for name, choices in (CHOICES | {"observed": MASKS} if is_named else CHOICES).items():
-        if (chosen := getattr(settings, name)) not in choices:
-            raise DataError(f"{file}: this version knows no {name} {reprlib.repr(chosen)}; was a later one here?")
     return settings
 
 
 def known_record(images: Any, file: Path) -> dict[str, Any]:
     """Return what a file says of images. Raises DataError if it does not say their size."""
-    record: dict[str, Any] = images if isinstance(images, dict) else {}
-    sizes_known = all(
-        type(record.get(side)) is int and 2 <= record[side] <= LARGEST_SIDE for side in ("height", "width")
-    )
-    if not sizes_known or not all(
-        isinstance(record.get(part), dict | None) for part in ("train", "validation", "test")
-    ):
+    if not isinstance(images, dict) or not all(type(images.get(side)) is int for side in ("height", "width")):
         raise DataError(f"{file}: does not say the size of the images; train anew with this version")
-    return record
+    return images
+
+
+def refuse_existing(path: Path, overwrite: bool) -> None:
+    """Raise UsageError if there is something at `path` that a new run must not replace; hidden files count as none."""
+    if not os.path.lexists(path) or (os.path.isdir(path) and all(name.startswith(".") for name in os.listdir(path))):
+        return
+    try:
+        is_run = "settings" in RunFolder(path).config
+    except DataError:
+        is_run = False
+    if not is_run:
+        raise UsageError(f"{path} is no run folder and is left as it is; choose another --name")
+    if not overwrite:
+        raise UsageError(f"{path} exists already: --resume {quoted(path)} goes on with it, --overwrite starts it anew")
+
+
+def hold(folder: Path, warn: Callable[[str], None]) -> AbstractContextManager[Any]:
+    """Lock a folder until the end of the returned context or of the process, however it ends.
+
+    Where the file system has no locks, `warn` is told in one line. The file of the lock stays where it is. Raises
+    UsageError if another process holds the folder, DiskError if it is not writable.
+    """
+    with telling_of_disk(f"{folder}: cannot be written to"):
+        open(folder / ".lock", "a").close()
+    hard: dict[str, Any] = {} if sys.platform == "win32" else {"fallback_to_soft": False}
+    lock = FileLock(folder / ".lock", timeout=0, thread_local=False, preserve_lock_file=True, **hard)
+    try:
+        return lock.acquire()
+    except Timeout:
+        raise UsageError(f"{folder} is held by another training; wait for it, or choose another --name") from None
+    except (OSError, NotImplementedError) as error:
+        reason = getattr(error, "strerror", None) or error
+        warn(f"{folder} cannot be locked on this file system ({reason}): see that no other training uses it")
+        return nullcontext()
+
+
+def create(
+    path: Path, files: Mapping[str, Callable[[Path], None]], overwrite: bool, warn: Callable[[str], None]
+) -> ExitStack:
+    """Make a run folder, or with `overwrite` begin the one that is there anew, and hold it as `hold` does.
+
+    Nothing of an old run is removed before the new files are on the disk beside it. A process that is killed after that
+    leaves what cannot go on, or has not begun. What somebody else has put into the folder stays.
+
+    files: what writes the first files, by name; `config.json` is one of them. Raises UsageError if something is there
+    that must not be replaced, DiskError.
+    """
+    with telling_of_disk(f"{path}: cannot be made"):
+        path.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as held:
+        held.enter_context(hold(path, warn))
+        refuse_existing(path, overwrite)
+        staged = {name: path / f".{name}.new.tmp" for name in reversed(FILES) if name in files}  # `config.json` first
+        for name, file in staged.items():
+            files[name](file)
+        with telling_of_disk(f"{path}: cannot be written to"):
+            for file in [*path.glob(EVENTS + "*"), *(path / name for name in FILES if name != CONFIG)]:
+                file.unlink(missing_ok=True)
+            for name, file in staged.items():
+                os.replace(file, path / name)
+        return held.pop_all()

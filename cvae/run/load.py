@@ -1,29 +1,43 @@
-"""A trained model, ready to use, of a run or of Pyro's example; and a model that begins with another's weights."""
+"""A trained model, ready to use: of a run, of a `.safetensors` file, of Pyro's example; or to begin another one with.
+
+Metadata of the file, each a text: `settings` (JSON), `observed` (the mask, a line of 0 and 1 for each row, 1 = given),
+`images` (JSON: their size, and what identifies them as far as it is known), `version` of the program, and `format`: pt.
+"""
 
 import hashlib
+import json
 import os
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, NamedTuple
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
 from cvae.console import called
-from cvae.data.masks import make_task
+from cvae.data.masks import is_picture, make_task, mask_name
 from cvae.data.tasks import FixedMask, Task
-from cvae.errors import DataError, first_line
+from cvae.errors import DataError, taken_for_damage
 from cvae.model.cvae import CVAE
-from cvae.model.networks import upgraded
+from cvae.model.densities import widen
+from cvae.model.networks import build, upgraded
 from cvae.run import checkpoint
-from cvae.run.checkpoint import kinds, unpickled
-from cvae.run.folder import BEST, LAST, WEIGHTS, RunFolder, find_run, quoted
-from cvae.run.weights_file import Trained, assembled, read_trained, read_weights
-from cvae.settings import Settings
+from cvae.run.folder import BEST, LAST, WEIGHTS, RunFolder, find_run, known_record, known_settings, quoted
+from cvae.settings import VERSION, Settings
 
+MISFITS = (KeyError, TypeError, ValueError, AttributeError, RuntimeError)  # what weights of another model raise
 SUFFIX = Path(WEIGHTS).suffix
-LAYERS = ("baseline_net.fc1", "baseline_net.fc2", "prior_net.fc31")  # of Pyro's example, which tell its sizes
-SIDE, MASKED = 28, -1.0  # the images' size; what the tutorial shows its baseline in the place of a hidden pixel
+LAYERS = ("baseline_net.layers.0", "baseline_net.layers.1", "prior_net.layers.2")  # tell the sizes of Pyro's example
+SIDE, MASKED = 28, -1.0  # in it: the images' size, and what the baseline sees of a hidden pixel
+
+
+class Trained(NamedTuple):
+    """A trained model, the settings of its run, and what identifies its images, as `RunFolder.record` gives it."""
+
+    model: CVAE
+    settings: Settings
+    images: dict[str, Any]
 
 
 def load(run: str | Path, device: torch.device | str = "cpu", runs: str | Path = "runs") -> CVAE:
@@ -37,34 +51,92 @@ def load(run: str | Path, device: torch.device | str = "cpu", runs: str | Path =
 
     Raises:
         DataError: There is no such run, or its weights cannot be read or are not of its settings.
-        ValueError: There is no such device.
     """
     return load_trained(run, device, runs).model
 
 
 def load_trained(run: str | Path, device: torch.device | str = "cpu", runs: str | Path = "runs") -> Trained:
     """Return the model as `load` does, with the settings and what identifies the images."""
-    check_device(device)
     path = Path(run)
-    if path.suffix == SUFFIX and not os.path.isdir(path):
+    if path.suffix == SUFFIX and not path.is_dir():
         return read_trained(path, device)
     folder = RunFolder(find_run(run, runs))
     if folder.is_passed_on:
         return read_trained(folder.path / WEIGHTS, device)
     settings, task, path = folder.settings, folder.task, folder.path / BEST
-    state = checkpoint.load(path)
-    if state.get("phase") != "cvae":
+    content, state = read_weights(path)
+    if content["phase"] != "cvae":
         resume = f"{called('train.py')} --resume {quoted(folder.path)}"
         raise DataError(f"{folder.path}: only its baseline is trained so far; go on with {resume}")
-    return Trained(assembled(path, settings, task, state.get("model")).to(device), settings, folder.record)
+    return Trained(assembled(path, settings, task, state).to(device), settings, folder.record)
 
 
-def check_device(device: torch.device | str) -> None:
-    """Raise ValueError for a device that there is not."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"the device {str(device)!r} cannot be used: {first_line(error).split('. ')[0]}") from None
+def read_trained(path: Path, device: torch.device | str = "cpu") -> Trained:
+    """Return what is in a file that `save_safetensors` wrote, the weights in float32. Raises DataError."""
+    metadata, state = read_weights(path)
+    with taken_for_damage(f"{path}: holds no CVAE of this program, by its metadata", *MISFITS):
+        settings = known_settings(json.loads(metadata["settings"]), path)
+        images = known_record(json.loads(metadata["images"]), path)
+        rows = [[{"0": False, "1": True}[letter] for letter in row] for row in metadata["observed"].split("\n")]
+        task = FixedMask(torch.tensor(rows), mask_name(settings))
+    return Trained(assembled(path, settings, task, state).to(device), settings, images)
+
+
+def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return what a checkpoint or `.safetensors` file says beside the weights, and these by the names of today.
+
+    Half precision is widened to float32. Raises DataError.
+    """
+    content: dict[str, Any] = {} if path.suffix == SUFFIX else checkpoint.load(path)
+    state: Any = content.get("average" if path.name == LAST else "model")
+    with taken_for_damage(f"{path}: is damaged, or no weights of this program", Exception):  # anywhere in the reader
+        if path.suffix == SUFFIX:
+            with safetensors.safe_open(path, "pt") as file:
+                content = file.metadata() or {}
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return content, upgraded({name: widen(tensor) for name, tensor in state.items()})
+
+
+def assembled(path: Path, settings: Settings, task: Task, state: dict[str, Tensor]) -> CVAE:
+    """Return the model of these settings with these weights, in float32, frozen; raise DataError if they do not fit."""
+    with taken_for_damage(f"{path}: does not hold the weights of a CVAE of the run's settings", *MISFITS):
+        model = build(task, settings).float()  # whatever the default type is
+        model.load_state_dict(state)
+    return model.requires_grad_(False).eval()
+
+
+def save_safetensors(model: CVAE, settings: Settings, path: Path, half: bool = False) -> None:
+    """Write a model that was built from these settings; half: weights in float16. Raises DiskError."""
+    images = {"height": model.task.height, "width": model.task.width}
+    checkpoint.write_atomically(path, as_safetensors(Trained(model, settings, images), half))
+
+
+def as_safetensors(trained: Trained, half: bool = False) -> bytes:
+    """Return what the file of a trained model holds; half: weights in float16."""
+    tensors = trained.model.state_dict()
+    if half:
+        tensors = {name: t.half() if t.is_floating_point() else t for name, t in tensors.items()}
+    tensors = {name: t.cpu().clone() for name, t in tensors.items()}  # training keeps all weights in one vector
+    return safetensors.torch.save(tensors, description(trained))
+
+
+def description(trained: Trained) -> dict[str, str]:
+    """Return the metadata of a trained model."""
+    assert isinstance(trained.model.task, FixedMask)
+    return {
+        "settings": json.dumps(passed_on(trained.settings).to_dict()),
+        "observed": "\n".join("".join(map(str, row)) for row in trained.model.task.observed.int().tolist()),
+        "images": json.dumps(trained.images),
+        "version": VERSION,
+        "format": "pt",
+    }
+
+
+def passed_on(s: Settings) -> Settings:
+    """Return the settings without the folders of the machine that a run was trained on: the names of files stay."""
+    data = s.data and PureWindowsPath(s.data).name
+    observed = str(PurePosixPath("/", PureWindowsPath(str(s.observed)).name)) if is_picture(s) else s.observed
+    return replace(s, data=data, data_root=None, observed=observed)
 
 
 def start_from(folder: Path, model: CVAE) -> tuple[str, dict[str, Any]]:
@@ -77,17 +149,20 @@ def start_from(folder: Path, model: CVAE) -> tuple[str, dict[str, Any]]:
         A line for the user, and what `config.json` is to say: the folder, the file, its SHA-256, and what did not fit.
     """
     path = next((folder / name for name in (BEST, LAST, WEIGHTS) if os.path.lexists(folder / name)), folder / BEST)
-    content = {"model": read_weights(path)[1]} if path.name == WEIGHTS else checkpoint.load(path)
-    state: Any = content.get("average" if path.name == LAST else "model")
+    content, state = read_weights(path)
     prefix = "baseline_net." if content.get("phase") == "baseline" else ""
-    weights = {prefix + name: tensor for name, tensor in upgraded(state).items()} if kinds(state) else {}
+    weights = {prefix + name: tensor for name, tensor in state.items()}
     task, begun, remark, pixels = model.task, model.state_dict(), "", set[int]()
-    if not _same_mask(folder, task):
+    try:
+        is_same = not isinstance(task, FixedMask) or torch.equal(RunFolder(folder).task.observed, task.observed)
+    except DataError:  # as far as is known
+        is_same = True
+    if not is_same:
         pixels = {task.x_dim, task.y_dim, task.x_dim + task.y_dim}
         sizes = ", ".join(map(str, sorted(pixels)))
         remark = f"; the mask is another, and so nothing fits that is as large as a part of the image ({sizes})"
-    wanted = {name: kind for name, kind in kinds(begun).items() if pixels.isdisjoint(kind[0])}
-    fitting = {name: weights[name] for name, kind in kinds(weights).items() if kind == wanted.get(name)}
+    shapes = {name: tensor.shape for name, tensor in begun.items() if pixels.isdisjoint(tensor.shape)}
+    fitting = {name: tensor for name, tensor in weights.items() if tensor.shape == shapes.get(name)}
     if not fitting:
         raise DataError(f"{path}: has no weights that fit this network; leave --init out, or give that run's settings")
     model.load_state_dict({**begun, **fitting})
@@ -95,14 +170,6 @@ def start_from(folder: Path, model: CVAE) -> tuple[str, dict[str, Any]]:
     line = f"begins with the weights of {path}" + (f"; drawn anew, as these do not fit: {new}" if new else "") + remark
     digest = hashlib.sha256(checkpoint.read(path)).hexdigest()
     return line, {"run": str(folder.resolve()), "file": path.name, "sha256": digest, "not_fitting": new}
-
-
-def _same_mask(folder: Path, task: Task) -> bool:
-    """Return whether a run has the mask of a task; one that cannot be read is taken for the same."""
-    try:
-        return isinstance(task, FixedMask) and torch.equal(RunFolder(folder).task.observed, task.observed)
-    except DataError:
-        return True
 
 
 def load_tutorial(path: str | Path, quadrants: int = 1, device: torch.device | str = "cpu") -> CVAE:
@@ -118,35 +185,23 @@ def load_tutorial(path: str | Path, quadrants: int = 1, device: torch.device | s
 
     Raises:
         DataError: It is no such file.
-        ValueError: For another number, and a device that there is not.
+        ValueError: For another number.
     """
-    check_device(device)
-    settings, path = Settings(quadrants=quadrants), Path(path)
-    weights = unpickled(path, "holds more than tensors, or is damaged: save the state_dict of the CVAE")
-    task, state = make_task(settings, SIDE, SIDE), dict[str, Tensor]()
-    try:
+    settings, path, state = Settings(quadrants=quadrants), Path(path), dict[str, Tensor]()
+    weights = checkpoint.unpickled(path, "holds more than tensors, or is damaged: save the state_dict of the CVAE")
+    task = make_task(settings, SIDE, SIDE)
+    with taken_for_damage(f"{path}: is no CVAE of Pyro's example", IndexError, *MISFITS):
         for network in ("baseline_net", "prior_net", "recognition_net", "generation_net"):
-            names = ("fc1", "fc2", "fc31", "fc32") if f"{network}.fc31.bias" in weights else ("fc1", "fc2", "fc3")
-            layers = [(weights[f"{network}.{name}.weight"], weights[f"{network}.{name}.bias"]) for name in names]
-            state |= _converted(network, layers, task)
-        first, second, z = (len(weights[f"{n}.bias"]) for n in LAYERS)
-        settings = replace(settings, hidden=(first, second), latent_dim=z)
-        if not kinds(weights) or len(weights) != 2 * 14:
-            raise ValueError("it has other weights than that")
-    except (KeyError, TypeError, ValueError, IndexError, RuntimeError, AttributeError) as error:
-        raise DataError(f"{path}: is no CVAE of Pyro's example ({type(error).__name__}: {error})") from None
+            ends = ("fc31", "fc32") if f"{network}.fc31.bias" in weights else ("fc3",)  # loc and scale, or logits
+            for kind in ("weight", "bias"):
+                first, second, *last = (weights[f"{network}.{layer}.{kind}"] for layer in ("fc1", "fc2", *ends))
+                end = torch.cat(last) if len(last) == 2 else last[0][task.order[task.x_dim :]]
+                state |= {f"{network}.layers.{i}.{kind}": part for i, part in enumerate((first, second, end))}
+        for network in ("baseline_net", "prior_net", "recognition_net"):
+            state[f"{network}.layers.0.weight"] = state[f"{network}.layers.0.weight"][:, task.order]
+        given, masked = state["baseline_net.layers.0.weight"].split([task.x_dim, task.y_dim], dim=1)
+        state["baseline_net.layers.0.weight"] = given
+        state["baseline_net.layers.0.bias"] += MASKED * masked.sum(1)
+        first, second, z = (len(state[f"{name}.bias"]) for name in LAYERS)
+        settings = replace(settings, hidden=(first, second), latent_dim=z // 2)
     return assembled(path, settings, task, state).to(device)
-
-
-def _converted(network: str, layers: list[tuple[Tensor, Tensor]], task: FixedMask) -> dict[str, Tensor]:
-    """Return the layers of one of its networks as those of ours with this mask."""
-    given, hidden = task.order.split([task.x_dim, task.y_dim])
-    (weight, bias), second, *last = layers
-    if network == "baseline_net":
-        weight, bias = weight[:, given], bias + MASKED * weight[:, hidden].sum(1)
-    elif network != "generation_net":
-        weight = weight[:, task.order]  # and loc and log-scale become one layer:
-    end = [torch.cat(parts) for parts in zip(*last, strict=True)]
-    end = end if len(last) == 2 else [part[hidden] for part in end]
-    names = (f"{network}.layers.{i}.{kind}" for i in range(3) for kind in ("weight", "bias"))
-    return dict(zip(names, (weight, bias, *second, *end), strict=True))

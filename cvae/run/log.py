@@ -26,30 +26,24 @@ PICTURES, OURS = "/completions", ".train"
 class RunLog:
     """The log of the run in a folder, taken back to an earlier position: each epoch stands in it once.
 
-    `position` is the size of each file, by name, as a checkpoint keeps it. Methods raise DiskError.
+    position: the size of each file, by name, as a checkpoint keeps it, {} at the beginning. Methods raise DiskError.
     """
 
-    def __init__(self, folder: Path, position: dict[str, int]):
-        self._folder = folder
+    def __init__(self, folder: Path, position: dict[str, int], settings: dict[str, Any]):
+        self._folder, self._settings = folder, settings
         with self._telling(), ExitStack() as stack:
             for path in self._files():
-                size = position.get(path.name, 0)
-                if size == 0:
+                if path.name not in position:
                     path.unlink(missing_ok=True)
-                elif path.stat().st_size > size:  # at most an epoch, which the run takes once more
-                    os.truncate(path, size)
-            events = [path for path in self._files()[1:] if path.stat().st_size == position[path.name]]
+                elif path.stat().st_size > position[path.name]:  # at most an epoch, which the run takes once more
+                    os.truncate(path, position[path.name])
             name = f"{EVENTS}{time.time():.0f}.{socket.gethostname()}.{os.getpid()}{OURS}"
-            self._metrics = stack.enter_context(open(folder / METRICS, "ab"))
-            self._events = stack.enter_context(open(events[-1] if events else folder / name, "ab"))
-            if not events:
-                self._add(file_version="brain.Event:2")
-            self._open = stack.pop_all()
-
-    def describe(self, settings: dict[str, Any]) -> None:
-        """Write the settings, as a text for TensorBoard."""
-        rows = "".join(f"| {name} | {printable(str(value))} |\n" for name, value in settings.items())
-        self._add(summary=summary.text("settings", "| setting | value |\n|---|---|\n" + rows), step=0)
+            self._metrics, self._events = (stack.enter_context(open(folder / file, "ab")) for file in (METRICS, name))
+            self.close = stack.pop_all().close
+        self._add(file_version="brain.Event:2")
+        if not position:
+            rows = "".join(f"| {name} | {printable(str(value))} |\n" for name, value in settings.items())
+            self._add(summary=summary.text("settings", "| setting | value |\n|---|---|\n" + rows), step=0)
 
     def epoch(self, phase: str, record: dict[str, Any], picture: Tensor) -> None:
         """Write an epoch of a phase: its numbers, and a picture, uint8 `[3, height, width]`."""
@@ -66,9 +60,9 @@ class RunLog:
                 self._add(summary=summary.scalar(f"{phase}/{tag}", value), step=step)
         self._add(summary=summary.image(phase + PICTURES, picture, dataformats="CHW"), step=step)
 
-    def finish(self, settings: dict[str, Any], results: dict[str, float]) -> None:
+    def finish(self, results: dict[str, float]) -> None:
         """Write the settings and the results as hyperparameters of one run."""
-        plain = {k: v if isinstance(v, int | float) else printable(str(v)) for k, v in settings.items()}
+        plain = {k: v if isinstance(v, int | float) else printable(str(v)) for k, v in self._settings.items()}
         for part in (*summary.hparams(plain, results), *(summary.scalar(*item) for item in results.items())):
             self._add(summary=part)
 
@@ -79,11 +73,6 @@ class RunLog:
                 file.flush()
                 os.fsync(file.fileno())
             return {path.name: path.stat().st_size for path in self._files()}
-
-    def close(self) -> None:
-        """Close the files."""
-        with self._telling():
-            self._open.close()
 
     def _files(self) -> list[Path]:
         return [self._folder / METRICS, *sorted(self._folder.glob(f"{EVENTS}*{OURS}"))]

@@ -1,18 +1,17 @@
-"""The command line of a training: which runs it is to make or to go on with, with which settings, on which images."""
+"""The command line of a training: which runs it is to make or to go on with, with which settings."""
 
 import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cvae.context import Context, Interruption
 from cvae.data.masks import MASKS
-from cvae.data.sources import TrainImages, load_train, named
-from cvae.errors import DataError, Interrupted, UsageError
+from cvae.data.sources import named
+from cvae.errors import DataError, UsageError
 from cvae.run.folder import CHOICES, RunFolder, find_run
 from cvae.settings import PRESETS, Settings, add_flags, flag, with_preset
 
@@ -72,58 +71,23 @@ def absolute(path: str) -> str:
 
 def plan(options: argparse.Namespace, given: dict[str, Any]) -> list[tuple[Path, Settings]]:
     """Return the folders and the settings of the runs to make or to go on with. Raises UsageError or DataError."""
-    quadrants = given.pop("quadrants", None)
+    quadrants = dict.fromkeys(given.pop("quadrants", ()))  # each number once
     if options.resume is not None:
-        return [_to_go_on_with(RunFolder(find_run(options.resume, options.runs)), given, quadrants)]
-    quadrants = quadrants or [Settings.quadrants]
-    if len(set(quadrants)) < len(quadrants):
-        raise UsageError("--quadrants names a number twice")
+        run = RunFolder(find_run(options.resume, options.runs))
+        settings = run.settings
+        if run.is_passed_on:
+            raise DataError(f"{run.path}: has published weights, for eval.py and --init; it cannot be resumed")
+        for name, value in [*given.items(), *(("quadrants", k) for k in quadrants)]:
+            if name not in MOVABLE and value != (begun := getattr(settings, name)):
+                words = f"without {flag(name)}" if begun is None else f"with {flag(name)} {begun}"
+                raise UsageError(f"{run.path} was begun {words}, which cannot change now; leave the flag out")
+        return [(run.path, replace(settings, **{name: given[name] for name in MOVABLE if name in given}))]
     name, mask = options.name, given.get("observed")
     if name is not None and (not name or name.startswith(".") or Path(name).name != name):
         raise UsageError(f"--name {name!r} is not the plain name of a folder; --runs says where it is to be")
     runs = []
-    for k in quadrants:
+    for k in quadrants or [Settings.quadrants]:
         default = f"q{k}" if mask is None else Path(mask).stem.lstrip(".") or "mask"
-        own = default if name is None else f"{name}-q{k}" if len(quadrants) > 1 else name
-        runs.append((options.runs / own, Settings(quadrants=k, **given)))
-    for folder, _ in runs:
-        if options.init and os.path.realpath(folder) == os.path.realpath(find_run(options.init, options.runs)):
-            raise UsageError(f"--init {options.init} is the folder of the new run too; choose another --name")
+        chosen = default if name is None else f"{name}-q{k}" if len(quadrants) > 1 else name
+        runs.append((options.runs / chosen, Settings(quadrants=k, **given)))
     return runs
-
-
-def _to_go_on_with(run: RunFolder, given: dict[str, Any], quadrants: list[int] | None) -> tuple[Path, Settings]:
-    """Return the folder and the settings of a run that goes on, if the flags that are given do not contradict it."""
-    settings = run.settings
-    if run.is_passed_on:
-        raise DataError(f"{run.path}: has published weights, for eval.py and --init; it cannot be resumed")
-    if quadrants is not None and settings.observed is not None:
-        raise UsageError(f"{run.path} was begun with --observed {settings.observed}; leave --quadrants out")
-    if quadrants is not None:
-        given["quadrants"] = quadrants[0] if len(quadrants) == 1 else quadrants
-    for name, value in given.items():
-        if name not in MOVABLE and value != (own := getattr(settings, name)):
-            begun = f"without {flag(name)}" if own is None else f"with {flag(name)} {own}"
-            raise UsageError(f"{run.path} was begun {begun}, which cannot change now; leave the flag out")
-    return run.path, replace(settings, **{name: given[name] for name in MOVABLE if name in given})
-
-
-def shared_images(
-    runs: Sequence[Settings], context: Context, interruption: Interruption, quiet: bool
-) -> Callable[[], TrainImages]:
-    """Return what loads the images that these runs share, in all processes; those of several runs are kept.
-
-    It raises Interrupted if a signal comes before they are read, or, with several processes, after that.
-    """
-    processes = context.processes
-
-    def check(is_read: bool = False) -> None:
-        if (is_read or processes.count == 1) and (number := processes.maximum(interruption.signal_number)):
-            raise Interrupted("interrupted before the training began: nothing was written", number)
-
-    def load() -> TrainImages:
-        images = processes.on_all(partial(load_train, runs[0], processes.is_main and not quiet, check))
-        check(is_read=True)
-        return images
-
-    return cache(load) if len(runs) > 1 else load

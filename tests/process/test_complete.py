@@ -16,7 +16,7 @@ from cvae.data.masks import quadrants
 from cvae.data.tasks import FixedMask
 from cvae.model.networks import build
 from cvae.report import complete
-from cvae.run.weights_file import save_safetensors
+from cvae.run.load import save_safetensors
 from cvae.settings import Settings
 
 PREPARED = torch.randint(256, (30, 28), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)  # no digit

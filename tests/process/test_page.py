@@ -29,7 +29,7 @@ from cvae.data.tasks import FixedMask
 from cvae.model.networks import build
 from cvae.report import page
 from cvae.report.export import export_folder
-from cvae.run.weights_file import Trained
+from cvae.run.load import Trained
 from cvae.settings import Settings
 
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")

@@ -21,8 +21,7 @@ from cvae.data.tasks import Batch, FixedMask
 from cvae.errors import DataError
 from cvae.model.networks import NETWORKS, build
 from cvae.report import export
-from cvae.run.load import load_trained
-from cvae.run.weights_file import Trained, as_safetensors, save_safetensors
+from cvae.run.load import Trained, as_safetensors, load_trained, save_safetensors
 from cvae.settings import Settings
 
 TASK = FixedMask(quadrants(1, 10, 9), "1 quadrant")

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ from support.inprocess import TINY, call_eval, call_train, interrupted_after, ma
 from support.trainings import contents
 
 from cvae.errors import DataError, DiskError, UsageError
-from cvae.run.claim import create_run, hold
-from cvae.run.folder import RunFolder, find_run
+from cvae.run.checkpoint import write_json
+from cvae.run.folder import RunFolder, create, find_run, hold
 from cvae.settings import Settings
 
 CONFIG = {"settings": Settings(hidden=(8, 7)).to_dict(), "images": {"height": 10, "width": 9}, "precision": "bf16"}
-NEW = {"config.json": json.dumps({**CONFIG, "seed": "new"}).encode(), "observed.png": b"new", "init.pt": b"new"}
+NEW_CONFIG = {**CONFIG, "is": "new"}
+NEW = dict.fromkeys(("config.json", "observed.png", "init.pt"), partial(write_json, value=NEW_CONFIG))
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +66,10 @@ def test_what_a_run_folder_says(done: Path, tmp_path: Path) -> None:
         (None, "is no valid JSON"),
         ([], "the settings are missing"),
         ({**CONFIG, "settings": {"hidden": "8"}}, "hidden has to be"),
-        ({**CONFIG, "settings": {"network": "wide"}}, "this version knows no network 'wide'"),
-        ({**CONFIG, "settings": {"observed": "corner"}}, "this version knows no observed 'corner'"),
+        ({**CONFIG, "settings": {"network": "wide"}}, "network has to be one of tutorial, paper, deep, not 'wide'"),
         ({**CONFIG, "settings": {"shades": 2}}, "this version knows no setting 'shades'"),
         ({**CONFIG, "images": None}, "does not say the size of the images"),
         ({**CONFIG, "images": {"height": 10, "width": True}}, "does not say the size of the images"),
-        ({**CONFIG, "images": {"height": 10, "width": 9, "test": 3}}, "does not say the size of the images"),
     ],
 )
 def test_config_that_is_none(tmp_path: Path, config: Any, reason: str) -> None:
@@ -132,61 +132,45 @@ def test_overwrite_takes_the_run_and_nothing_else(done: Path, words: list[str | 
     assert call_eval("--runs", tmp_path / "q1").code == 0
 
 
-class Killed(BaseException):
-    """The end of a process, which mends nothing."""
+def files(run: Path) -> dict[str, bytes]:
+    return {name: content for name, (content, _) in contents(run).items() if not name.startswith(".")}
 
 
-def create_until(run: Path, fatal: int, error: BaseException, overwrite: bool) -> bool:
-    """Create a run whose rename of this number fails; returns whether there were so many."""
-    rename, seen = os.rename, 0
+def create_until(run: Path, function: str, fatal: int) -> bool:
+    """Begin a run anew; returns False if this call of a function of `os`, by its number, ended that."""
+    call, seen = getattr(os, function), 0
 
-    def fail_at_last(source: Path, target: Path) -> None:
+    def fail_at_last(*paths: Any, **more: Any) -> None:
         nonlocal seen
         seen += 1
         if seen == fatal:
-            raise error
-        rename(source, target)
+            raise OSError(errno.EIO, "Input/output error")
+        call(*paths, **more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "rename", fail_at_last)
-        if isinstance(error, Killed):
-            patch.setattr("cvae.run.claim.settle", lambda folder: None)
+        patch.setattr(os, function, fail_at_last)
         try:
-            lock = create_run(run, NEW, overwrite, pytest.fail)
-        except (Killed, DiskError):
-            return True
-    with lock:
-        return False
+            create(run, NEW, True, pytest.fail).close()
+        except DiskError:
+            return False
+    return True
 
 
-def files(run: Path) -> dict[str, bytes]:
-    return {name: content for name, (content, _) in contents(run).items() if name != ".lock"}
-
-
-@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), Killed()], ids=repr)
-def test_replacement_that_ends_amid_it(done: Path, tmp_path: Path, error: BaseException) -> None:
-    """At any rename: after an error all is as before, after a kill the next one that comes puts it back."""
-    for fatal in range(1, 99):
-        run = Path(shutil.copytree(done, tmp_path / f"{fatal}"))
-        if not create_until(run, fatal, error, True):
-            break
-        if isinstance(error, Killed):
-            with pytest.raises(UsageError, match="exists already"):
-                create_run(run, NEW, False, pytest.fail)
-        assert files(run) == files(done)
-    assert fatal > len(files(done)) + len(NEW)
-    assert files(run) == NEW
-
-
-@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), Killed()], ids=repr)
-def test_new_folder_that_ends_amid_it(tmp_path: Path, error: BaseException) -> None:
-    """It is gone after an error, and free after a kill."""
-    for fatal in range(1, 1 + len(NEW)):
-        run = tmp_path / f"{fatal}"
-        assert create_until(run, fatal, error, False)
-        assert run.exists() == isinstance(error, Killed)
-        assert not create_until(run, 99, OSError(), False)
-        assert files(run) == NEW
+def test_overwrite_that_ends_amid_it(done: Path, tmp_path: Path) -> None:
+    """While new files are written nothing is touched; later no old weights go on with other settings."""
+    for function, least in (("fsync", len(NEW)), ("unlink", len(files(done))), ("replace", 2 * len(NEW))):
+        for fatal in range(1, 99):
+            run = Path(shutil.copytree(done, tmp_path / f"{function}{fatal}"))
+            if create_until(run, function, fatal):
+                break
+            if function == "fsync":
+                assert files(run) == files(done)
+            elif "is" in RunFolder(run).config:
+                assert not {"best.pt", "last.pt", "metrics.jsonl"} & files(run).keys()
+            assert create_until(run, function, 99)
+            assert files(run).keys() == NEW.keys()
+            assert RunFolder(run).config == NEW_CONFIG
+        assert fatal > least
 
 
 def test_folders_that_cannot_be_made(words: list[str | Path], tmp_path: Path) -> None:

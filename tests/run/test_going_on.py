@@ -196,7 +196,7 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     "no run": (written("config.json", None), "is no run folder: it has no config.json"),
     "no last": (written("last.pt", None), "last.pt: is missing, and the run is past its first epoch"),
     "damaged last": (written("last.pt", b"PK"), "last.pt: is damaged, or no checkpoint"),
-    "foreign last": (saved("last.pt", progress=3), "last.pt: is no checkpoint of a training"),
+    "foreign last": (saved("last.pt", progress=3), "last.pt: does not fit the run's settings"),
     "no best": (written("best.pt", None), "best.pt: cannot be read (No such file"),
     "best of another epoch": (saved("best.pt", epoch=2), "best.pt: is of another epoch than the best one of last.pt"),
     "no metrics": (written("metrics.jsonl", None), "metrics.jsonl: cannot be read (No such file"),
@@ -244,7 +244,6 @@ def test_images_that_have_moved_or_are_others(place: Path, copied: Callable[[str
     assert resumed["changed"] == {"epochs": [3, 4], "data": [begun["settings"]["data"], str(data)]}
     assert resumed.keys() - {"phase", "epoch", "changed"} == begun.keys() - {"settings", "images"}
     assert resume(run, "--data", place / "data").out.endswith("nothing is left to do\n")
-    assert RunFolder(run).settings.data == str(place / "data")
 
 
 def test_another_machine(copied: Callable[[str], Path]) -> None:

@@ -22,8 +22,7 @@ from cvae.errors import DataError
 from cvae.model.networks import NETWORKS, build
 from cvae.run import checkpoint
 from cvae.run.folder import RunFolder
-from cvae.run.load import load, load_trained, start_from
-from cvae.run.weights_file import as_safetensors, read_trained, save_safetensors
+from cvae.run.load import as_safetensors, load, load_trained, read_trained, save_safetensors, start_from
 from cvae.settings import Settings
 
 SMALL = Settings(hidden=(8, 7), latent_dim=4)
@@ -90,8 +89,9 @@ def test_weights_as_version_0_3_named_them(done: Path, tmp_path: Path) -> None:
     for name in [name for name in content["model"] if name.startswith("prior_net")]:
         pair = [content["model"][name], content["model"][name.replace("prior", "recognition")]]
         state[name.replace("prior_net", "encoders")] = torch.stack(pair)
-    body = checkpoint.packed({**content, "model": state})
-    (run / "best.pt").write_bytes(body + b"SHA-256\0" + hashlib.sha256(body).digest())
+    checkpoint.save(run / "best.pt", {**content, "model": state})
+    with open(run / "best.pt", "ab") as file:
+        file.write(b"SHA-256\0" + bytes(32))
     assert_equal(load(run).state_dict(), load(done).state_dict())
 
 
@@ -113,8 +113,6 @@ def test_runs_that_cannot_be_loaded(done: Path, tmp_path: Path) -> None:
         load(run)
     with pytest.raises(DataError, match="only its baseline is trained so far; go on with python train"):
         load("baseline", runs=done.parent)
-    with pytest.raises(ValueError, match="the device 'qpu' cannot be used"):
-        load(done, "qpu")
 
 
 # One file
@@ -176,8 +174,7 @@ def test_files_that_are_refused(path: Path) -> None:
     cases: list[tuple[dict[str, Tensor], dict[str, str], str]] = [
         (tensors, {}, "holds no CVAE of this program, by its metadata (KeyError)"),
         (tensors, {**metadata, "observed": "01\n1"}, "by its metadata"),
-        (tensors, {**metadata, "images": '{"height": 9, "width": 10}'}, "by its metadata (ValueError)"),
-        (tensors, {**metadata, "settings": json.dumps({"hidden": [30_000, 30_000]})}, "does not hold the weights"),
+        (tensors, {**metadata, "settings": json.dumps({"hidden": [30, 30]})}, "does not hold the weights"),
         ({**tensors, "more": torch.zeros(1)}, metadata, "does not hold the weights"),
     ]
     for changed, texts, reason in cases:
@@ -266,5 +263,3 @@ def test_baseline_alone_and_last_weights(done: Path, tmp_path: Path) -> None:
         spoil()
         with pytest.raises(DataError, match=str(run)):
             start_from(run, model)
-    words = ["--data", done.parent / "data", *TINY, "--runs", tmp_path]
-    assert "is the folder of the new run too" in call_train(*words, "--init", tmp_path / "run", "--name", "run").line

@@ -15,6 +15,7 @@ from cvae.errors import DiskError
 from cvae.run.folder import RunFolder
 from cvae.run.log import RunLog, read_pictures
 
+SETTINGS = {"seed": 0, "data": "a\\b", "hidden": [8, 7]}
 PICTURE = torch.arange(3 * 8 * 8, dtype=torch.uint8).view(3, 8, 8)
 
 
@@ -25,16 +26,15 @@ def record(epoch: int) -> dict[str, Any]:
 @pytest.fixture
 def log(tmp_path: Path) -> Iterator[RunLog]:
     """The log of a run, closed in the end as far as it can be."""
-    log = RunLog(tmp_path, {})
+    log = RunLog(tmp_path, {}, SETTINGS)
     yield log
     with suppress(DiskError):
         log.close()
 
 
 def test_what_is_logged(log: RunLog, tmp_path: Path) -> None:
-    log.describe({"seed": 0, "data": "a\\b"})
     log.epoch("cvae", record(1), PICTURE)
-    log.finish({"seed": 0, "hidden": [8, 7]}, {"validation_loss": 2.0})
+    log.finish({"validation_loss": 2.0})
     assert RunFolder(tmp_path).metrics() == [{"phase": "cvae", **record(1), "validation_elbo": None}]
     view = events(tmp_path)
     assert view["scalars"]["cvae/elbo/train"] == [(1, -1.5)]
@@ -61,7 +61,7 @@ def test_taken_back_to_a_position(log: RunLog, tmp_path: Path) -> None:
     foreign.write_bytes(b"foreign")
     later.write_bytes(b"begun and not saved")
     for _ in range(2):
-        again = RunLog(tmp_path, position)
+        again = RunLog(tmp_path, position, SETTINGS)
         again.epoch("cvae", record(2), PICTURE)
         again.close()
         assert [line["epoch"] for line in RunFolder(tmp_path).metrics()] == [1, 2]
@@ -83,7 +83,7 @@ def test_events_that_are_lost_are_no_obstacle(log: RunLog, tmp_path: Path, spoil
     if spoil == "cut":
         position[f"{path.name}.train"] = 1000
         path.with_name(f"{path.name}.train").write_bytes(b"cut off")
-    again = RunLog(tmp_path, position)
+    again = RunLog(tmp_path, position, SETTINGS)
     again.epoch("cvae", record(2), PICTURE)
     again.close()
     new = [p for p in tmp_path.glob("events.*") if p.stat().st_size > 100]
@@ -92,14 +92,13 @@ def test_events_that_are_lost_are_no_obstacle(log: RunLog, tmp_path: Path, spoil
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no limit for the size of files")
-@pytest.mark.parametrize("method", ["epoch", "finish", "describe"])
+@pytest.mark.parametrize("method", ["epoch", "finish"])
 def test_full_disk(log: RunLog, tmp_path: Path, method: str) -> None:
     """One line with the folder in it, from each method by itself, and no sign of an epoch that was not written."""
     log.epoch("cvae", record(1), PICTURE)
     write = {
         "epoch": lambda: log.epoch("cvae", record(2), PICTURE),
-        "finish": lambda: log.finish({"seed": 0}, {"validation_elbo": -1.0}),
-        "describe": lambda: log.describe({"seed": 0}),
+        "finish": lambda: log.finish({"validation_elbo": -1.0}),
     }[method]
     expected = rf"{re.escape(str(tmp_path))}: the log cannot be written \([^\n]+\)\Z"
     with largest_file(max(log.position().values())), pytest.raises(DiskError, match=expected):
