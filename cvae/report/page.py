@@ -38,9 +38,8 @@ from cvae.model.densities import bernoulli_entropy, bernoulli_log_prob
 from cvae.report import figures
 from cvae.report.evaluation import OF_THE_IMAGES, find_runs, short_names
 from cvae.run.folder import COME_WITH, REFERENCE
-from cvae.run.load import load_trained
+from cvae.run.load import Trained, load_trained
 from cvae.run.plan import user_path
-from cvae.run.weights_file import Trained
 from cvae.settings import Settings
 
 HOST, PORT = "127.0.0.1", 7860
