@@ -12,8 +12,7 @@
 
 One column a run, in nats per image, lower is better, with the standard error over the images beside each number. A run
 that cannot be evaluated (not finished, damaged, its images missing or others) is left out with one line, and the exit
-code is then 3. The only place that measures on the test images. Exit codes: 0 done, 1 another process of the job has
-ended, 2 usage, 3 a run was left out or cannot be compared, or there is none, 5 disk, 130 interrupted by Ctrl-C.
+code is then 3; docs/reliability.md has the others. The only place that measures on the test images.
 """
 
 if __name__ == "__main__":
@@ -85,10 +84,10 @@ def numbers(word: str) -> list[int]:
 
 def open_runs(options: argparse.Namespace, context: Context) -> tuple[dict[str, Subject], list[str]]:
     """Return the runs by name, none if the one to compare with cannot be evaluated, and a line about each problem."""
-    processes, against, opened = context.processes, options.against and find_run(options.against, RUNS).resolve(), []
+    processes, against, opened = context.processes, options.against and find_run(options.against, RUNS), []
     folders, problems = processes.on_main(partial(find_runs, options.named + options.runs, RUNS))
-    if against and against not in [folder.resolve() for folder in folders]:
-        folders.insert(0, find_run(options.against, RUNS))
+    if against and against.resolve() not in map(Path.resolve, folders):
+        folders.insert(0, against)
     moved = {name: place for name in ("data", "data_root") if (place := getattr(options, name))}
     load = cache(partial(load_test, show=processes.is_main))  # once for the runs that share the images
     for folder in folders:
@@ -98,7 +97,7 @@ def open_runs(options: argparse.Namespace, context: Context) -> tuple[dict[str, 
             problems.append(str(error) if str(error).startswith(str(folder)) else f"{folder}: {error}")
     runs = dict(zip(short_names([run.folder for run in opened]), opened, strict=True))
     if against:
-        base = next((name for name, run in runs.items() if run.folder.resolve() == against), None)
+        base = next((name for name, run in runs.items() if run.folder.resolve() == against.resolve()), None)
         if base is None:
             return {}, [*problems, f"--against {options.against}: cannot be evaluated"]
         asked = runs[base].model.task.asked(runs[base].test.images)
@@ -106,19 +105,19 @@ def open_runs(options: argparse.Namespace, context: Context) -> tuple[dict[str, 
             if run.test.record == runs[base].test.record and torch.equal(run.model.task.asked(run.test.images), asked):
                 runs[name] = run._replace(against=base)
             else:
-                reason = "the test images or the mask are others"
-                problems.append(f"{run.folder}: cannot be compared with {runs[base].folder}: {reason}")
+                problems.append(f"{run.folder}: cannot be compared with {against}: the test images or masks differ")
     return runs, problems
 
 
 def draw_all(runs: dict[str, Subject], options: argparse.Namespace, context: Context) -> list[str]:
-    """Write the figures and samples that are asked for; return a line about each. Raises UsageError and DiskError."""
+    """Write the figures and samples that are asked for, and return a line about each."""
     lines = []
     for name, run in runs.items() if options.figure or options.samples_to else ():
         figure, folder, model, name = options.figure, options.samples_to, run.model, name.replace("/", "-")
         if len(runs) > 1:
             figure, folder = figure and figure.with_stem(f"{figure.stem}-{name}"), folder and folder / name
-        digits, count = options.digits or list(range(NUM_DIGITS))[: len(run.test.images)], len(run.test.images)
+        count = len(run.test.images)
+        digits = options.digits or list(range(min(NUM_DIGITS, count)))
         if not 0 <= min(digits) <= max(digits) < count:
             raise UsageError(f"--digits: the test images of {run.folder} are numbered 0 to {count - 1}")
         pieces = figures.name_pieces(folder, name, digits, NUM_SAMPLES) if folder else []
@@ -148,9 +147,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         is_main, is_text = context.processes.is_main, options.format == "text"
         runs, problems = open_runs(options, context)
         cases, more = realism.open_cases(runs if options.realism else {}, options.realism_images, context)
-        problems += more
         if is_main:
-            for line in problems:
+            for line in problems + more:
                 complain(f"{program('eval.py')}: {line}")
             for line in dict.fromkeys(run.test.about for run in runs.values() if is_text):
                 say(line)
@@ -166,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             say("\n".join(["", table, *drawn, ""] if drawn else ["", table]) if is_text else table, end="")
             if options.realism_figure:
                 realism.draw_all(cases, judged, options.realism_figure, options.seed, context)
-    return DataError.exit_code if problems else 0
+    return DataError.exit_code if problems or more else 0
 
 
 if __name__ == "__main__":

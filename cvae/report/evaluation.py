@@ -24,7 +24,6 @@ from cvae.run.load import load_trained
 from cvae.settings import Settings
 
 OF_THE_IMAGES = ("data", "data_root", "size", "transpose", "targets")  # settings that the test images depend on
-NOT_FROM_RECOGNITION = ("nn_nll", "floor", "cvae_mc_nll")
 
 
 class Subject(NamedTuple):
@@ -42,14 +41,13 @@ class Evaluation(NamedTuple):
     """The estimates of a run, or the means over several that differ in their seeds alone."""
 
     name: str  # of the run in the table
-    settings: Settings
+    run: Subject  # the first one
     samples: tuple[int, ...]  # the numbers of samples S, ascending
-    values: dict[str, Tensor]  # as `by_name` gives them
+    values: dict[
+        str, Tensor
+    ]  # the Likelihoods by name, and `gap`: the baseline's minus the best estimate; NaN: unknown
     units: list[tuple[int, int]]  # of each level of z, from top to bottom: active dimensions, all dimensions
     precision: str
-    images: str  # SHA-256 of the test images
-    epochs: int | None = None  # as in Subject, like the next one
-    against: str = ""
 
 
 def find_runs(words: Sequence[Path], runs: Path) -> tuple[list[Path], list[str]]:
@@ -105,27 +103,20 @@ def evaluate_run(name: str, run: Subject, samples: tuple[int, ...], seed: int, c
             portions.append(portion)
             bar.update(len(portion.nn_nll))
     found = Likelihoods(*(processes.gather(torch.cat(parts, dim=-1)) for parts in zip(*portions, strict=True)))
-    values, units = by_name(found, run.settings), active_units(run.model, images, seed, context)
-    sha256 = run.test.record["test"]["sha256"]
-    return Evaluation(name, run.settings, samples, values, units, context.precision, sha256, run.epochs, run.against)
-
-
-def by_name(found: Likelihoods, settings: Settings) -> dict[str, Tensor]:
-    """Return the likelihoods by name, and `gap`, nn_nll minus cvae_is_nll at the largest S.
-
-    What takes z from a recognition network is NaN where runs of these settings do not train any.
-    """
-    values = {**found._asdict(), "gap": found.nn_nll - found.cvae_is_nll[-1]}
-    if not trains_recognition(settings):
-        values |= {key: torch.full_like(values[key], math.nan) for key in values if key not in NOT_FROM_RECOGNITION}
-    return values
+    values = found._asdict() | {"gap": found.nn_nll - found.cvae_is_nll[-1]}
+    if not trains_recognition(run.settings):  # from which all the others take z
+        for key in values.keys() - {"nn_nll", "cvae_mc_nll", "floor"}:
+            values[key] = torch.full_like(values[key], math.nan)
+    return Evaluation(name, run, samples, values, active_units(run.model, images, seed, context), context.precision)
 
 
 def by_setting(runs: Sequence[Evaluation]) -> list[list[Evaluation]]:
     """Group runs on the same images that differ in their seeds alone; folders and devices do not count."""
     groups = defaultdict[object, list[Evaluation]](list)
-    for run in runs:
-        groups[replace(run.settings, seed=0, data_root=None, device="auto"), run.images, run.epochs].append(run)
+    for evaluation in runs:
+        run = evaluation.run
+        setting = replace(run.settings, seed=0, data_root=None, device="auto")
+        groups[setting, run.test.record["test"]["sha256"], run.epochs].append(evaluation)
     return list(groups.values())
 
 

@@ -33,41 +33,54 @@ TUTORIAL = {1: (100.4, 71.8), 2: (61.9, 51.0), 3: (25.4, 24.2)}  # published NN 
 MNIST = "6d87418db22cc8025d05968bec9bd5c3932904b23485740db143a061a2c9d161"  # SHA-256 of the pixels of its test images
 
 
-def render(columns: Sequence[Sequence[Evaluation]], form: str, beside: Mapping[str, Record] | None = None) -> str:
+def render(columns: Sequence[Sequence[Evaluation]], form: str, beside: Mapping[str, Record] = {}) -> str:
     """Return the table of runs with the same numbers of samples, in one of `FORMATS`.
 
     columns: The runs; several in one are printed as their mean. JSON and CSV have a record for each run by itself, with
     more entries from `beside`, by the names of the runs.
     """
-    if form in ("text", "markdown"):
-        return _readable(columns, form)
-    runs = {run.name: run for column in columns for run in column}
-    records = [record(run, runs.get(run.against)) | (beside or {}).get(run.name, {}) for run in runs.values()]
+    if form in ("json", "csv"):
+        columns = [[run] for column in columns for run in column]
+    means = {run.name: whole for column in columns for whole in [mean_of(column)] for run in column}
+    wholes = [means[column[0].name] for column in columns]
+    records = [record(whole, means.get(whole.run.against)) | beside.get(whole.name, {}) for whole in wholes]
     if form == "json":
         return json.dumps(records, indent=2) + "\n"
-    lines, buffer = [dict(_flat(each)) for each in records], io.StringIO()
-    writer = csv.DictWriter(buffer, dict.fromkeys(name for line in lines for name in line), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return buffer.getvalue()
+    if form == "csv":
+        lines, buffer = [dict(_flat(each)) for each in records], io.StringIO()
+        writer = csv.DictWriter(buffer, dict.fromkeys(name for line in lines for name in line), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+        return buffer.getvalue()
+    for each, column in zip(records, columns, strict=True):
+        each["seeds"], each["sha256"] = list(map(record, column)), column[0].run.test.record["test"]["sha256"]
+    samples, compared = columns[0][0].samples, [each for each in records if each["against"]]
+    blocks = [[["nats per image, lower is better", *map(_heading, records)], *rows(records, samples)]]
+    if compared:
+        header = f"minus {printable(compared[0]['against']['run'])}, below zero is better"
+        differences = rows([each["against"] for each in compared], samples, COMPARED, "+.3f")
+        blocks.append([[header, *map(_heading, compared)], *differences])
+    mark = "[{}] {}" if form == "text" else "{}. {}"
+    notes = "\n".join(mark.format(i, note) for i, note in enumerate(_notes(records), start=1))
+    return "\n\n".join([*(laid_out(cells, form) for cells in blocks), notes]) + "\n"
 
 
-def record(run: Evaluation, against: Evaluation | None = None) -> Record:
+def record(evaluation: Evaluation, against: Evaluation | None = None) -> Record:
     """Return what JSON says of a run, compared with another one; None for what is not known or would say nothing."""
-    s, values, gap, differences = run.settings, run.values, _entry(run.values["gap"]), None
-    if against is not None and against is not run:
+    run, s, values, samples = evaluation.run, evaluation.run.settings, evaluation.values, evaluation.samples
+    gap, has_recognition, differences = _entry(values["gap"]), trains_recognition(s), None
+    if against is not None and against is not evaluation:
         minus = {key: values[key] - against.values[key] for key in COMPARED}
-        differences = {"run": against.name, **_entries(minus, run.samples), "gap": _entry(minus["gap"])}
-    has_recognition = trains_recognition(s)
+        differences = {"run": against.name, **_entries(minus, samples), "gap": _entry(minus["gap"])}
     return {
-        "run": run.name, "seed": s.seed, "quadrants": s.quadrants if s.observed is None else None,
+        "run": evaluation.name, "seed": s.seed, "quadrants": s.quadrants if s.observed is None else None,
         "observed": mask_name(s), "targets": s.targets, "unfinished_at_epoch": run.epochs,
-        "network": s.network, "objective": s.objective, "precision": run.precision,
-        "samples": run.samples[-1], "images": len(values["nn_nll"]), **_entries(values, run.samples),
+        "network": s.network, "objective": s.objective, "precision": evaluation.precision,
+        "samples": samples[-1], "images": len(values["nn_nll"]), **_entries(values, samples),
         "floor": _entry(values["floor"]), "gap": gap["mean"], "gap_stderr": gap["stderr"],
         "kl": list(map(_entry, values["kl"])) if has_recognition else None,
-        "active_units": [active for active, _ in run.units] if has_recognition else None,
-        "units": [count for _, count in run.units], "against": differences,
+        "active_units": [active for active, _ in evaluation.units] if has_recognition else None,
+        "units": [count for _, count in evaluation.units], "against": differences,
     }  # fmt: skip
 
 
@@ -97,25 +110,12 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-def _readable(columns: Sequence[Sequence[Evaluation]], form: str) -> str:
-    """Return the table, that of the differences if there are any, and the notes."""
-    means = {run.name: whole for column in columns for whole in [mean_of(column)] for run in column}
-    records, headings, samples = [], [], columns[0][0].samples
-    for column in columns:
-        run, seeds = means[column[0].name], list(map(record, column))
-        records.append(record(run, means.get(run.against)) | {"seeds": seeds, "sha256": run.images})
-        marks = [mask_name(run.settings)] + ["binarized"] * (run.settings.targets != "grey")
-        marks += [f"epoch {run.epochs} so far"] * (run.epochs is not None)
-        marks += [f"{len(seeds)} seeds"] * (len(seeds) > 1)
-        headings.append(f"{printable(run.name)} ({', '.join(marks)})")
-    blocks = [[["nats per image, lower is better", *headings], *rows(records, samples)]]
-    if compared := [(name, each["against"]) for name, each in zip(headings, records, strict=True) if each["against"]]:
-        names, differences = zip(*compared, strict=True)
-        header = f"minus {printable(differences[0]['run'])}, below zero is better"
-        blocks.append([[header, *names], *rows(differences, samples, COMPARED, "+.3f")])
-    mark = "[{}] {}" if form == "text" else "{}. {}"
-    notes = "\n".join(mark.format(i, note) for i, note in enumerate(_notes(records), start=1))
-    return "\n\n".join([*(laid_out(cells, form) for cells in blocks), notes]) + "\n"
+def _heading(record: Record) -> str:
+    """Return a run's name, and what its numbers depend on."""
+    epoch, seeds = record["unfinished_at_epoch"], len(record["seeds"])
+    marks = [record["observed"], "binarized" * (record["targets"] != "grey")]
+    marks += [f"epoch {epoch} so far" * (epoch is not None), f"{seeds} seeds" * (seeds > 1)]
+    return f"{printable(record['run'])} ({', '.join(filter(None, marks))})"
 
 
 def rows(

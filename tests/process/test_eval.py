@@ -135,7 +135,7 @@ def test_against(place: Path, copied: Callable[..., Path], tmp_path: Path, table
     ended = call_eval(copy, other, "q2", "--against", "q1", "--format", "json")
     assert ended.code == 3
     assert ended.err.splitlines() == [
-        f"eval.py: {name}: cannot be compared with runs/q1: the test images or the mask are others"
+        f"eval.py: {name}: cannot be compared with runs/q1: the test images or masks differ"
         for name in (other, "runs/q2")
     ]
     found = json.loads(ended.out)
@@ -221,6 +221,19 @@ def test_unfinished_runs_and_published_weights(place: Path, table: list[dict[str
     (record,) = records(call_eval("published", "--data", "data", "--format", "json"))
     assert record == {**table[0], "run": "published"}
     assert contents(place / "published") == before
+
+
+def test_nothing_is_said_of_an_untrained_recognition_network(copied: Callable[..., Path]) -> None:
+    run = copied()
+    change(run, objective="gsnn")
+    q1, record = records(call_eval("q1", run, "--against", "q1", "--format", "json"))
+    assert record["kl"] is record["active_units"] is record["gap"] is record["gap_stderr"] is None
+    assert record["ess"] == {"median": None, "below_5": None}
+    for entries in (record, record["against"]):
+        assert entries["cvae_is_nll"] == entries["cvae_neg_elbo"] == {"mean": None, "stderr": None}
+    assert [record[key] for key in ("nn_nll", "cvae_mc_nll")] == [q1[key] for key in ("nn_nll", "cvae_mc_nll")]
+    lines = call_eval(run).out.splitlines()[4:11]
+    assert [line.endswith(" –") for line in lines] == [False, True, False, True, True, True, True]
 
 
 def test_images_that_have_moved(
