@@ -22,20 +22,23 @@ if __name__ == "__main__":
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
 import torch
 
-from cvae.console import command, complain, interruptible, program, say
+from cvae.console import called, command, complain, interruptible, program, say
 from cvae.context import Context, opened
-from cvae.data.sources import load_test, named
+from cvae.data.sources import TestImages, difference, load_test, named
 from cvae.errors import DataError, UsageError
 from cvae.report import figures, realism, tables
-from cvae.report.evaluation import Subject, by_setting, evaluate_run, find_runs, open_run, short_names
-from cvae.run.folder import find_run
+from cvae.report.evaluation import OF_THE_IMAGES, Subject, by_setting, evaluate_run, find_runs, short_names
+from cvae.run.folder import RunFolder, find_run, quoted
+from cvae.run.load import load_trained
 from cvae.run.plan import absolute, user_path
+from cvae.settings import Settings
 
 RUNS = Path("runs")
 NUM_DIGITS, NUM_SAMPLES = 10, 10  # of the figure
@@ -51,8 +54,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--against", type=path, metavar="RUN", help="run to compare the others with, image by image")
     add("--seeds", action="store_true", help="runs that differ in their seeds alone as one column, their mean")
     add("--samples", type=int, nargs="+", default=[100, 1000], metavar="S", help="samples of z (default: 100 1000)")
-    words = "type of matrix products; auto: bf16 on CPUs that have it, else fp32"
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help=words)
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on CPUs with it, else fp32")
     add("--format", choices=tables.FORMATS, default="text", help="format of the table (default: %(default)s)")
     add("--figure", type=path, metavar="PATH", help="write completions as a picture, one for each run")
     add("--samples-to", type=path, metavar="DIR", help="write each completion as a PNG file; replaces none")
@@ -82,20 +84,37 @@ def numbers(word: str) -> list[int]:
     return list(dict.fromkeys(map(int, word.split(","))))
 
 
+def open_run(
+    folder: Path, options: argparse.Namespace, device: torch.device, load: Callable[..., TestImages]
+) -> Subject:
+    """Read what the evaluation of a run, or of published weights, needs; `load` reads images that runs share once."""
+    run = RunFolder(folder)
+    moved = {name: place for name in ("data", "data_root") if (place := getattr(options, name))}
+    settings, is_finished = replace(run.settings, **moved), run.is_passed_on or run.summary is not None
+    if not (is_finished or options.unfinished):
+        way = f"{called('train.py')} --resume {quoted(folder)} goes on with it, --unfinished evaluates it as it is"
+        raise DataError(f"{folder}: is not finished; {way}")
+    model = load_trained(folder, device).model
+    epochs = [] if is_finished else [line.get("epoch") for line in run.metrics() if line.get("phase") == "cvae"]
+    test = load(Settings(**{name: getattr(settings, name) for name in OF_THE_IMAGES}))
+    if (other := difference(run.record, test.record)) is not None:
+        raise DataError(f"{folder}: was begun on {other}; --data says where its own are")
+    return Subject(folder, settings, model, test, epochs[-1] if epochs else None)
+
+
 def open_runs(options: argparse.Namespace, context: Context) -> tuple[dict[str, Subject], list[str]]:
     """Return the runs by name, none if the one to compare with cannot be evaluated, and a line about each problem."""
-    processes, against, opened = context.processes, options.against and find_run(options.against, RUNS), []
+    processes, against, found = context.processes, options.against and find_run(options.against, RUNS), []
     folders, problems = processes.on_main(partial(find_runs, options.named + options.runs, RUNS))
     if against and against.resolve() not in map(Path.resolve, folders):
         folders.insert(0, against)
-    moved = {name: place for name in ("data", "data_root") if (place := getattr(options, name))}
-    load = cache(partial(load_test, show=processes.is_main))  # once for the runs that share the images
+    load = cache(partial(load_test, show=processes.is_main))
     for folder in folders:
         try:
-            opened.append(processes.on_all(partial(open_run, folder, options.unfinished, moved, context.device, load)))
+            found.append(processes.on_all(partial(open_run, folder, options, context.device, load)))
         except DataError as error:
             problems.append(str(error) if str(error).startswith(str(folder)) else f"{folder}: {error}")
-    runs = dict(zip(short_names([run.folder for run in opened]), opened, strict=True))
+    runs = dict(zip(short_names([run.folder for run in found]), found, strict=True))
     if against:
         base = next((name for name, run in runs.items() if run.folder.resolve() == against.resolve()), None)
         if base is None:

@@ -3,24 +3,22 @@
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cvae.console import Bar, called
 from cvae.context import Context
-from cvae.data.sources import TestImages, difference
+from cvae.data.sources import TestImages
 from cvae.data.tasks import ImageSet
-from cvae.errors import DataError
 from cvae.model.cvae import CVAE
 from cvae.model.likelihood import Likelihoods, active_units, evaluate
 from cvae.model.objectives import trains_recognition
-from cvae.run.folder import CONFIG, RunFolder, find_run, quoted
-from cvae.run.load import load_trained
+from cvae.run.folder import CONFIG, find_run
 from cvae.settings import Settings
 
 OF_THE_IMAGES = ("data", "data_root", "size", "transpose", "targets")  # settings that the test images depend on
@@ -43,9 +41,7 @@ class Evaluation(NamedTuple):
     name: str  # of the run in the table
     run: Subject  # the first one
     samples: tuple[int, ...]  # the numbers of samples S, ascending
-    values: dict[
-        str, Tensor
-    ]  # the Likelihoods by name, and `gap`: the baseline's minus the best estimate; NaN: unknown
+    values: dict[str, Tensor]  # the Likelihoods by name, and `gap`: nn_nll less the last cvae_is_nll; NaN if unknown
     units: list[tuple[int, int]]  # of each level of z, from top to bottom: active dimensions, all dimensions
     precision: str
 
@@ -65,27 +61,6 @@ def find_runs(words: Sequence[Path], runs: Path) -> tuple[list[Path], list[str]]
             problem = "has no run in it" if os.path.isdir(place) else "there is no such folder"
             problems.append(f"{place}: {problem}; {called('train.py')} trains a run")
     return list(folders.values()), problems
-
-
-def open_run(
-    folder: Path, unfinished: bool, moved: dict[str, Any], device: torch.device, load: Callable[[Settings], TestImages]
-) -> Subject:
-    """Read what the evaluation of a run, or of published weights, needs. Raises DataError if it cannot be evaluated.
-
-    unfinished: Whether a run that is not finished is taken as it is. moved: Settings that say where the images are now.
-    load: Reads the test images; called with settings that are equal for runs on the same ones.
-    """
-    run = RunFolder(folder)
-    settings, is_finished = replace(run.settings, **moved), run.is_passed_on or run.summary is not None
-    if not (is_finished or unfinished):
-        way = f"{called('train.py')} --resume {quoted(folder)} goes on with it, --unfinished evaluates it as it is"
-        raise DataError(f"{folder}: is not finished; {way}")
-    model = load_trained(folder, device).model
-    epochs = [] if is_finished else [line.get("epoch") for line in run.metrics() if line.get("phase") == "cvae"]
-    test = load(Settings(**{name: getattr(settings, name) for name in OF_THE_IMAGES}))
-    if (other := difference(run.record, test.record)) is not None:
-        raise DataError(f"{folder}: was begun on {other}; --data says where its own are")
-    return Subject(folder, settings, model, test, epochs[-1] if epochs else None)
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:

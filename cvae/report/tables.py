@@ -36,8 +36,8 @@ MNIST = "6d87418db22cc8025d05968bec9bd5c3932904b23485740db143a061a2c9d161"  # SH
 def render(columns: Sequence[Sequence[Evaluation]], form: str, beside: Mapping[str, Record] = {}) -> str:
     """Return the table of runs with the same numbers of samples, in one of `FORMATS`.
 
-    columns: The runs; several in one are printed as their mean. JSON and CSV have a record for each run by itself, with
-    more entries from `beside`, by the names of the runs.
+    Several runs in a column are printed as their mean. JSON and CSV have a record for each run, with more entries from
+    `beside`, by the names of the runs.
     """
     if form in ("json", "csv"):
         columns = [[run] for column in columns for run in column]
