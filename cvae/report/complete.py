@@ -1,15 +1,14 @@
 """Complete pictures of digits with a trained model.
 
-    python -m cvae.report.complete q1 photo.jpg -o out.png              # ten completions of the digit in a picture
-    python -m cvae.report.complete q1 photo.jpg --samples 100 --temperature 0.8 -o out.png
-    python -m cvae.report.complete q1 photos -o completed               # a folder: one file for each picture below it
-    python -m cvae.report.complete q1 photo.jpg --separate -o parts     # each completion a file of its own
-    python -m cvae.report.complete q1 digit.png --as-is -o out.png      # a picture that looks like MNIST's already
+    python -m cvae.report.complete q1 photo.jpg --samples 10 -o out.png   # completions of the digit in a picture
+    python -m cvae.report.complete q1 photos -o completed                 # a folder: a file for each picture below it
+    python -m cvae.report.complete q1 photo.jpg --separate -o parts       # each completion a file of its own
+    python -m cvae.report.complete q1 digit.png --as-is -o out.png        # of a picture that looks like MNIST's already
 
 A picture may be a photograph, a scan or a drawing of one digit, dark on light or light on dark: the digit is found,
-cropped and centred as MNIST's are. The first image of the output is this digit, and the second one has the pixels that
-the model does not see coloured. --as-is takes pictures of the model's size as they are: prepared ones, parts of digits,
-or other things. Exit codes: 0 done, 2 usage, 3 no such run, or a picture was left out with one line, 5 disk.
+cropped and centred as MNIST's are. The first image of the output is this digit, and in the second one all is coloured
+that the model does not see. --as-is takes a picture of the model's size as it is, whatever it shows. Exit codes: 0
+done, 2 usage, 3 no such run, or a picture was left out with one line, 5 disk.
 """
 
 import argparse

@@ -108,24 +108,18 @@ def export(path: Path, trained: Trained, half: bool = False) -> str:
     half: Weights in float16. Raises DataError if a pixel differs by more than the tolerance, and DiskError: what stood
     there is intact.
     """
-    make, read = FORMATS[path.suffix.lower()]
+    (make, read), task, random = FORMATS[path.suffix.lower()], trained.model.task, torch.Generator().manual_seed(0)
+    x = torch.rand(3, task.height, task.width, generator=random)
+    eps = torch.randn(1, 3, trained.model.latent_dim, generator=random)
     with torch.no_grad(), warnings.catch_warnings(), atomic_file(path) as file:
         warnings.simplefilter("ignore")  # about how an export is done
         file.write(as_safetensors(trained, half) if half else make(trained))
         file.flush()
-        difference = largest_difference(read(Path(file.name)), trained.model)
+        difference = float((read(Path(file.name))(x, eps) - Completion(trained.model)(x, eps)).abs().max())
         if not difference <= (HALF_TOLERANCE if half else TOLERANCE):  # so that NaN is more
             raise DataError(f"{path}: is not written, for its completions differ from the model's by {difference:.1e}")
     size = path.stat().st_size / 1e6
     return f"{path}: {size:.1f} MB; read again, its completions differ from the model's by at most {difference:.1g}"
-
-
-def largest_difference(function: Function, model: CVAE) -> float:
-    """Return how far a completed pixel lies from the model's at most, for random pictures; NaN if one is NaN."""
-    random = torch.Generator().manual_seed(0)
-    x = torch.rand(3, model.task.height, model.task.width, generator=random)
-    eps = torch.randn(1, 3, model.latent_dim, generator=random)
-    return float((function(x, eps) - Completion(model)(x, eps)).abs().max())
 
 
 def export_folder(folder: Path, trained: Trained, half: bool = False) -> str:

@@ -80,9 +80,7 @@ def read(named: Sequence[Path], runs: Path, device: torch.device) -> dict[str, T
     return models
 
 
-def chosen(
-    run: Trained, source: str, number: int, drawing: dict[str, Any] | None, photograph: str | None
-) -> Tensor:  # fmt: skip
+def chosen(run: Trained, source: str, number: int, drawing: Any, photograph: str | None) -> Tensor:
     """Return the picture that is chosen on the page, uint8 `[height, width]`; raise DataError where there is none."""
     task = run.model.task
     if source == TEST:
@@ -165,7 +163,7 @@ def build(models: dict[str, Trained]) -> Any:
             return likelihoods(*completed(*choice))
         return ""
 
-    quick: Any = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+    quick: Any = {"queue": False, "show_progress": "hidden", "api_visibility": "private", "trigger_mode": "always_last"}
     with gradio.Blocks(title="Completions by a CVAE", fill_width=True, delete_cache=(60, 3600)) as page:
         gradio.Markdown(INTRODUCTION)
         with gradio.Row():
@@ -174,10 +172,9 @@ def build(models: dict[str, Trained]) -> Any:
                 with gradio.Tab(TEST) as test_tab:
                     number = gradio.Slider(0, 9999, 0, step=1, label="Number of the digit")
                 with gradio.Tab(DRAWING) as drawing_tab:
-                    brush = gradio.Brush(default_size=10, colors=["#111111"], color_mode="fixed")
                     drawing = gradio.Sketchpad(
                         image_mode="L", type="pil", format="png", layers=False, transforms=(), canvas_size=(280, 280),
-                        brush=brush, show_label=False, elem_id="pad",
+                        brush=gradio.Brush(10, ["#111111"], color_mode="fixed"), show_label=False, elem_id="pad",
                     )  # fmt: skip
                 with gradio.Tab(PHOTOGRAPH) as photograph_tab:
                     photograph = gradio.Image(
@@ -200,10 +197,9 @@ def build(models: dict[str, Trained]) -> Any:
         for tab, name in ((test_tab, TEST), (drawing_tab, DRAWING), (photograph_tab, PHOTOGRAPH)):
             tab.select(None, None, source, js=f"() => {{ {TAKE_BRUSH}; return {name!r}; }}", **quick)
         controls = [run, samples, seed, temperature, source, number, drawing, photograph]
-        quick["trigger_mode"] = "always_last"
-        shown = [problem, pictures, completions]
-        shown = gradio.on([page.load, *(control.change for control in controls)], show, controls, shown, **quick)
-        shown.then(weigh, controls, table, **quick)
+        changes = [page.load, *(control.change for control in controls)]
+        shown = gradio.on(changes, show, controls, [problem, pictures, completions], **quick)
+        shown.then(weigh, controls, table, **quick)  # which takes longer
     hidden: Any = {"footer_links": [], "run_history": False, "ssr_mode": False, "mcp_server": False}
     css = Path(__file__).with_suffix(".css")
     application = gradio.mount_gradio_app(FastAPI(openapi_url=None), page, "/", css_paths=css, **hidden)
