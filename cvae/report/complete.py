@@ -14,7 +14,6 @@ done, 2 usage, 3 no such run, or a picture was left out with one line, 5 disk.
 import argparse
 import sys
 from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -51,7 +50,7 @@ def plan(path: Path, output: Path, separate: int) -> dict[Path, list[Path]]:
         stems = names
     parts = ["-picture", "-given", *(f"-sample{i:02d}" for i in range(1, separate + 1))] if separate else [""]
     files = [[output / f"{stem}{part}.png" for part in parts] for stem in stems]
-    figures.refuse_to_replace([*chain(*files)])
+    figures.refuse_to_replace([file for of_picture in files for file in of_picture])
     return {folder / name: of_picture for name, of_picture in zip(names, files, strict=True)}
 
 

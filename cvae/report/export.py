@@ -190,9 +190,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     suffix = HALVES if is_folder else path.suffix.lower()
     if suffix not in FORMATS or len(words) > is_folder or (options.half and suffix != HALVES):
         parser.error(f"--to takes {places}, with --half {HALVES} or {HUB_FOLDER}, not {' '.join(options.to)}")
-    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if suffix == ".onnx" and find_spec(name) is None]
-    if missing:
-        raise UsageError(f"{suffix} needs more packages: pip install {' '.join(missing)}")
+    packages = "onnx", "onnxscript", "onnxruntime"
+    if suffix == ".onnx" and not all(map(find_spec, packages)):
+        raise UsageError(f"{suffix} needs more packages: pip install {' '.join(packages)}")
     say((export_folder if is_folder else export)(path, load_trained(options.run), options.half))
     return 0
 

@@ -51,11 +51,10 @@ TEST, DRAWING, PHOTOGRAPH = "Test digit", "Draw", "Photograph"
 TAKE_BRUSH = "setTimeout(() => document.querySelector('#pad [aria-label=Brush]')?.click(), 500)"
 INTRODUCTION = """# What could the rest of the picture be?
 A conditional VAE sees a part of a picture and samples the rest. All is computed on this machine; nothing leaves it."""
-ABOUT = """Spread: the standard deviation of each pixel; 0.5, the highest there can be, is white.
-
-Log-likelihoods are of the hidden pixels, given what the model sees; higher is more likely. Grey levels count as
-probabilities of white: no prediction gets above minus their entropy, the highest possible value, which is lower for a
-blurred completion than for a sharp picture. What can be compared is the distance to it."""
+ABOUT = """The spread is the standard deviation of each pixel: 0.5, the highest there can be, is white. Log-likelihoods
+are of the hidden pixels, given what the model sees; higher is more likely. Grey levels count as probabilities of white:
+no prediction gets above minus their entropy, the highest possible value, which is lower for a blurred completion than
+for a sharp picture. What can be compared is the distance to it."""
 HEAD = "| nats | log-likelihood | highest possible | distance |\n|---|---:|---:|---:|\n"
 _read_test = cache(load_test)  # to be seen, and not measured with
 _read_digit = lru_cache(maxsize=8)(as_digit)  # the page names a file by the digest of its content
@@ -153,13 +152,13 @@ def build(models: dict[str, Trained]) -> Any:
     def show(*choice: Any) -> tuple[str, str, str]:
         try:
             model, picture, completions = completed(*choice)
-        except DataError as error:
+        except (DataError, ValueError) as error:  # the second one for test images of another size than the model's
             return str(error), "", ""
         numbered = {f"completion {i}": completion for i, completion in enumerate(completions, start=1)}
         return "", as_html(views(model, picture, completions)), as_html(numbered)
 
     def weigh(*choice: Any) -> str:
-        with suppress(DataError):
+        with suppress(DataError, ValueError):
             return likelihoods(*completed(*choice))
         return ""
 
@@ -186,8 +185,7 @@ def build(models: dict[str, Trained]) -> Any:
                 run = gradio.Dropdown(choices, label="What is observed, and the model", elem_id="run")
                 samples = gradio.Slider(1, MOST_SAMPLES, 16, step=1, label="Number of completions")
                 seed = gradio.Slider(0, 999, 0, step=1, label="Random seed")
-                words = "Temperature of z (1: as the model has it, 0: the mean of z)"
-                temperature = gradio.Slider(0, 1.5, 1, step=0.05, label=words)
+                temperature = gradio.Slider(0, 1.5, 1, step=0.05, label="Temperature of z (1: samples, 0: the mean)")
             with gradio.Column(scale=3, min_width=320):
                 problem = gradio.Markdown(elem_id="problem")
                 pictures, completions = gradio.HTML(elem_id="views"), gradio.HTML(elem_id="completions")
@@ -200,9 +198,8 @@ def build(models: dict[str, Trained]) -> Any:
         changes = [page.load, *(control.change for control in controls)]
         shown = gradio.on(changes, show, controls, [problem, pictures, completions], **quick)
         shown.then(weigh, controls, table, **quick)  # which takes longer
-    hidden: Any = {"footer_links": [], "run_history": False, "ssr_mode": False, "mcp_server": False}
-    css = Path(__file__).with_suffix(".css")
-    application = gradio.mount_gradio_app(FastAPI(openapi_url=None), page, "/", css_paths=css, **hidden)
+    looks: Any = {"css_paths": Path(__file__).with_suffix(".css"), "footer_links": [], "run_history": False}
+    application = gradio.mount_gradio_app(FastAPI(openapi_url=None), page, "/", ssr_mode=False, **looks)
     quiet: Any = {"log_config": None, "log_level": "critical", "timeout_graceful_shutdown": 1, "ws": "none"}
     return uvicorn.Server(uvicorn.Config(guarded(application), headers=[("Content-Security-Policy", POLICY)], **quiet))
 

@@ -26,6 +26,7 @@ import cvae
 from cvae.data.masks import quadrants
 from cvae.data.sources import load_test
 from cvae.data.tasks import FixedMask
+from cvae.errors import DataError
 from cvae.model.networks import build
 from cvae.report import page
 from cvae.report.export import export_folder
@@ -289,6 +290,9 @@ def test_ports_and_runs_at_hand(here: Path, tmp_path: Path, monkeypatch: pytest.
     models = page.read([], Path("runs"), torch.device("cpu"))
     masks = {name: model.task.name for name, (model, *_) in models.items()}
     assert masks == {"q1": "1 quadrant", "reference/q2": "2 quadrants"}
+    moved = models["q1"]._replace(settings=Settings(data="nowhere"))
+    with pytest.raises(DataError, match="nowhere"):
+        page.chosen(moved, page.TEST, 0, None, None)
     monkeypatch.setattr(page, "COME_WITH", ())
     (tmp_path / "empty").mkdir()
     with page.listen(None) as first, page.listen(None) as second:

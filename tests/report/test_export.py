@@ -131,7 +131,7 @@ def test_what_is_refused(
         assert reason in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     for arguments, code, reason in (
-        ([source, "--to", tmp_path / "m.onnx"], 2, "needs more packages: pip install onnxruntime"),
+        ([source, "--to", tmp_path / "m.onnx"], 2, "needs more packages: pip install onnx onnxscript onnxruntime"),
         ([tmp_path / "nowhere", "--to", tmp_path / "m.pt2"], 3, "nowhere"),
         ([source, "--to", tmp_path / "no folder" / "m.safetensors"], 5, "no folder"),
         ([source, "--to", "hub-folder", source / "folder"], 5, "cannot be made"),
