@@ -148,7 +148,7 @@ def train_epoch(phase: Phase, run: Run, step: Step, take_step: Callable[..., Non
         with Bar(f"{where}, its images", len(step.images), "img", run.is_heard) as bar:
             step.images.redraw(s.seed, phase.name, epoch, binary=binary, bend=bend, done=bar.update)
     optimizer.start_epoch()
-    step.totals.zero()
+    step.totals.sums.zero_()
     with Bar(where, steps * size, "img", run.is_heard) as bar:
         for i, rows in enumerate(order[: steps * size].view(steps, size)[:, share]):
             eps = phase.noise(size, random)

@@ -2,24 +2,19 @@
 
 import math
 import operator
+from collections.abc import Sequence
 from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from cvae import context
 from cvae.data.pictures import Picture, as_images, as_pixels
 from cvae.data.tasks import Batch, Task, described
-from cvae.model.densities import (
-    Gaussian,
-    bernoulli_log_prob,
-    gaussian_kl,
-    gaussian_log_prob,
-    log_mean_exp,
-)
+from cvae.model.densities import Gaussian, bernoulli_log_prob, gaussian_kl, gaussian_log_prob, log_mean_exp, widen
 
-Seed = int | torch.Generator | None
+Seed = int | Generator | None
 
 NOISE_IMAGES, SAMPLES_AT_ONCE = 10, 100
 """The images and samples of one portion of noise in an estimate; they bound the memory too."""
@@ -51,12 +46,14 @@ class Draw(NamedTuple):
     @property
     def log_ratio(self) -> Tensor:
         """log p(z|x) − log q(z|x,y) at these z, nats `[L, B]`; zero where they come from the prior network."""
-        return reduce(torch.add, (gaussian_log_prob(z, p) - gaussian_log_prob(z, q) for z, _, q, p in self.latents))
+        levels = (gaussian_log_prob(z, p) - gaussian_log_prob(z, q) for z, _, q, p in self.latents if q is not p)
+        return reduce(torch.add, levels, widen(self.logits).new_zeros(self.logits.shape[:-1]))
 
     @property
     def kl_of_levels(self) -> list[Tensor]:
-        """KL(q ‖ p) of each level, in closed form given what was drawn above it: nats, `[B]` or `[L, B]`."""
-        return [gaussian_kl(q, p) for _, _, q, p in self.latents]
+        """KL(q ‖ p) of each level, in closed form, a mean over the samples drawn above it: nats `[B]`."""
+        kls = (gaussian_kl(q, p) for _, _, q, p in self.latents)
+        return [kl.mean(0) if kl.dim() > 1 else kl for kl in kls]
 
 
 class CVAE(nn.Module):
@@ -97,22 +94,21 @@ class CVAE(nn.Module):
 
     def from_posterior(self, batch: Batch, eps: Tensor, detach_z: bool = False) -> Draw:
         """Draw z from the recognition network, q(z|x,y), as `draw` does. Raises ValueError for other shapes."""
-        return self.draw(self.encode(batch, self._checked_guess(batch, eps), True), eps, True, detach_z)
+        return self.draw(self._encode(batch, eps, True), eps, True, detach_z)
 
     def from_prior(self, batch: Batch, eps: Tensor) -> Draw:
         """Draw z from the prior network, p(z|x), as `draw` does. Raises ValueError for other shapes."""
-        return self.draw(self.encode(batch, self._checked_guess(batch, eps), False), eps, False)
+        return self.draw(self._encode(batch, eps, False), eps, False)
 
-    def _checked_guess(self, batch: Batch, eps: Tensor) -> Tensor:
-        """Return the baseline's guess. Shapes that do not fit would broadcast, and be wrong without a word."""
-        count = batch.x.shape[0]
-        one_for_all = eps.dim() == 3 and count != eps.shape[1] == 1
-        _check("x", batch.x, (count, self.task.x_dim))
-        _check("eps", eps, (eps.shape[0], 1 if one_for_all else count, self.latent_dim))
-        for name, tensor in (("y", batch.y), ("weight", batch.weight), ("guess", batch.guess)):
-            if tensor is not None:
-                _check(name, tensor, (count, self.task.y_dim))
-        return self.guess(batch)
+    def _encode(self, batch: Batch, eps: Tensor, recognise: bool) -> Any:
+        """Encode what has the right shapes. Others would broadcast, and be wrong without a word."""
+        count, x_dim, y_dim = len(batch.x), self.task.x_dim, self.task.y_dim
+        of_eps = (*eps.shape[:1], 1 if eps.shape[1:2] == (1,) else count, self.latent_dim)
+        shapes = (count, x_dim), (count, y_dim), (count, y_dim), (count, y_dim), of_eps
+        for name, tensor, shape in zip((*Batch._fields, "eps"), (*batch, eps), shapes, strict=True):
+            if tensor is not None and (tensor.shape != shape or not tensor.is_floating_point()):
+                raise ValueError(f"{name} has to be floats {list(shape)}, not {described(tensor)}")
+        return self.encode(batch, self.guess(batch), recognise)
 
     @torch.no_grad()
     def guess(self, batch: Batch) -> Tensor:
@@ -150,7 +146,7 @@ class CVAE(nn.Module):
         Args:
             picture: B pictures of the model's size, as `as_images` takes them; what is asked may hold anything.
             samples: S, the number of completions of each.
-            seed: A number, or a generator on the model's device; None: other samples each time.
+            seed: A number, or a generator; None: other samples each time.
             temperature: A factor of z's noise: 1 for samples of p(z|x), 0 for its mean.
             labels: The classes of the pictures, int64 `[B]`, where the task needs them.
 
@@ -164,8 +160,8 @@ class CVAE(nn.Module):
         if not 0 <= temperature < math.inf:
             raise ValueError(f"temperature has to be a number from 0 on, not {temperature}")
         batch = self.task.batch(self.task.rows(as_images(picture, self.task), labels))
-        x = self._pixels("the observed part of a picture", batch.x)
-        eps = noise(_positive(samples), len(x), self, self._random(seed)).to(x.dtype)
+        x = as_pixels("the observed part of a picture", batch.x, like=next(self.parameters()))
+        eps = noise(_positive(samples), len(x), self, _generator(seed, x.device)).to(x)
         return self.task.compose(x, self.completions(x, temperature * eps))
 
     @torch.no_grad()
@@ -187,58 +183,54 @@ class CVAE(nn.Module):
         Raises:
             ValueError, DataError: As in `complete`.
         """
-        _positive(samples)
-        random = self._random(seed)
-        whole = self.task.batch(self.task.rows(as_images(picture, self.task), labels))
-        whole = whole._replace(x=self._pixels("a picture", whole.x), y=self._pixels("a picture", whole.y))
-        estimates = []
-        for first in range(0, len(whole.x), NOISE_IMAGES):
-            batch = some(whole, slice(first, first + NOISE_IMAGES))
-            encoded = self.encode(batch, self.guess(batch), True)
-            log_weights = [
-                self.draw(encoded, eps.to(batch.x.dtype), True).log_weights(batch)
-                for eps in noise_portions(samples, len(batch.x), self, random)
-            ]
-            estimates.append(log_mean_exp(torch.cat(log_weights).double()))
+        like, estimates = next(self.parameters()), []
+        random = _generator(seed, like.device)
+        for rows in self.task.rows(as_images(picture, self.task), labels).split(NOISE_IMAGES):
+            batch = self.task.batch(rows)
+            batch = batch._replace(x=as_pixels("a picture", batch.x, like), y=as_pixels("a picture", batch.y, like))
+            (log_w,) = log_weights(self, batch, _positive(samples), [random])
+            estimates.append(log_mean_exp(log_w))
         return torch.cat(estimates)
 
-    def _pixels(self, name: str, pixels: Tensor) -> Tensor:
-        return as_pixels(name, pixels, like=next(self.parameters()))
 
-    def _random(self, seed: Seed) -> torch.Generator:
-        device = next(self.parameters()).device
-        if isinstance(seed, torch.Generator):
-            if seed.device.type != device.type:
-                raise ValueError(f"the generator has to be on {device}, as the model is, not on {seed.device}")
-            return seed
-        number = int(torch.randint(1 << 62, ())) if seed is None else operator.index(seed)
-        return context.generator(device, number, "pictures")
+def log_weights(
+    model: CVAE, batch: Batch, samples: int, random: Sequence[Generator], recognise: Sequence[bool] = (True,)
+) -> list[Tensor]:
+    """Draw so many z for each image, and return their `Draw.log_weights`, nats `[samples, B]`, float64.
 
-
-def noise(samples: int, count: int, model: CVAE, random: torch.Generator) -> Tensor:
-    """Draw eps ~ N(0, 1), `[samples, count, latent_dim]`, from and on the generator's device."""
-    return torch.randn(
-        samples, count, model.latent_dim, generator=random, device=random.device, dtype=torch.float32
-    )  # whatever the default type is
+    The noise of SAMPLES_AT_ONCE samples is drawn at a time: the first ones do not depend on their number.
+    random: As in `noise`. recognise: As in `draw`, for each of the results, which are of the same noise.
+    """
+    encoded = model.encode(batch, model.guess(batch), True)
+    portions = []
+    for first in range(0, samples, SAMPLES_AT_ONCE):
+        eps = noise(SAMPLES_AT_ONCE, len(batch.x), model, *random)[: samples - first].to(batch.x)
+        portions.append([model.draw(encoded, eps, by_q).log_weights(batch) for by_q in recognise])
+    return [torch.cat(log_w).double() for log_w in zip(*portions, strict=True)]
 
 
-def noise_portions(samples: int, count: int, model: CVAE, random: torch.Generator) -> list[Tensor]:
-    """Draw the noise of so many samples, SAMPLES_AT_ONCE at a time: the first ones do not depend on their number."""
-    starts = range(0, samples, SAMPLES_AT_ONCE)
-    return [noise(SAMPLES_AT_ONCE, count, model, random)[: samples - first] for first in starts]
+def noise(samples: int, count: int, model: CVAE, *random: Generator) -> Tensor:
+    """Draw eps ~ N(0, 1), `[samples, count, latent_dim]`, from and on a generator's device.
+
+    Of several generators, each draws the noise of NOISE_IMAGES images, and the last one that of the others.
+    """
+    counts = [NOISE_IMAGES] * (len(random) - 1)
+    counts.append(count - sum(counts))
+    dtype = torch.float32  # whatever the default type is
+    return torch.cat([
+        torch.randn(samples, images, model.latent_dim, generator=generator, device=generator.device, dtype=dtype)
+        for images, generator in zip(counts, random, strict=True)
+    ], dim=1)  # fmt: skip
 
 
-def some(batch: Batch, rows: slice) -> Batch:
-    """Return some of the images of a batch."""
-    return Batch(*(None if tensor is None else tensor[rows] for tensor in batch))  # type: ignore[arg-type]
+def _generator(seed: Seed, device: torch.device) -> Generator:
+    if isinstance(seed, Generator):
+        return seed
+    number = int(torch.randint(1 << 62, ())) if seed is None else operator.index(seed)
+    return context.generator(device, number, "pictures")
 
 
 def _positive(samples: int) -> int:
     if operator.index(samples) < 1:
         raise ValueError(f"samples has to be a number from 1 on, not {samples}")
     return samples
-
-
-def _check(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if tensor.shape != shape or not tensor.is_floating_point():
-        raise ValueError(f"{name} has to be floats {list(shape)}, not {described(tensor)}")

@@ -1,13 +1,14 @@
-"""A CVAE of several levels of latent variables, each of which depends on all that was drawn above it."""
+"""A CVAE of several levels of latent variables, between residual convolutions that see an image and draw one."""
+
+import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch.nn.functional import pad, silu
 
 from cvae.data.tasks import Batch, Task
-from cvae.model.convolutions import SMALL, Decoder, Encoder
 from cvae.model.cvae import CVAE, Draw, Latent
-from cvae.model.densities import Gaussian
+from cvae.model.densities import Gaussian, widen
 from cvae.model.layers import dense, mlp
 from cvae.settings import Settings
 
@@ -15,6 +16,11 @@ LARGEST = 4.0
 """The bound of a level's log-scales, and of the recognition network's above the prior network's: e⁴ = 55."""
 FIRST_LOG_RATIO = -1.0
 """log(q's scale / p's), before any training: each z tells something of y from the first step, and is made use of."""
+SMALL = 0.1
+"""The scale of last layers at first: residual blocks are nearly the identity then."""
+PATCH = 4
+"""The convolutions see patches of 4×4 pixels as channels, so that MNIST's 28×28 are 7×7 places."""
+BLOCKS_IN, BLOCKS_OUT = 2, 3
 
 Features = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 """The prior network's features of x and ŷ, two for each level, and the recognition network's of x and y, one each."""
@@ -25,8 +31,7 @@ class Deep(CVAE):
 
     A state goes from level to level: the sum of what each z adds to it and of residual blocks. The prior network sees
     it and features of x and ŷ; the recognition network sees features of x and y too, and says how q differs from p.
-    The logits follow from the last state, which has x by z alone. Images are encoded and decoded by residual
-    convolutions.
+    The logits follow from the last state, which has x by z alone.
     Source: Sønderby et al. 2016 (ladder VAE) and Vahdat and Kautz 2020 (q relative to p), here conditional on x.
 
     Args:
@@ -101,3 +106,68 @@ def _added(layer: nn.Module | None, state: Tensor | None, features: Tensor) -> T
 def bounded(log_scale: Tensor) -> Tensor:
     """Return log-scales that are nearly as they were where they are small, and never beyond ±LARGEST."""
     return LARGEST * torch.tanh(log_scale / LARGEST)
+
+
+class Encoder(nn.Module):
+    """A network from x `[B, x_dim]`, and y or a guess of it, `[B, y_dim]`, to `count` features, `[B, width]` each."""
+
+    def __init__(self, task: Task, channels: int, width: int, count: int):
+        super().__init__()
+        self.task, self.count = task, count
+        self.first = convolution(task.planes * PATCH**2, channels)
+        self.blocks = nn.Sequential(*(Block(channels) for _ in range(BLOCKS_IN)))
+        self.second, self.last = dense(channels * math.prod(grid(task)), width), dense(width, count * width)
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        picture, (rows, columns) = self.task.picture(x, y), grid(self.task)
+        whole = pad(picture, (0, columns * PATCH - self.task.width, 0, rows * PATCH - self.task.height))
+        patches = (
+            whole.unflatten(-1, (columns, PATCH)).unflatten(-3, (rows, PATCH)).permute(0, 2, 4, 1, 3, 5).flatten(3)
+        )
+        places = silu(self.blocks(self.first(patches.permute(0, 3, 1, 2)))).permute(
+            0, 2, 3, 1
+        )  # channels last: fastest
+        features: Tensor = self.last(silu(self.second(places.flatten(1))))
+        return features.chunk(self.count, dim=-1)
+
+
+class Decoder(nn.Module):
+    """A network from a state `[L, B, width]` to the logits of y, `[L, B, y_dim]`."""
+
+    def __init__(self, task: Task, channels: int, width: int):
+        super().__init__()
+        self.task, self.channels = task, channels
+        self.first = dense(width, channels * math.prod(grid(task)))
+        self.blocks = nn.Sequential(*(Block(channels) for _ in range(BLOCKS_OUT)))
+        self.last = convolution(channels, PATCH**2)
+
+    def forward(self, state: Tensor) -> Tensor:
+        places = self.first(silu(state)).flatten(0, -2).unflatten(-1, (*grid(self.task), self.channels))
+        patches = widen(self.last(silu(self.blocks(places.permute(0, 3, 1, 2)))))
+        whole = patches.unflatten(1, (PATCH, PATCH)).permute(0, 3, 1, 4, 2).flatten(3, 4).flatten(1, 2)
+        logits: Tensor = self.task.asked(whole[:, : self.task.height, : self.task.width]).unflatten(0, state.shape[:-1])
+        return logits
+
+
+class Block(nn.Module):
+    """A state, and what two convolutions add to it."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.first, self.last = convolution(channels, channels), convolution(channels, channels, SMALL)
+
+    def forward(self, state: Tensor) -> Tensor:
+        return state + self.last(silu(self.first(silu(state))))  # type: ignore[no-any-return]
+
+
+def convolution(channels_in: int, channels_out: int, gain: float = 1.0) -> nn.Conv2d:
+    """Make a 3×3 convolution that keeps rows and columns, whose outputs vary `gain` times as much as its inputs."""
+    layer: nn.Conv2d = nn.utils.skip_init(nn.Conv2d, channels_in, channels_out, 3, padding=1)
+    nn.init.normal_(layer.weight, std=gain / math.sqrt(9 * channels_in))
+    nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+    return layer
+
+
+def grid(task: Task) -> tuple[int, int]:
+    """Return the rows and columns of patches in an image, the last ones not filled where its size is no multiple."""
+    return math.ceil(task.height / PATCH), math.ceil(task.width / PATCH)

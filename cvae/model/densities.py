@@ -20,14 +20,7 @@ class Gaussian(NamedTuple):
 
     def sample(self, eps: Tensor) -> Tensor:
         """Return z = loc + scale · eps, reparameterized; eps ~ N(0, 1) broadcasts against `[..., Z]`."""
-        loc, scale = widen(self.loc), widen(self.log_scale).exp()
-        if loc.dim() < eps.dim():  # a dimension of its own, or the gradient would be summed over even one sample
-            loc, scale = loc.unsqueeze(0), scale.unsqueeze(0)
-        return torch.addcmul(loc, scale, eps)
-
-    def detach(self) -> "Gaussian":
-        """Return the Gaussian as a constant."""
-        return Gaussian(self.loc.detach(), self.log_scale.detach())
+        return torch.addcmul(widen(self.loc), widen(self.log_scale).exp(), eps)
 
 
 def widen(tensor: Tensor) -> Tensor:
@@ -48,15 +41,9 @@ def gaussian_score(z: Tensor, gaussian: Gaussian) -> Tensor:
 
 
 def gaussian_kl(q: Gaussian, p: Gaussian) -> Tensor:
-    """Return KL(q‖p) = Σ log(σ_p/σ_q) + (σ_q² + (μ_q − μ_p)²) / 2σ_p² − ½, in closed form.
+    """Return KL(q‖p) = Σ log(σ_p/σ_q) + (σ_q² + (μ_q − μ_p)²) / 2σ_p² − ½ over the last dimension: nats `[...]`, ≥ 0.
 
     Source: Kingma and Welling 2014, appendix B, for two general diagonal Gaussians.
-
-    Args:
-        q, p: Of one shape, `[..., Z]`.
-
-    Returns:
-        Nats `[...]`, ≥ 0.
     """
     q_loc, q_log_scale, p_loc, p_log_scale = map(widen, (*q, *p))
     log_ratio = q_log_scale - p_log_scale
@@ -99,7 +86,7 @@ class _BernoulliLogProb(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
-        if torch.is_grad_enabled():  # with create_graph
+        if torch.is_grad_enabled():  # with create_graph; `once_differentiable` would let a constant `grad` pass
             raise RuntimeError("the Bernoulli's derivative is written out and cannot be differentiated again")
         (derivative,) = ctx.saved_tensors
         return None, derivative * grad.unsqueeze(-1), None

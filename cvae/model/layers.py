@@ -1,6 +1,5 @@
 """Fully connected networks."""
 
-from collections.abc import Sequence
 from itertools import pairwise
 
 from torch import Tensor, nn
@@ -8,48 +7,33 @@ from torch import Tensor, nn
 from cvae.model.densities import widen
 
 
-class Linear(nn.Linear):
-    """A linear layer, initialised as in He et al. 2015 if a ReLU follows it."""
-
-    def __init__(self, fan_in: int, fan_out: int, relu: bool):
-        self.relu = relu
-        super().__init__(fan_in, fan_out)
+class Hidden(nn.Linear):
+    """A linear layer and a ReLU, initialised as in He et al. 2015."""
 
     def reset_parameters(self) -> None:
-        if self.relu:
-            nn.init.kaiming_normal_(self.weight, nonlinearity="relu")
-            nn.init.zeros_(self.bias)
-        else:
-            bound = self.in_features**-0.5
-            nn.init.uniform_(self.weight, -bound, bound)
-            nn.init.uniform_(self.bias, -bound, bound)
+        nn.init.kaiming_normal_(self.weight, nonlinearity="relu")
+        nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        outputs = super().forward(x)
-        return outputs.relu_() if self.relu else outputs
+        return super().forward(x).relu_()
 
 
 class MLP(nn.Module):
     """Linear layers with a ReLU between each two: `[..., inputs]` → `[..., outputs]` in float32 or wider."""
 
-    def __init__(self, layers: Sequence[Linear]):
+    def __init__(self, *layers: nn.Linear):
         super().__init__()
-        self.layers = nn.ModuleList(layers)
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return widen(x)
+        return widen(self.layers(x))
 
 
 def mlps(*sizes: int, count: int = 1) -> list[MLP]:
     """Make networks of the same sizes, of inputs, hidden layers and outputs; their weights are drawn layer by layer."""
-    last = len(sizes) - 2
-    layers = [
-        [Linear(fan_in, fan_out, relu=i < last) for _ in range(count)]
-        for i, (fan_in, fan_out) in enumerate(pairwise(sizes))
-    ]
-    return [MLP(own) for own in zip(*layers, strict=True)]
+    kinds = [*[Hidden] * (len(sizes) - 2), nn.Linear]
+    layers = [[kind(*pair) for _ in range(count)] for kind, pair in zip(kinds, pairwise(sizes), strict=True)]
+    return [MLP(*stack) for stack in zip(*layers, strict=True)]
 
 
 def mlp(*sizes: int) -> MLP:

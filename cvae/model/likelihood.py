@@ -6,7 +6,6 @@ portion of images in the set, whatever the number of processes.
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from cvae.context import Context
 from cvae.data.tasks import ImageSet
-from cvae.model.cvae import CVAE, NOISE_IMAGES, SAMPLES_AT_ONCE, noise
+from cvae.model.cvae import CVAE, NOISE_IMAGES, log_weights, noise
 from cvae.model.densities import bernoulli_entropy, bernoulli_log_prob, log_mean_exp, widen
 from cvae.model.objectives import elbo, kl_levels
 
@@ -31,26 +30,19 @@ class Estimate(NamedTuple):
 
 
 class Likelihoods(NamedTuple):
-    """Negative log-likelihoods and what goes with them per image, `[N]`, or `[K, N]` for K numbers of samples; float64.
+    """Negative log-likelihoods in nats per image, lower is better, and what goes with them; all in float64.
 
-    Attributes:
-        nn_nll: −log p(y|ŷ) of the baseline's guess, in nats; lower is better, here and below.
-        cvae_neg_elbo: An upper bound on −log p(y|x), by ELBO_SAMPLES samples of z ~ q(z|x,y).
-        cvae_mc_nll: `[K, N]`, −log of the mean of p(y|x,z) over S samples z ~ p(z|x).
-        cvae_is_nll: `[K, N]`, −log of the mean of the importance weights over S samples z ~ q(z|x,y). In expectation
-            both lie above −log p(y|x); they approach it as S grows.
-        floor: The entropy of y's grey levels, below which no Bernoulli negative log-likelihood of y can fall.
-        kl: `[levels, N]`, KL(q ‖ p) of each level, from top to bottom, in the −ELBO: nats.
-        ess: `[K, N]`, the effective sample size of the S importance weights, from 1 to S.
+    `[N]` for N images, or `[K, N]` for K numbers of samples S. In expectation the two estimates of −log p(y|x) lie
+    above it; they approach it as S grows.
     """
 
-    nn_nll: Tensor
-    cvae_neg_elbo: Tensor
-    cvae_mc_nll: Tensor
-    cvae_is_nll: Tensor
-    floor: Tensor
-    kl: Tensor
-    ess: Tensor
+    nn_nll: Tensor  # −log p(y|ŷ) of the baseline's guess, [N]
+    cvae_neg_elbo: Tensor  # an upper bound on −log p(y|x), by ELBO_SAMPLES samples of z ~ q(z|x,y), [N]
+    cvae_mc_nll: Tensor  # −log of the mean of p(y|x,z) over S samples z ~ p(z|x), [K, N]
+    cvae_is_nll: Tensor  # −log of the mean of the importance weights over S samples z ~ q(z|x,y), [K, N]
+    floor: Tensor  # the entropy of y's grey levels, below which no Bernoulli negative log-likelihood of y falls, [N]
+    kl: Tensor  # KL(q ‖ p) of each level, from top to bottom, in the −ELBO, [levels, N]
+    ess: Tensor  # the effective sample size of the S importance weights, from 1 to S, [K, N]
 
 
 def estimate(values: Tensor) -> Estimate:
@@ -86,31 +78,19 @@ def evaluate(
         batch = images.batch(slice(start, start + size))
         places = range(start, start + max(1, len(batch.x)), NOISE_IMAGES)
         random = [context.generator(seed, "evaluation", place) for place in places]
-        from_prior, from_posterior = [], []
         with context.autocast():
             batch = batch._replace(guess=model.guess(batch))
-            terms = elbo(model, batch, _noise(ELBO_SAMPLES, len(batch.x), model, random))
-            encoded = model.encode(batch, model.guess(batch), True)
-            for first in range(0, max(samples), SAMPLES_AT_ONCE):
-                eps = _noise(SAMPLES_AT_ONCE, len(batch.x), model, random)[: max(samples) - first]
-                from_prior.append(model.draw(encoded, eps, False).log_likelihood(batch))
-                from_posterior.append(model.draw(encoded, eps, True).log_weights(batch))
-        log_p, log_weights = torch.cat(from_prior).double(), torch.cat(from_posterior).double()
+            terms = elbo(model, batch, noise(ELBO_SAMPLES, len(batch.x), model, *random))
+            log_p, log_w = log_weights(model, batch, max(samples), random, recognise=(False, True))
         yield Likelihoods(
             nn_nll=-bernoulli_log_prob(batch.y, model.guess(batch), batch.weight).double(),
             cvae_neg_elbo=-terms["elbo"].double(),
             cvae_mc_nll=-torch.stack([log_mean_exp(log_p[:s]) for s in samples]),
-            cvae_is_nll=-torch.stack([log_mean_exp(log_weights[:s]) for s in samples]),
+            cvae_is_nll=-torch.stack([log_mean_exp(log_w[:s]) for s in samples]),
             floor=bernoulli_entropy(batch.y, batch.weight).double(),
             kl=torch.stack(kl_levels(terms)).double(),
-            ess=torch.stack([effective_sample_size(log_weights[:s]) for s in samples]),
+            ess=torch.stack([effective_sample_size(log_w[:s]) for s in samples]),
         )
-
-
-def _noise(samples: int, count: int, model: CVAE, random: Sequence[torch.Generator]) -> Tensor:
-    """Draw the noise of `count` images, each `NOISE_IMAGES` of them by a generator of their own."""
-    counts = [min(NOISE_IMAGES, count - i * NOISE_IMAGES) for i in range(len(random))]
-    return torch.cat([noise(samples, *part) for part in zip(counts, repeat(model), random)], dim=1)
 
 
 def effective_sample_size(log_weights: Tensor) -> Tensor:
@@ -137,16 +117,15 @@ def active_units(model: CVAE, images: ImageSet, seed: int, context: Context) -> 
     Returns:
         For each level, from top to bottom: how many dimensions are active, and how many there are.
     """
-    count = min(len(images), ACTIVITY_IMAGES)
-    portions = []
+    count, portions = min(len(images), ACTIVITY_IMAGES), []
     for start in range(0, count, ACTIVITY_AT_ONCE):
         batch = images.batch(slice(start, min(start + ACTIVITY_AT_ONCE, count)))
         eps = noise(ACTIVITY_SAMPLES, len(batch.x), model, context.generator(seed, "activity", start))
         with context.autocast():
-            locs = [q.loc for _, _, q, _ in model.from_posterior(batch, eps[:1]).latents]
-            if any(loc.dim() > 2 for loc in locs):  # there are levels that depend on what was drawn above
-                locs = [q.loc for _, _, q, _ in model.from_posterior(batch, eps).latents]
-            portions.append(locs)
+            latents = model.from_posterior(batch, eps[:1]).latents
+            if len(latents) > 1:  # the levels below the first depend on what was drawn above
+                latents = model.from_posterior(batch, eps).latents
+        portions.append([latent.q.loc for latent in latents])
     levels = (torch.cat(locs, dim=-2) for locs in zip(*portions, strict=True))
     return [(int((variance_of_means(loc) > LEAST_VARIANCE).sum()), loc.shape[-1]) for loc in levels]
 

@@ -19,12 +19,12 @@ from cvae.settings import Settings
 
 
 class Encoded(NamedTuple):
-    """The distributions of z of a batch, `[B, Z]`, q None where z is not drawn from it; x and the guess."""
+    """What all draws of z for a batch have in common."""
 
-    p: Gaussian
-    q: Gaussian | None
-    x: Tensor
-    guess: Tensor
+    p: Gaussian  # p(z|x), [B, Z]
+    q: Gaussian | None  # q(z|x,y), [B, Z]; None where z is not drawn from it
+    guess: Tensor  # the logits of ŷ, [B, y_dim]
+    guessed: Tensor  # x completed by ŷ, [B, x_dim + y_dim]
 
 
 class OneLevel(CVAE):
@@ -39,21 +39,20 @@ class OneLevel(CVAE):
         self.prior_net, self.recognition_net = mlps(task.x_dim + task.y_dim, *s.hidden, 2 * s.latent_dim, count=2)
 
     def encode(self, batch: Batch, guess: Tensor, recognise: bool) -> Encoded:
-        p = self.prior_net(torch.cat([batch.x, guess.sigmoid().to(batch.x.dtype)], dim=-1)).chunk(2, dim=-1)
-        if not recognise:
-            return Encoded(Gaussian(*p), None, batch.x, guess)
-        q = self.recognition_net(torch.cat([batch.x, batch.y], dim=-1)).chunk(2, dim=-1)
-        return Encoded(Gaussian(*p), Gaussian(*q), batch.x, guess)
+        guessed = torch.cat([batch.x, guess.sigmoid().to(batch.x.dtype)], dim=-1)
+        p, q = Gaussian(*self.prior_net(guessed).chunk(2, dim=-1)), None
+        if recognise:
+            q = Gaussian(*self.recognition_net(torch.cat([batch.x, batch.y], dim=-1)).chunk(2, dim=-1))
+        return Encoded(p, q, guess, guessed)
 
     def draw(self, encoded: Encoded, eps: Tensor, recognise: bool, detach_z: bool = False) -> Draw:
-        p, q, x, guess = encoded
-        source = q if recognise and q is not None else p
+        source = encoded.q if recognise and encoded.q is not None else encoded.p
         z = source.sample(eps)
         if detach_z:
             z = z.detach().requires_grad_()
-        return Draw(self.generation(z, x, guess), (Latent(z, eps, source, p),))
+        return Draw(self.generation(z, encoded), (Latent(z, eps, source, encoded.p),))
 
-    def generation(self, z: Tensor, x: Tensor, guess: Tensor) -> Tensor:
+    def generation(self, z: Tensor, encoded: Encoded) -> Tensor:
         """Return the logits of p(y|x,z), `[L, B, y_dim]`, for z `[L, B, Z]`."""
         raise NotImplementedError
 
@@ -70,7 +69,7 @@ class Tutorial(OneLevel):
         super().__init__(task, s)
         self.generation_net = mlp(s.latent_dim, *s.hidden, task.y_dim)
 
-    def generation(self, z: Tensor, x: Tensor, guess: Tensor) -> Tensor:
+    def generation(self, z: Tensor, encoded: Encoded) -> Tensor:
         logits: Tensor = self.generation_net(z)
         return logits
 
@@ -91,21 +90,17 @@ class Paper(OneLevel):
             weight[: s.latent_dim] *= 3
             bias[s.latent_dim :] -= 2
 
-    def generation(self, z: Tensor, x: Tensor, guess: Tensor) -> Tensor:
-        seen = self.generation_of_x(torch.cat([x, guess.sigmoid().to(x.dtype)], dim=-1))
-        logits: Tensor = self.generation_net((self.generation_of_z(z) + seen).relu())
-        return logits + guess
+    def generation(self, z: Tensor, encoded: Encoded) -> Tensor:
+        hidden = self.generation_of_z(z) + self.generation_of_x(encoded.guessed)
+        logits: Tensor = self.generation_net(hidden.relu())
+        return logits + encoded.guess
 
 
 NETWORKS: dict[str, Callable[[Task, Settings], CVAE]] = {"tutorial": Tutorial, "paper": Paper, "deep": Deep}
 
 
 def build(task: Task, s: Settings) -> CVAE:
-    """Build the model of these settings, its weights drawn from the seed.
-
-    Raises:
-        ValueError: For a network that there is not.
-    """
+    """Build the model of these settings, its weights drawn from the seed; ValueError for an unknown network."""
     builder = s.chosen("network", NETWORKS)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(context.derive_seed(s.seed, "weights"))

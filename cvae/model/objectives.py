@@ -42,7 +42,7 @@ def elbo(model: CVAE, batch: Batch, eps: Tensor) -> Terms:
     Source: Sohn et al. 2015, equation 4 (the empirical lower bound).
     """
     draw = model.from_posterior(batch, eps)
-    log_likelihood, kl = sample_mean(draw.log_likelihood(batch)), kl_terms(draw)
+    log_likelihood, kl = draw.log_likelihood(batch).mean(0), by_level("kl", draw.kl_of_levels)
     return {"elbo": log_likelihood - kl["kl"], "log_likelihood": log_likelihood, **kl}
 
 
@@ -52,7 +52,7 @@ def gsnn(model: CVAE, batch: Batch, eps: Tensor) -> Terms:
     It is the lower bound with the recognition network set equal to the prior network, so that there is no KL, and does
     not train the recognition network. Source: Sohn et al. 2015, section 4.2.
     """
-    return {"gsnn": sample_mean(model.from_prior(batch, eps).log_likelihood(batch))}
+    return {"gsnn": model.from_prior(batch, eps).log_likelihood(batch).mean(0)}
 
 
 def multisample(model: CVAE, batch: Batch, eps: Tensor) -> Terms:
@@ -62,7 +62,7 @@ def multisample(model: CVAE, batch: Batch, eps: Tensor) -> Terms:
     network. Source: Raiko et al. 2015; Mnih and Rezende 2016, with the prior as the proposal.
     """
     log_likelihood = model.from_prior(batch, eps).log_likelihood(batch)
-    return {"multisample": log_mean_exp(log_likelihood), "gsnn": sample_mean(log_likelihood).detach()}
+    return {"multisample": log_mean_exp(log_likelihood), "gsnn": log_likelihood.detach().mean(0)}
 
 
 def hybrid(model: CVAE, batch: Batch, eps: Tensor, *, alpha: float) -> Terms:
@@ -85,22 +85,19 @@ def iwae(model: CVAE, batch: Batch, eps: Tensor) -> Terms:
     if log_weights.requires_grad:
         differentiable = doubly_reparameterized(draw, log_likelihood, log_weights)
         bound = bound.detach() + (differentiable - differentiable.detach())
-    reported, kl = sample_mean(log_likelihood).detach(), {name: term.detach() for name, term in kl_terms(draw).items()}
+    reported, kl = log_likelihood.detach().mean(0), by_level("kl", [kl.detach() for kl in draw.kl_of_levels])
     return {"iwae": bound, "elbo": reported - kl["kl"], "log_likelihood": reported, **kl}
 
 
 def doubly_reparameterized(draw: Draw, log_likelihood: Tensor, log_weights: Tensor) -> Tensor:
     """Return a quantity `[B]` whose gradient estimates the iwae bound's without bias, with less variance than its own.
 
+    The draw is one with `detach_z`; its log-likelihood and log-weights are nats `[K, B]`.
     The gradient of log w by the parameters of q and p, at fixed z, is replaced by one by z. With w̃ the normalised
     weights and G = d log w / dz, with all that follows from z on the levels below, q's parameters get
     w̃² G · dz/dq, z = loc + scale · eps, and p's get w̃ (∂ log q/∂z − ∂ log p/∂z + (1 − w̃) G) · dz/dp, in which
     this z is expressed by p's own noise. The generation network gets w̃ ∂ log p(y|x,z), as always.
     Source: Tucker et al. 2019 for q; Bauer and Mnih 2021 for p, here with levels one below another.
-
-    Args:
-        draw: A draw with `detach_z`.
-        log_likelihood, log_weights: Of this draw, nats `[K, B]`.
     """
     normalised = log_weights.detach().softmax(0)
     weights = normalised.unsqueeze(-1)
@@ -109,27 +106,16 @@ def doubly_reparameterized(draw: Draw, log_likelihood: Tensor, log_weights: Tens
     for z, eps, q, p in reversed(draw.latents):
         (by_z,) = torch.autograd.grad(total, z, retain_graph=True)
         total = total + (by_z * q.sample(eps)).sum()  # how z itself depends on what was drawn above it
-        fixed_q, fixed_p = q.detach(), p.detach()
         with torch.no_grad():
             for_q = weights.square() * by_z
-            for_p = weights * (gaussian_score(z, fixed_q) - gaussian_score(z, fixed_p) + (1 - weights) * by_z)
-            eps_of_p = (z - fixed_p.loc) * (-fixed_p.log_scale).exp()
+            for_p = weights * (gaussian_score(z, q) - gaussian_score(z, p) + (1 - weights) * by_z)
+            eps_of_p = (z - p.loc) * (-p.log_scale).exp()
         surrogate = surrogate + (for_q * q.sample(eps) + for_p * p.sample(eps_of_p)).sum(-1).sum(0)
     return surrogate
 
 
-def sample_mean(values: Tensor) -> Tensor:
-    """Return the mean over the samples, `[L, B]` → `[B]`."""
-    return values.mean(0) if len(values) > 1 else values.squeeze(0)
-
-
-def kl_terms(draw: Draw) -> Terms:
-    """Return KL(q ‖ p), nats `[B]`, a mean over the samples: `kl`, and `kl_1`, …, by level, where there are several."""
-    return by_level("kl", [kl if kl.dim() == 1 else sample_mean(kl) for kl in draw.kl_of_levels])
-
-
 def kl_levels(terms: Terms) -> list[Tensor]:
-    """Return the KL of each level, from top to bottom, among terms that `kl_terms` gave."""
+    """Return the KL of each level among the terms, from top to bottom."""
     return [term for name, term in terms.items() if name.startswith("kl_")] or [terms["kl"]]
 
 
@@ -177,11 +163,7 @@ def trains_recognition(s: Settings) -> bool:
 
 
 def objective(s: Settings) -> Objective:
-    """Return the objective of these settings, with its own settings filled in.
-
-    Raises:
-        ValueError: For one that there is not.
-    """
+    """Return the objective of these settings, with its own settings filled in; ValueError for an unknown one."""
     function = s.chosen("objective", OBJECTIVES)
     names = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
     return partial(function, **{name: getattr(s, name) for name in names})
@@ -203,10 +185,6 @@ class Totals:
         values = [term.detach() for term in terms.values()]
         added = torch.stack([*values, torch.ones_like(values[0])]).sum(1, dtype=torch.float64)
         self.sums += added if skipped is None else added.masked_fill_(skipped, 0.0)
-
-    def zero(self) -> None:
-        """Begin anew."""
-        self.sums.zero_()
 
     def means(self) -> dict[str, float]:
         """Return the terms' means, nats per image, by name, the maximised one first; NaN where there were no images."""

@@ -57,15 +57,13 @@ def test_gaussian_log_prob_matches_other_libraries():
 
 
 def test_sample_is_reparameterized():
-    """z = loc + scale · eps, with the gradients 1 and scale · eps; as a constant, it has none."""
+    """z = loc + scale · eps, with the gradients 1 and scale · eps."""
     gaussian, eps = Gaussian(*(part.requires_grad_() for part in random_gaussian(2, 4))), randn(3, 6, 4)
     z = gaussian.sample(eps)
     torch.testing.assert_close(z, gaussian.loc + gaussian.log_scale.exp() * eps, **EXACT)
     for_loc, for_log_scale = torch.autograd.grad(z.sum(), tuple(gaussian))
     torch.testing.assert_close(for_loc, torch.full_like(for_loc, 6))
     torch.testing.assert_close(for_log_scale, (gaussian.log_scale.exp() * eps).sum(0), **EXACT)
-    assert torch.equal(gaussian.detach().sample(eps), z)
-    assert not gaussian.detach().sample(eps).requires_grad
 
 
 @pytest.mark.parametrize(("q", "p"), [((0.0, 0.0), (3.0, -2.0)), ((-1.5, 0.7), (0.2, 1.9)), ((3.0, -2.0), (0.2, 1.9))])

@@ -10,7 +10,6 @@ from torch.distributions import Independent, Normal, kl_divergence
 
 from cvae.data.masks import quadrants
 from cvae.data.tasks import Batch, FixedMask
-from cvae.model.cvae import some
 from cvae.model.networks import NETWORKS, build
 from cvae.model.objectives import OBJECTIVES, maximised, objective
 from cvae.settings import Settings
@@ -59,7 +58,7 @@ def test_draws_are_what_they_say(toy):
             ratio, kls = ratio + as_p.log_prob(z) - as_q.log_prob(z), [*kls, kl_divergence(as_q, as_p)]
         torch.testing.assert_close(draw.log_ratio, ratio, **EXACT)
         for ours, theirs in zip(draw.kl_of_levels, kls, strict=True):
-            torch.testing.assert_close(ours, theirs, **EXACT)
+            torch.testing.assert_close(ours, theirs if theirs.dim() == 1 else theirs.mean(0), **EXACT)
         torch.testing.assert_close(draw.log_likelihood(batch), bernoulli(batch, draw.logits), **EXACT)
         torch.testing.assert_close(draw.log_weights(batch), bernoulli(batch, draw.logits) + ratio, **EXACT)
     assert all((kl > 0.01).all() for kl in posterior.kl_of_levels)
@@ -200,7 +199,7 @@ def test_images_and_samples_do_not_see_each_other(toy, name):
             by_image = gradient.movedim(-2, 0).flatten(1).ne(0).any(1)
             assert by_image.tolist() == [image == 2 for image in range(len(toy.images))]
     for few in (slice(2, 3), slice(0, 0), slice(1, 4)):
-        alone = maximised(function(toy.cvae, some(toy.batch, few), toy.eps[:, few]))
+        alone = maximised(function(toy.cvae, Batch(toy.x[few], toy.y[few]), toy.eps[:, few]))
         torch.testing.assert_close(alone, terms[few], **EXACT)
     draw, one = (toy.cvae.from_posterior(toy.batch, eps) for eps in (toy.eps, toy.eps[1:2]))
     torch.testing.assert_close(one.logits[0], draw.logits[1], **EXACT)

@@ -31,11 +31,12 @@ assert samples[..., ~observed].std(0).mean() > 1e-3 and completions.shape == (9,
 assert (digit.float() - pictures[0]).abs().mean() < 8
 
 from cvae.context import generator
+from cvae.model.cvae import NOISE_IMAGES, SAMPLES_AT_ONCE
 
-few = validation.batch(slice(likelihood.NOISE_IMAGES))
+few = validation.batch(slice(NOISE_IMAGES))
 random = generator(few.x.device, 0, "evaluation", 0)  # as in `evaluate`
 noise(likelihood.ELBO_SAMPLES, len(few.x), model, random)
-draws = [noise(likelihood.SAMPLES_AT_ONCE, len(few.x), model, random) for _ in range(SAMPLES)]
+draws = [noise(SAMPLES_AT_ONCE, len(few.x), model, random) for _ in range(SAMPLES)]
 eps = torch.cat(draws)[:SAMPLES]
 with torch.no_grad():
     ours = torch.stack([monte_carlo(few, eps), log_mean_exp(log_weights(few, eps))])

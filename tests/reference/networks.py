@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from cvae.data.tasks import Batch, Task
 from cvae.model.cvae import CVAE, Draw, Latent
 from cvae.model.densities import Gaussian
-from cvae.model.networks import OneLevel
+from cvae.model.networks import Encoded, OneLevel
 from cvae.settings import Settings
 
 
@@ -37,9 +37,7 @@ class Levels(CVAE):
         guessed = torch.cat([batch.x, guess.sigmoid().to(batch.x.dtype)], dim=-1)
         return guessed, torch.cat([batch.x, batch.y], dim=-1) if recognise else guessed
 
-    def draw(
-        self, encoded: tuple[Tensor, Tensor], eps: Tensor, recognise: bool, detach_z: bool = False
-    ) -> Draw:  # fmt: skip
+    def draw(self, encoded: tuple[Tensor, Tensor], eps: Tensor, recognise: bool, detach_z: bool = False) -> Draw:
         latents: list[Latent] = []
         for i, noise in enumerate(eps.split(self.size, dim=-1)):
             above = [latent.z for latent in latents]
@@ -71,9 +69,9 @@ class Regularised(OneLevel):
             nn.Linear(inputs, size), nn.BatchNorm1d(size), nn.ReLU(), nn.Dropout(0.2), nn.Linear(size, outputs)
         )
 
-    def generation(self, z: Tensor, x: Tensor, guess: Tensor) -> Tensor:
+    def generation(self, z: Tensor, encoded: Encoded) -> Tensor:
         logits: Tensor = self.generation_net(z.flatten(0, 1)).unflatten(0, z.shape[:2])
-        return logits + guess
+        return logits + encoded.guess
 
 
 TEST_NETWORKS: dict[str, Callable[[Task, Settings], CVAE]] = {
