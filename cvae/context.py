@@ -1,10 +1,7 @@
 """The context of a training or an evaluation, which `opened` prepares: device, precision, processes; seeds, signals."""
 
-import ctypes
 import hashlib
-import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
@@ -96,25 +93,22 @@ def opened(device: str = "auto", precision: str = "auto") -> Iterator[Context]:
 def prepare(device: torch.device) -> ExitStack:
     """Prepare the process, before the first tensor of any size; leaving the returned stack puts all back as it was.
 
-    TF32 is off, cuDNN deterministic, denormal numbers are zero, freed memory is kept; random generators are put back.
+    TF32 is off and cuDNN deterministic; random generators are put back.
     """
     backends: Any = torch.backends
     cudnn, mkldnn = backends.cudnn, backends.mkldnn
     products = (backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn)
+    choices: list[tuple[Any, str, object]] = [(product, "fp32_precision", "ieee") for product in products]
+    choices += [(cudnn, "allow_tf32", False), (cudnn, "deterministic", True), (cudnn, "benchmark", False)]
     with ExitStack() as stack:
-        for product in products:
-            stack.callback(setattr, product, "fp32_precision", product.fp32_precision)
-        with suppress(RuntimeError):  # the older names of the same cannot be read if the user has set the newer ones
-            stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        for place, name, _ in choices:  # all are read before one is set: some change others
+            with suppress(RuntimeError):  # the older names of a precision, if the user has set the newer ones
+                stack.callback(setattr, place, name, getattr(place, name))
         with suppress(RuntimeError):
-            stack.callback(setattr, cudnn, "allow_tf32", cudnn.allow_tf32)
+            stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
         torch.set_float32_matmul_precision("highest")
-        cudnn.allow_tf32 = False
-        for product in products:
-            product.fp32_precision = "ieee"
-        for name in ("deterministic", "benchmark"):
-            stack.callback(setattr, cudnn, name, getattr(cudnn, name))
-            setattr(cudnn, name, name == "deterministic")
+        for place, name, value in reversed(choices):  # older names first
+            setattr(place, name, value)
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
         stack.enter_context(torch.enable_grad())
@@ -122,32 +116,7 @@ def prepare(device: torch.device) -> ExitStack:
             stack.enter_context(torch.cuda.device(device))
         on_gpu = device.type == "cuda" or torch.cuda.is_initialized()
         stack.enter_context(torch.random.fork_rng([torch.cuda.current_device()] if on_gpu else []))
-        stack.callback(keep_freed_memory, False)
-        keep_freed_memory(True)
-        stack.callback(_flush_denormals, sys.float_info.min / 2 == 0)
-        _flush_denormals(True)
         return stack.pop_all()
-
-
-def keep_freed_memory(keep: bool) -> None:
-    """Have glibc keep freed memory for the next step, which else pays for new pages; False: as glibc does it."""
-    with suppress(OSError, AttributeError, TypeError):  # another C library
-        c = ctypes.CDLL(None)
-        c.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, the largest possible; whole data sets stay outside the heap
-        c.mallopt(-1, 1 << 30 if keep else 64 << 20)  # M_TRIM_THRESHOLD
-        c.mallopt(1, 0 if keep else 128)  # M_MXFAST: each allocation of a tensor would merge small blocks again
-        if not keep:
-            c.malloc_trim(0)
-
-
-def _flush_denormals(flush: bool) -> None:
-    """Let numbers under 1e-38 count as zero, with which arithmetic takes a hundred times as long, or not."""
-    torch.set_flush_denormal(flush)
-    if (
-        sys.platform == "linux"
-    ):  # a thread has it from the one that made it: OpenMP ends its idle ones, and makes new ones
-        with suppress(AttributeError, OSError, TypeError):
-            ctypes.CDLL(None).omp_pause_resource_all(2)  # omp_pause_hard
 
 
 def derive_seed(*key: object) -> int:
@@ -174,13 +143,13 @@ def seed_dropout(*key: object) -> None:
 
 
 class Interruption:
-    """A block of the main thread in which Ctrl-C and SIGTERM are only remembered, in `signal_number`.
+    """A block of the main thread in which the first Ctrl-C and SIGTERM are only remembered, in `signal_number`.
 
     A second Ctrl-C does what it did before: it ends a script at once, and raises KeyboardInterrupt in a notebook.
     """
 
     def __init__(self) -> None:
-        self.signal_number, self._has_seen_ctrl_c = 0, False
+        self.signal_number = 0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "Interruption":
@@ -193,9 +162,6 @@ class Interruption:
             signal.signal(number, handler)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self._has_seen_ctrl_c:
-            if not callable(self._previous[number]):
-                os._exit(128 + number)
-            self._previous[number](number, frame)
-        self._has_seen_ctrl_c |= number == signal.SIGINT
         self.signal_number = self.signal_number or number
+        if number == signal.SIGINT:
+            signal.signal(number, self._previous[number])

@@ -14,7 +14,7 @@ from cvae.errors import CvaeError, PeerLost, UsageError, first_line, is_out_of_m
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)  # after which a process that does not answer is given up
-ALONE = "several processes are started by torchrun; for one, unset RANK and WORLD_SIZE"
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torchrun sets them
 
 
 class Processes:
@@ -24,13 +24,18 @@ class Processes:
     """
 
     def __init__(self) -> None:
-        self.rank, self.count = _number("RANK", 0), _number("WORLD_SIZE", 1)
-        self.local_rank, self.local_count = _number("LOCAL_RANK", 0), _number("LOCAL_WORLD_SIZE", 1)
-        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-        if self.count > 1 and missing:
-            raise UsageError(f"WORLD_SIZE is {self.count} and {missing[0]} is not set: {ALONE}")
-        if self.rank >= self.count:
-            raise UsageError(f"RANK is {self.rank} and WORLD_SIZE {self.count}, but ranks are counted from 0: {ALONE}")
+        given = {name: value for name in VARIABLES if (value := os.environ.get(name))}
+        try:
+            self.rank, self.local_rank = int(given.get("RANK", 0)), int(given.get("LOCAL_RANK", 0))
+            self.count, self.local_count = int(given.get("WORLD_SIZE", 1)), int(given.get("LOCAL_WORLD_SIZE", 1))
+            needed = {"RANK", "MASTER_ADDR", "MASTER_PORT"} if self.count > 1 else set()
+            if not 0 <= self.rank < self.count or needed - given.keys():
+                raise ValueError
+        except ValueError:
+            shown = " ".join(f"{name}={value}" for name, value in given.items())
+            problem = f"the environment variables {shown} contradict each other, or some are missing"
+            advice = "several processes are started by torchrun; for one, unset RANK and WORLD_SIZE"
+            raise UsageError(f"{problem}: {advice}") from None
 
     @property
     def is_main(self) -> bool:
@@ -124,11 +129,7 @@ class Processes:
 
     def on_main(self, action: Callable[[], T]) -> T:
         """Return the result of `action` in the main process to all. An expected failure is raised in all."""
-        outcome = [_tried(action) if self.is_main else (None, None)]
-        if self.count > 1:
-            with exchange():
-                dist.broadcast_object_list(outcome, device=torch.device("cpu"))
-        result, failure = outcome[0]
+        result, failure = self._all(_tried(action) if self.is_main else (None, None))[0]
         if failure:
             raise failure
         return result  # type: ignore[return-value]
@@ -140,14 +141,6 @@ class Processes:
             with exchange():
                 dist.all_gather_object(objects, value)
         return objects
-
-
-def _number(name: str, default: int) -> int:
-    """Return a whole number of the environment. Raises UsageError for anything else."""
-    word = os.environ.get(name, "").strip() or str(default)
-    if not (word.isascii() and word.isdecimal()):
-        raise UsageError(f"{name} is set to {word!r}, which is no whole number of at least 0: {ALONE}")
-    return int(word)
 
 
 def _tried(action: Callable[[], T]) -> tuple[T | None, CvaeError | None]:

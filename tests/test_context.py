@@ -1,6 +1,5 @@
 """What a run runs on: prepared, put back as it was, and agreed on by several processes, or refused in one line."""
 
-import math
 import os
 import re
 import signal
@@ -32,16 +31,10 @@ def surroundings() -> list[Any]:
         *(signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)),
         *(operation.fp32_precision for operation in operations),
         *(torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark, torch.get_rng_state().tolist()),
-        *(torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads(), denormals_flushed()),
-        *(math.ulp(0.0) * 1.0 == 0, sys.stdout, sys.stderr, os.getcwd()),
+        *(torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads()),
+        *(sys.stdout, sys.stderr, os.getcwd()),
         {name: value for name, value in os.environ.items() if not name.startswith("TORCHINDUCTOR")},
     ]
-
-
-def denormals_flushed() -> bool:
-    """Return whether any of the threads that share an operation takes denormals for zero."""
-    bits = torch.ones(1 << 20, dtype=torch.int32)
-    return bool(((bits.view(torch.float32) * 1).view(torch.int32) != 1).any())
 
 
 @pytest.fixture
@@ -81,10 +74,8 @@ def test_all_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_prepared() -> None:
-    """Products of float32 are of float32, results reproducible, denormals zero, in all threads."""
+    """Products of float32 are of float32, and results reproducible."""
     with prepare(CPU):
-        bits = torch.ones(1 << 20, dtype=torch.int32)
-        assert not (bits.view(torch.float32) * 1).view(torch.int32).any()
         assert torch.backends.cudnn.conv.fp32_precision == "ieee"
         assert torch.get_float32_matmul_precision() == "highest"
         assert torch.backends.cudnn.deterministic
@@ -164,23 +155,25 @@ def test_seeds_are_those_of_all_versions() -> None:
     [
         ({}, (0, 1, 0)),
         ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", **MEETING}, (3, 4, 1)),
-        ({"WORLD_SIZE": "4", **MEETING}, "WORLD_SIZE is 4 and RANK is not set"),
-        ({"RANK": "0", "WORLD_SIZE": "2"}, "WORLD_SIZE is 2 and MASTER_ADDR is not set"),
-        ({"RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE is set to 'two', which is no whole number"),
-        ({"RANK": "2", "WORLD_SIZE": "2", **MEETING}, "RANK is 2 and WORLD_SIZE 2, but ranks are counted from 0"),
+        ({"WORLD_SIZE": "4", **MEETING}, None),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, None),
+        ({"RANK": "0", "WORLD_SIZE": "two"}, None),
+        ({"RANK": "2", "WORLD_SIZE": "2", **MEETING}, None),
     ],
     ids=str,
 )
 def test_processes_of_the_environment(
-    variables: dict[str, str], expected: tuple[int, int, int] | str, monkeypatch: pytest.MonkeyPatch
+    variables: dict[str, str], expected: tuple[int, int, int] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    if isinstance(expected, tuple):
+    if expected:
         assert (Processes().rank, Processes().count, Processes().local_rank) == expected
         assert Processes().is_main == (expected[0] == 0)
     else:
-        with pytest.raises(UsageError, match=f"^{expected}[^\n]*: several processes are started by torchrun; for one,"):
+        with pytest.raises(
+            UsageError, match=r"variables .*WORLD_SIZE=\w+ .*: several processes are started by torchrun;"
+        ):
             Processes()
 
 

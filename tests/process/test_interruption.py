@@ -118,7 +118,7 @@ def test_second_ctrl_c_leaves_at_once(work: Path) -> None:
             assert process.stdout.readline() == line
             assert process.poll() is None  # the first one waits for a good moment
             process.send_signal(signal.SIGINT)
-        assert finish(process) == (130, "", "")
+        assert finish(process) == (-signal.SIGINT, "", "")
     assert epochs_logged(work / "runs/twice") == [("baseline", 1)]
 
 

@@ -8,7 +8,7 @@ from support.inprocess import TINY, make_tiny_data
 from support.trainings import ROOT, epochs_logged, finish, start
 
 ELSEWHERE = """
-import builtins, ctypes, fcntl, io, json, os, signal, sys
+import builtins, fcntl, io, json, os, signal, sys
 
 import_, open_, get_flags, denied = builtins.__import__, io.open, fcntl.fcntl, set()
 
@@ -44,11 +44,6 @@ def refuse_unwritable(descriptor):
     if not get_flags(descriptor, fcntl.F_GETFL) & (os.O_WRONLY | os.O_RDWR):
         raise OSError(9, "Bad file descriptor")
 
-def refuse_program(self, name, *_, **__):
-    if name is None:
-        denied.add("CDLL")
-        raise TypeError("bad argument type for built-in operation")
-
 def strict(module, name, refuse):
     call = getattr(module, name)
     setattr(module, name, lambda *arguments, **more: (refuse(*arguments, **more), call(*arguments, **more))[1])
@@ -59,8 +54,6 @@ for name in ("replace", "unlink", "remove", "rmdir"):
 strict(os, "open", refuse_folders)
 strict(os, "rename", refuse_replacing)
 strict(os, "fsync", refuse_unwritable)
-init = ctypes.CDLL.__init__
-ctypes.CDLL.__init__ = lambda self, *names, **more: (refuse_program(self, *names), init(self, *names, **more))[1]
 for name in ("sched_getaffinity", "sched_setaffinity", "getloadavg", "statvfs", "sync"):
     delattr(os, name)
 for name in ("SIGALRM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "pthread_sigmask", "setitimer"):
@@ -93,4 +86,4 @@ def test_without_what_only_posix_systems_have(tmp_path: Path) -> None:
     assert err == "train.py: runs/a b exists already: --resume 'runs/a b' goes on with it, --overwrite starts it anew\n"
     assert epochs_logged(tmp_path / "runs/a b") == [("baseline", 1), ("cvae", 1), ("cvae", 2)]
     assert (tmp_path / "figure.png").exists()
-    assert {"CDLL", "/proc/cpuinfo"} <= set(denied)
+    assert "/proc/cpuinfo" in denied
