@@ -175,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = [evaluate_run(name, run, options.samples, options.seed, context) for name, run in runs.items()]
         judged = {name: realism.judge(name, case, options.seed, context) for name, case in cases.items()}
         if is_main and found:
-            beside = realism.records(runs, judged) if options.realism else {}
+            beside = {name: {"realism": realism.record(judged.get(name))} for name in runs if options.realism}
             columns = by_setting(found) if options.seeds else [[run] for run in found]
             table = tables.render(columns, options.format, beside)
             if judged and options.format in ("text", "markdown"):

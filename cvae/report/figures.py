@@ -21,9 +21,8 @@ from cvae.run.checkpoint import telling_of_disk, write_atomically
 
 # The endings of pictures' names, each with the options by which Pillow writes it
 ENDINGS: dict[str, dict[str, Any]] = {
-    ".png": {}, ".jpg": {"quality": 95, "subsampling": 0}, ".jpeg": {"quality": 95, "subsampling": 0},
-    ".webp": {"lossless": True}, ".gif": {}, ".bmp": {}, ".tif": {"compression": "tiff_adobe_deflate"},
-    ".tiff": {"compression": "tiff_adobe_deflate"}, ".pdf": {"quality": 95},
+    ".png": {}, ".gif": {}, ".webp": {"lossless": True}, ".pdf": {"quality": 95},
+    ".jpg": {"quality": 95, "subsampling": 0}, ".jpeg": {"quality": 95, "subsampling": 0},
 }  # fmt: skip
 NOT_GIVEN = (0.36, 0.44, 0.56)  # the colour of a hidden pixel in the row of inputs
 PAPER, INK = (255, 255, 255), (40, 40, 40)

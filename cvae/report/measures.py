@@ -15,60 +15,44 @@ NEIGHBOURS = 5  # k of density and coverage
 ROWS_AT_ONCE = 1000  # of a matrix of distances
 
 
-def validity(logits: Tensor, classes: Tensor) -> Tensor:
-    """Return the share of an image's completions whose predicted class is the true one, `[B]`."""
-    return (logits.argmax(-1) == classes).double().mean(0)
-
-
-def confidence(logits: Tensor) -> Tensor:
-    """Return the mean over completions of the probability of the predicted class, `[B]`: mean_s max_k p(k | s).
-
-    Source: the maximum class probability of Hendrycks and Gimpel 2017.
-    """
-    return logits.double().softmax(-1).amax(-1).mean(0)
-
-
 def frequencies(logits: Tensor) -> Tensor:
     """Return how often each class is predicted for an image's completions, `[B, K]`: f_k = n_k / S, which sum to 1."""
     return one_hot(logits.argmax(-1), logits.shape[-1]).double().mean(0)
 
 
-def log_score(frequency: Tensor, classes: Tensor, samples: int) -> Tensor:
-    """Return −log (n_k + 1/K) / (S + 1) of the true class k, nats `[B]`, from `frequencies`; lower is better.
+def class_measures(logits: Tensor, classes: Tensor, samples: int) -> dict[str, Tensor]:
+    """Return the measures of the classes that completions are taken for, by name, float64 `[B]`.
 
-    A class that never came has some probability, and none has all. A point prediction counts as S equal ones.
-    Source: the logarithmic score of Good 1952; the Dirichlet prior of Perks 1947, whose counts sum to one.
+    A point prediction counts as `samples` equal ones in the log score: a class that never came has some probability,
+    and none has all. The entropy is too small by about (classes that come − 1) / 2S (Miller 1955).
     """
-    count = frequency.gather(-1, classes[:, None])[:, 0] * samples
-    return -((count + 1 / frequency.shape[-1]) / (samples + 1)).log()
+    frequency = frequencies(logits)
+    count = samples * frequency.gather(-1, classes[:, None])[:, 0]  # n_k of the true class k
+    return {
+        # The share of completions whose predicted class is the true one
+        "validity": (logits.argmax(-1) == classes).double().mean(0),
+        # mean_s max_k p(k | s) (Hendrycks and Gimpel 2017)
+        "confidence": logits.double().softmax(-1).amax(-1).mean(0),
+        # −log (n_k + 1/K) / (S + 1), nats, lower is better (Good 1952); the prior of 1/K by Perks 1947
+        "log_score": -((count + 1 / logits.shape[-1]) / (samples + 1)).log(),
+        # −Σ_k f_k log f_k, nats, from 0 to log K
+        "entropy": torch.special.entr(frequency).sum(-1),
+    }
 
 
-def entropy(probabilities: Tensor) -> Tensor:
-    """Return H = −Σ_k p_k log p_k of class probabilities or frequencies `[B, K]`, nats `[B]`: from 0 to log K.
-
-    From frequencies, it is too small by about (classes that come − 1) / 2S (Miller 1955).
-    """
-    return torch.special.entr(probabilities).sum(-1)  # type: ignore[no-any-return]
-
-
-def energy_score(completions: Tensor, y: Tensor) -> Tensor:
-    """Return mean_s ‖Y_s − y‖ − ½ mean_{s≠t} ‖Y_s − Y_t‖, Euclidean over the hidden pixels, `[B]`; lower is better.
-
-    In expectation least for completions drawn from p(y|x) itself. The second term is zero for a point prediction.
-    Source: Gneiting and Raftery 2007, sect. 4.3, with the other sign; its fair estimate, unbiased in S (Ferro 2014).
-    """
+def pixel_measures(completions: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """Return the measures of the hidden pixels, by name, float64 `[B]`; lower is better."""
     samples, by_image = len(completions), completions.transpose(0, 1).contiguous()
-    error: Tensor = (completions - y).norm(dim=-1).mean(0)
     spread = torch.cdist(by_image, by_image).sum((1, 2)) / max(1, samples * (samples - 1))  # of one completion, 0
-    return (error - spread / 2).double()
-
-
-def squared_errors(completions: Tensor, y: Tensor) -> Tensor:
-    """Return the squared error per hidden pixel of each completion, `[S, B]`: mean_d (Y_sd − y_d)².
-
-    Source of the best of S, their least over s, which rewards diversity alone: Lee et al. 2017, Gupta et al. 2018.
-    """
-    return (completions - y).square().mean(-1).double()
+    squared = (completions - y).square().mean(-1).double()
+    return {
+        # mean_s ‖Y_s − y‖ − ½ mean_{s≠t} ‖Y_s − Y_t‖: in expectation least for draws from p(y|x) itself. Gneiting and
+        # Raftery 2007, sect. 4.3, with the other sign; the fair estimate, unbiased in S, is of Ferro 2014.
+        "energy_score": ((completions - y).norm(dim=-1).mean(0) - spread / 2).double(),
+        # The squared error per pixel, and the least of S, which rewards diversity alone (Lee et al. 2017)
+        "mse": squared.mean(0),
+        "best_mse": squared.amin(0),
+    }
 
 
 def density_and_coverage(real: Tensor, fake: Tensor, neighbours: int = NEIGHBOURS) -> tuple[Tensor, Tensor]:

@@ -4,17 +4,17 @@ A completion by the CVAE is the pixel means of p(y|x,z) at a z ~ p(z|x); from th
 or white. The same of the baseline's ŷ, which has no z. Two classifiers judge them: see `classifier`.
 """
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.special import entr
 
 from cvae.console import Bar
 from cvae.context import Context
@@ -26,7 +26,7 @@ from cvae.report import measures
 from cvae.report.classifier import Classifier, open_judges
 from cvae.report.evaluation import Subject
 from cvae.report.figures import INK, PAPER, completion_rows, draw_rows, write_picture
-from cvae.report.tables import laid_out, number
+from cvae.report.tables import Record, laid_out, number
 
 COMPLETIONS = 50  # of each image, S
 SHOWN, COMPLETIONS_SHOWN, SIDE = 10, 6, 84  # images and completions of each in the picture; their size, screen pixels
@@ -45,19 +45,15 @@ ROWS = {
     "energy_score": "energy score", "mse": "mean squared error", "best_mse": f"… best of {COMPLETIONS}",
     "density": "density", "coverage": "coverage",
 }  # fmt: skip
-NOTE = (
-    f"{COMPLETIONS} completions of each image; ± is the standard error over the images. NN and CVAE are pixel means; "
-    "drawn: each pixel drawn from them, black or white; x only: the classifier that sees the observed pixels alone. "
-    "Lower is better for the log score, the energy score and the errors. All measures are explained in docs/realism.md."
-)
+NOTE = f"{COMPLETIONS} completions of each image; ± is the standard error. docs/realism.md explains rows and columns."
 
 
 class Case(NamedTuple):
-    """All that is needed to judge a run: its images, uint8, their classes, int64 `[N]`, and the two classifiers."""
+    """All that is needed to judge a run."""
 
     model: CVAE
-    images: Tensor
-    classes: Tensor
+    images: Tensor  # uint8 `[N, height, width]`
+    classes: Tensor  # int64 `[N]`
     whole: Classifier
     x_only: Classifier
 
@@ -66,30 +62,28 @@ Judged = dict[tuple[str, str], Tensor]
 """Measures of each image, float64 `[N]`, by whose completions and by name; `features` of the first one: `[F, N]`."""
 
 
-def open_cases(
-    subjects: Mapping[str, Subject], limit: int | None, context: Context
-) -> tuple[dict[str, Case], list[str]]:
+def open_cases(runs: Mapping[str, Subject], limit: int | None, context: Context) -> tuple[dict[str, Case], list[str]]:
     """Return what is needed to judge runs, by their names, and a line about each that cannot be judged.
 
     limit: The number of test images to judge, the first ones; None: all. All processes leave out the same runs.
     """
     cases, problems = {}, []
-    for name, subject in subjects.items():
+    for name, run in runs.items():
         try:
-            cases[name] = context.processes.on_all(partial(_open_case, subject, limit, context.device))
+            opening = partial(open_judges, run.folder, run.settings, context.device)
+            whole, x_only = (judge.to(context.device) for judge in context.processes.on_main(opening))
+            classes = context.processes.on_all(partial(load_labels, run.settings, "test"))[:limit]
+            if len(classes) <= measures.NEIGHBOURS:
+                raise DataError(f"{run.folder}: {len(classes)} test images are too few; density and coverage need 6")
+            if (most := int(classes.max())) >= whole.last.out_features:
+                raise DataError(
+                    f"{run.folder}: the test images have a class {most}, which the training images have not"
+                )
         except DataError as error:
             problems.append(f"{error}; its realism is not measured")
+        else:
+            cases[name] = Case(run.model, run.test.images[:limit], classes, whole, x_only)
     return cases, problems
-
-
-def _open_case(subject: Subject, limit: int | None, device: torch.device) -> Case:
-    whole, x_only = open_judges(subject.folder, device)
-    classes, images = load_labels(subject.settings, "test")[:limit], subject.test.images[:limit]
-    if len(images) <= measures.NEIGHBOURS:
-        raise DataError(f"{subject.folder}: {len(images)} test images are too few; density and coverage need 6")
-    if (most := int(classes.max())) >= whole.last.out_features:
-        raise DataError(f"{subject.folder}: the test images have a class {most}, which the training images have not")
-    return Case(subject.model, images, classes, whole, x_only)
 
 
 @torch.inference_mode()
@@ -114,64 +108,49 @@ def _measured(case: Case, images: Tensor, classes: Tensor, random: torch.Generat
     drawn = [torch.bernoulli(each.expand_as(means), generator=random) for each in (guess, means)]
     for who, completed in zip(COLUMNS, (guess, drawn[0], means, drawn[1], y[None]), strict=False):
         features = case.whole.features(task.compose(x, completed).flatten(0, 1))
-        errors = measures.squared_errors(completed, y)
-        judged |= _of_classes(who, case.whole.last(features).unflatten(0, completed.shape[:2]), classes)
-        judged |= {(who, "mse"): errors.mean(0), (who, "best_mse"): errors.amin(0)}
-        judged[who, "energy_score"] = measures.energy_score(completed, y)
+        logits = case.whole.last(features).unflatten(0, completed.shape[:2])
+        found = measures.class_measures(logits, classes, COMPLETIONS) | measures.pixel_measures(completed, y)
+        judged |= {(who, name): values for name, values in found.items()}
         judged[who, "features"] = features[: len(images)].T
     logits = case.x_only(task.compose(x, y)).double()
-    judged |= _of_classes("x_only", logits[None], classes)
-    judged["x_only", "log_score"] = cross_entropy(logits, classes, reduction="none")
-    judged["x_only", "entropy"] = measures.entropy(logits.softmax(-1))
-    return judged
-
-
-def _of_classes(who: str, logits: Tensor, classes: Tensor) -> Judged:
-    """Return the measures of the classes that completions are taken for."""
-    frequency = measures.frequencies(logits)
-    return {
-        (who, "validity"): measures.validity(logits, classes),
-        (who, "confidence"): measures.confidence(logits),
-        (who, "log_score"): measures.log_score(frequency, classes, COMPLETIONS),
-        (who, "entropy"): measures.entropy(frequency),
+    found = measures.class_measures(logits[None], classes, COMPLETIONS)
+    found |= {
+        "log_score": cross_entropy(logits, classes, reduction="none"),
+        "entropy": entr(logits.softmax(-1)).sum(-1),
     }
+    return judged | {("x_only", name): values for name, values in found.items()}
 
 
-def records(runs: Iterable[str], judged: Mapping[str, Judged]) -> dict[str, dict[str, Any]]:
-    """Return what the records of these runs have more, by their names: null for a run that was not judged."""
-    return {run: {"realism": _record(judged[run]) if run in judged else None} for run in runs}
+def record(judged: Judged | None) -> Record | None:
+    """Return what JSON has of a run's realism: mean and standard error of each measure; None if it was not judged.
 
-
-def _record(judged: Judged) -> dict[str, Any]:
-    """Return mean and standard error of each measure; that of density, coverage and correlation is not known.
-
-    Density and coverage are of the first completions; of the truth, what others of its kind have in expectation.
+    The standard error of density, coverage and correlation is not known. Density and coverage are of the first
+    completions; of the truth, what others of its kind have in expectation.
     """
+    if judged is None:
+        return None
     truth = judged["truth", "features"].T.contiguous()
-    record: dict[str, Any] = {"images": len(truth), "completions": COMPLETIONS}
+    found: Record = {"images": len(truth), "completions": COMPLETIONS}
     for who in COLUMNS:
-        found = {name: estimate(judged[who, name])._asdict() for name in ROWS if (who, name) in judged}
+        entries = {name: estimate(judged[who, name])._asdict() for name in ROWS if (who, name) in judged}
         if who != "x_only":
             density, coverage = torch.ones(1), torch.tensor(measures.coverage_of_the_truth(len(truth)))
             if who != "truth":
                 density, coverage = measures.density_and_coverage(truth, judged[who, "features"].T.contiguous())
-            pair = torch.stack([judged[who, "entropy"], judged["x_only", "entropy"]])
-            together = {"density": density.mean(), "coverage": coverage.mean(), "correlation": pair.corrcoef()[0, 1]}
-            found |= {name: {"mean": value.item(), "stderr": math.nan} for name, value in together.items()}
-        record[who] = {
-            name: {part: None if math.isnan(value) else value for part, value in found[name].items()}
-            for name in ROWS if name in found
-        }  # fmt: skip
-    return record
+            correlation = torch.stack([judged[who, "entropy"], judged["x_only", "entropy"]]).corrcoef()[0, 1]
+            for name, value in (("density", density), ("coverage", coverage), ("correlation", correlation)):
+                entries[name] = {"mean": None if value.isnan().any() else value.mean().item(), "stderr": None}
+        found[who] = {name: entries[name] for name in ROWS if name in entries}
+    return found
 
 
-def render(records: Mapping[str, dict[str, Any]], subjects: Mapping[str, Subject], form: str) -> str:
-    """Return the tables to read, as `text` or `markdown`, one for each run; both mappings are by the runs' names."""
+def render(records: Mapping[str, Record], runs: Mapping[str, Subject], form: str) -> str:
+    """Return the tables to read, as `text` or `markdown`, one for each run that was judged."""
     blocks = []
-    for name, record in ((name, each["realism"]) for name, each in records.items() if each["realism"]):
-        cells = [[f"{name} ({subjects[name].model.task.name}), {record['images']:,} images", *COLUMNS.values()]]
+    for name, judged in ((name, each["realism"]) for name, each in records.items() if each["realism"]):
+        cells = [[f"{name} ({runs[name].model.task.name}), {judged['images']:,} images", *COLUMNS.values()]]
         for row, label in ROWS.items():
-            entries = [record[who].get(row, {"mean": None}) for who in COLUMNS]
+            entries = [judged[who].get(row, {"mean": None}) for who in COLUMNS]
             cells.append([label, *(number(entry, ".4f" if "mse" in row else ".3f") for entry in entries)])
         blocks.append(laid_out(cells, form) + "\n")
     return "\n".join(["", *blocks, NOTE, ""])
@@ -213,12 +192,11 @@ def draw(case: Case, ambiguity: Tensor, seed: int, context: Context) -> Image.Im
 
 def _chart(shares: Tensor, true: int, words: str) -> Tensor:
     """Return bars as high as these shares `[K]`, in [0, 1], with the classes' numbers if there is room: uint8."""
-    picture, font, width = Image.new("RGB", (SIDE, SIDE), PAPER), ImageFont.load_default(size=9), SIDE / len(shares)
-    pen, foot = ImageDraw.Draw(picture), SIDE - 12
+    picture, font = Image.new("RGB", (SIDE, SIDE), PAPER), ImageFont.load_default(size=9)
+    pen, foot, width = ImageDraw.Draw(picture), SIDE - 12, SIDE / len(shares)
     for k, share in enumerate(shares.tolist()):
-        colour, left = TRUE if k == true else OTHER, k * width
-        if height := round(share * (foot - 12)):
-            pen.rectangle((left + 1, foot - height, left + max(width - 2, 1), foot - 1), fill=colour)
+        left, top = k * width, foot - round(share * (foot - 12))
+        pen.rectangle((left + 1, top, left + max(width - 2, 1), foot), fill=TRUE if k == true else OTHER)
         if width > 7:
             pen.text((left + width / 2, SIDE), str(k), fill=TRUE if k == true else INK, font=font, anchor="mb")
     pen.line((0, foot, SIDE - 1, foot), fill=INK)

@@ -1,32 +1,18 @@
-"""Draw how a run has learned: its pictures, an epoch a frame, and what it has come to.
+"""What a finished training leaves to look at: how it has learned, an epoch a frame, and what it has come to."""
 
-    python -m cvae.report.replay q1                # runs/q1
-    python -m cvae.report.replay runs other/run    # runs and folders of runs; where none is named, all below runs/
-
-Into each run's folder: `learning.gif`, the same validation images with the same noise after each epoch, the baseline's
-guess first; `completions.png`, the images after the best epoch. A training leaves them when it is finished. They are
-made from TensorBoard's events and `metrics.jsonl`: of a run that is not finished, as far as it has come. Exit codes:
-0 done, 2 usage, 3 a run or a part of its log is missing or damaged, 5 disk.
-"""
-
-import argparse
 import io
 import math
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from cvae.console import command, complain, program, say
 from cvae.errors import DataError
-from cvae.report.evaluation import find_runs
 from cvae.report.figures import FONT_SIZE, INK, NOT_GIVEN, PAPER, write_picture
 from cvae.run.checkpoint import write_atomically
-from cvae.run.folder import COMPLETIONS, LEARNING, METRICS, RunFolder
+from cvae.run.folder import COMPLETIONS, LEARNING, RunFolder
 from cvae.run.log import read_pictures
-from cvae.run.plan import user_path
 
 WIDTH, HEADER = 560, 28  # the least of a frame, so that the longest line fits; the height of that line: screen pixels
 FRAME_MS, LAST_FRAME_MS = 250, 4000
@@ -38,45 +24,29 @@ Epoch = tuple[str, int]
 """A phase, `baseline` or `cvae`, and the number of an epoch in it."""
 
 
-def read_losses(folder: Path) -> dict[Epoch, tuple[str, float]]:
-    """Return what is minimised in each epoch of a run, in order: its name, and the loss on the validation images.
+def draw_all(folder: Path) -> None:
+    """Write the figures of a run from TensorBoard's events and `metrics.jsonl`.
 
-    The loss is in nats per image, infinite where it is no number. Raises DataError if there is no epoch.
+    `learning.gif`: the same validation images with the same noise after each epoch. `completions.png`: the images after
+    the best epoch. Raises DataError if a picture is missing in the events, once the others are drawn; DiskError.
     """
-    losses = {}
+    losses, pictures, logged = {}, {}, read_pictures(folder)
     for record in RunFolder(folder).metrics():
-        name = next((key for key in record if key.startswith("validation_")), "")  # the objective is the first one
-        phase, epoch, value = record.get("phase"), record.get("epoch"), record.get(name)
-        if phase in ("baseline", "cvae") and type(epoch) is int and name:
-            words = name.removeprefix("validation_").replace("_", " ")
-            losses[phase, epoch] = f"-{words}", -value if type(value) is float else math.inf
-    if not losses:
-        raise DataError(f"{folder / METRICS}: has no epoch yet, of which there would be something to draw")
-    return dict(sorted(losses.items()))
-
-
-def draw_all(folder: Path) -> list[str]:
-    """Write the figures of a run, and return a line if something is missing in them.
-
-    Raises DataError if it has had no epoch, or its metrics cannot be read, and DiskError.
-    """
-    losses, logged, pictures = read_losses(folder), read_pictures(folder), {}
-    for epoch in losses:
+        epoch = record["phase"], record["epoch"]
+        name, value = next(item for item in record.items() if item[0].startswith("validation_"))  # the objective
+        losses[epoch] = name.removeprefix("validation_").replace("_", " "), math.inf if value is None else -value
         with suppress(Exception):  # a damaged picture may fail anywhere in the reader
-            pictures[epoch] = Image.open(io.BytesIO(logged.get(epoch, b"")), formats=("PNG",)).convert("RGB")
+            pictures[epoch] = Image.open(io.BytesIO(logged[epoch]), formats=("PNG",)).convert("RGB")
     if pictures:
         first, *rest = frames(losses, pictures)
         buffer, durations = io.BytesIO(), [FRAME_MS] * len(rest) + [LAST_FRAME_MS]
         first.save(buffer, "GIF", save_all=True, append_images=rest, duration=durations, loop=0)
         write_atomically(folder / LEARNING, buffer.getvalue())
-    last, _ = max(losses)
-    best = min((epoch for epoch in losses if epoch[0] == last), key=lambda epoch: losses[epoch][1])
+    best = min((epoch for epoch in losses if epoch[0] == "cvae"), key=lambda epoch: losses[epoch][1])
     if best in pictures:
         write_picture(folder / COMPLETIONS, pictures[best])
-    if len(pictures) == len(losses):
-        return []
-    found = f"{folder}: its events have pictures of {len(pictures)} of {len(losses)} epochs"
-    return [f"{found}; {LEARNING} shows these, and {COMPLETIONS} is {'' if best in pictures else 'not '}drawn"]
+    if len(pictures) < len(losses):
+        raise DataError(f"the events have pictures of {len(pictures)} of {len(losses)} epochs")
 
 
 def frames(losses: Mapping[Epoch, tuple[str, float]], pictures: Mapping[Epoch, Image.Image]) -> Iterator[Image.Image]:
@@ -89,34 +59,10 @@ def frames(losses: Mapping[Epoch, tuple[str, float]], pictures: Mapping[Epoch, I
     for i, (phase, epoch) in enumerate(shown, start=1):
         name, loss = losses[phase, epoch]
         last = max(number for each, number in losses if each == phase)
-        words = f"{phase}, epoch {epoch} of {last}: {name} {loss:.2f} nats per image on validation images"
+        words = f"{phase}, epoch {epoch} of {last}: -{name} {loss:.2f} nats per image on validation images"
         frame = Image.new("RGB", (width, height), PAPER)
         draw = ImageDraw.Draw(frame)
         draw.text((FONT_SIZE, HEADER / 2 - 2), words, fill=INK, font=font, anchor="lm")
         draw.line([(0, HEADER - 4), (width * i / len(shown), HEADER - 4)], fill=BLUE, width=2)
         frame.paste(pictures[phase, epoch], (0, HEADER))
         yield frame.quantize(palette=palette, dither=Image.Dither.NONE)
-
-
-@command("cvae.report.replay")
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m cvae.report.replay", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    words = "run or folder of runs, as a path or a name below runs/ (default: runs/)"
-    parser.add_argument("runs", nargs="*", type=user_path, metavar="RUN", help=words)
-    folders, problems = find_runs(parser.parse_args(argv).runs, Path("runs"))
-    for folder in folders:
-        try:
-            problems += (missing := draw_all(folder))
-            say(f"{folder}: {'drawn as far as its log goes' if missing else 'drawn'}")
-        except DataError as error:
-            problems.append(str(error))
-    for line in problems:
-        complain(f"{program('cvae.report.replay')}: {line}")
-    return DataError.exit_code if problems else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

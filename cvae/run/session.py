@@ -240,16 +240,15 @@ class Run:
 
         model.load_state_dict(self.context.processes.on_main(read)["model"])
 
-    def finish(self, progress: Progress, draw: Callable[[Path], Sequence[str]]) -> None:
+    def finish(self, progress: Progress, draw: Callable[[Path], None]) -> None:
         """Have the run's figures drawn, and write `summary.json`, by which `eval.py` knows a finished run.
 
-        draw: draws into a folder, and returns a line about each thing that is missing; if it fails, that is told.
+        draw: draws into a folder; if it fails, that is told.
         """
 
         def write() -> None:
             try:
-                for line in draw(self.folder):
-                    self.warn(line)
+                draw(self.folder)
             except Exception as error:
                 self.warn(f"{self.folder}: its figures are not all drawn ({first_line(error)})")
             self._opened_log().finish({"validation_loss": progress.best_loss, "seconds": progress.seconds})

@@ -1,40 +1,36 @@
-"""The classifiers that judge completions: their files, the command that trains them, runs that cannot be judged."""
+"""The classifiers that judge completions: their files, when they are trained, runs that cannot be judged."""
 
 import json
-import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from support.inprocess import TINY, Ended, call, call_eval, call_train
-from support.scripts import NAMES, idx_bytes
+from safetensors.torch import load_file
+from support.inprocess import TINY, call_eval, call_train
+from support.scripts import NAMES, ROOT, idx_bytes
 
 from cvae.data.masks import quadrants
 from cvae.data.sources import load_labels, load_train
 from cvae.report import classifier, realism
+from cvae.run.folder import RunFolder
 from cvae.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("place")
 
 
-def train_classifiers(*words: str | Path) -> Ended:
-    return call(classifier, *words, "--device", "cpu")
-
-
 def test_packaged_classifiers() -> None:
     """They are of MNIST's training images, and as good on its validation images as docs/realism.md says."""
-    _, images, _, record = load_train()
-    labels, right = load_labels(Settings(), "validation"), []
-    for observed in (torch.ones(28, 28, dtype=torch.bool), quadrants(3), quadrants(2), quadrants(1)):
-        judge = classifier.packaged(observed, classifier.training(record, "grey"))
-        assert judge is not None
-        with torch.no_grad():
-            logits = torch.cat([judge(part / 255) for part in images.split(1000)])
-        right.append((logits.argmax(1) == labels).float().mean().item())
-    assert right == pytest.approx([0.9925, 0.9890, 0.9708, 0.8746], abs=0.0002)  # two images of 10,000 on the fence
-    assert classifier.packaged(quadrants(1), classifier.training(record, "binary")) is None
-    assert classifier.packaged(~quadrants(1), classifier.training(record, "grey")) is None
+    images, labels, right = load_train().validation, load_labels(Settings(), "validation"), {}
+    for name in ("q1", "q2", "q3"):
+        folder = ROOT / "runs/reference" / name
+        for judge in classifier.open_judges(folder, RunFolder(folder).settings, torch.device("cpu")):
+            with torch.no_grad():
+                logits = torch.cat([judge(part / 255) for part in images.split(1000)])
+            right[int(judge.observed.sum())] = (logits.argmax(1) == labels).float().mean().item()
+        assert not list(folder.glob("classifier*")), "none is trained"
+    expected = {196: 0.8746, 392: 0.9708, 588: 0.9890, 784: 0.9925}
+    assert right == pytest.approx(expected, abs=0.0002)  # two images of 10,000 on the fence
 
 
 def test_classifier_sees_its_mask_alone(case: realism.Case) -> None:
@@ -48,56 +44,41 @@ def test_classifier_sees_its_mask_alone(case: realism.Case) -> None:
         assert network(torch.rand(3, height, width)).shape == (3, 7)
 
 
-def test_black_and_white_images(place: Path, tmp_path: Path) -> None:
-    """A classifier of grey levels is none of these."""
+def test_files_that_do_not_fit_are_trained_anew(place: Path, tmp_path: Path) -> None:
+    """Of another mask, of other images, of grey levels, damaged or missing; the same ones again, by a fixed seed."""
     assert call_train(*TINY, "--data", place / "data", "--targets", "binary", "--runs", tmp_path).code == 0
-    shutil.copy(place / "runs/q1" / classifier.WHOLE, tmp_path / "q1")
-    assert "is of another mask, or of other images or targets" in call_eval(tmp_path, "--realism").line
-    assert train_classifiers(tmp_path / "q1").code == 0
-    (record,) = json.loads(call_eval(tmp_path, "--realism", "--format", "json").out)
+    whole, x_only = tmp_path / "q1" / classifier.WHOLE, tmp_path / "q1" / classifier.X_ONLY
+    shutil.copy(place / "runs/q1" / classifier.WHOLE, whole)
+    shutil.copy(classifier.PACKAGED / "mnist-q1.safetensors", x_only)
+    states = []
+    for _ in range(2):
+        ended = call_eval(tmp_path, "--realism", "--format", "json")
+        lines = [line.partition(": trained; ")[0] for line in ended.err.splitlines()]
+        assert (ended.code, lines) == (0, [str(path) for path in (whole, x_only)])
+        states.append([load_file(path) for path in (whole, x_only)])
+        whole.write_bytes(x_only.read_bytes())
+        x_only.write_bytes(x_only.read_bytes()[:-1])
+    assert all(
+        torch.equal(*pair)
+        for one, two in zip(*states, strict=True)
+        for pair in zip(one.values(), two.values(), strict=True)
+    )
+    (record,) = json.loads(ended.out)
     assert record["realism"]["truth"]["validity"]["mean"] > 0.3
 
 
-# A run that cannot be judged keeps its likelihoods, and the line says what to do
-
-
-def test_bad_classifier(copied: Path) -> None:
-    path, own = copied / "classifier-x.safetensors", Path("runs/q1/classifier-x.safetensors").read_bytes()
-    of_whole, of_mnist = Path("runs/q1/classifier.safetensors"), classifier.PACKAGED / "mnist-q1.safetensors"
-    for content, problem in (
-        (own[:-1], "is missing or damaged"),
-        (of_whole.read_bytes(), "is of another mask, or of other images or targets"),
-        (of_mnist.read_bytes(), "is of another mask, or of other images or targets"),
-    ):
-        path.write_bytes(content)
-        ended = call_eval(copied, "--realism", "--format", "json")
-        advice = f"python -m cvae.report.classifier {copied} trains the classifiers of the run"
-        assert (ended.code, ended.line.startswith(f"{path}: {problem}; {advice}")) == (3, True)
-    (record,) = json.loads(ended.out)
-    assert record["realism"] is None
-    assert record["nn_nll"]["mean"] > 0
-
-
-def test_images_without_labels_and_other_images(place: Path, copied: Path, tmp_path: Path) -> None:
+def test_run_that_cannot_be_judged(place: Path, copied: Path, tmp_path: Path) -> None:
+    """It keeps its likelihoods, and a line says why."""
     data = Path(shutil.copytree(place / "data", tmp_path / "data"))
     (data / NAMES["t10k"][1]).write_bytes(idx_bytes(torch.full((60,), 10, dtype=torch.uint8)))
     problem = "the test images have a class 10, which the training images have not"
     assert call_eval(copied, "--realism", "--data", data).line == f"{copied}: {problem}; its realism is not measured"
-    for part in NAMES:
-        (data / NAMES[part][1]).unlink()
-    ended = train_classifiers(copied, "--data", data)
-    problem = ended.err.removeprefix("cvae.report.classifier: ").rstrip("\n")
-    assert (ended.code, problem.startswith(f"{data}: has no labels")) == (3, True)
-    assert call_eval(copied, "--realism", "--data", data).line == f"{problem}; its realism is not measured"
-    problem = r"was begun on \d+ train images, and here are 50000; --data says where its own are"
-    assert re.search(problem, train_classifiers(copied, "--data", "mnist").err)
-
-
-def test_usage() -> None:
-    for words in ([], ["q1", "--to", "there"]):
-        with pytest.raises(SystemExit, match="2"):
-            train_classifiers(*words)
-    assert train_classifiers("nowhere").code == 3
     assert call_eval("q1", "--realism", "--realism-images", "5").line == (
         "runs/q1: 5 test images are too few; density and coverage need 6; its realism is not measured"
     )
+    for part in NAMES:
+        (data / NAMES[part][1]).unlink()
+    ended = call_eval(copied, "--realism", "--data", data, "--format", "json")
+    assert ended.line.startswith(f"{data}: has no labels")
+    (record,) = json.loads(ended.out)
+    assert (ended.code, record["realism"], record["nn_nll"]["mean"] > 0) == (3, None, True)

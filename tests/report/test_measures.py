@@ -23,15 +23,14 @@ def test_by_hand() -> None:
     """Two images of classes 0 and 3, with four completions each, predicted to be 0, 0, 1, 2 and 1, 1, 1, 1."""
     predicted, classes = torch.tensor([[0, 1], [0, 1], [1, 1], [2, 1]]), torch.tensor([0, 3])
     logits = 3 * torch.nn.functional.one_hot(predicted, CLASSES).float()
-    assert measures.validity(logits, classes).tolist() == [0.5, 0]
-    frequency = measures.frequencies(logits)
-    assert frequency.tolist() == [[0.5, 0.25, 0.25, 0], [0, 1, 0, 0]]
-    scores = measures.log_score(frequency, classes, 4)
-    assert scores.tolist() == pytest.approx([-math.log(2.25 / 5), -math.log(0.25 / 5)], rel=1e-12)
+    assert measures.frequencies(logits).tolist() == [[0.5, 0.25, 0.25, 0], [0, 1, 0, 0]]
+    found = measures.class_measures(logits, classes, 4)
+    assert found["validity"].tolist() == [0.5, 0]
+    assert found["log_score"].tolist() == pytest.approx([-math.log(2.25 / 5), -math.log(0.25 / 5)], rel=1e-12)
     most = math.exp(3) / (math.exp(3) + 3)
-    assert measures.confidence(logits).tolist() == pytest.approx([most, most], rel=1e-6)
-    errors = measures.squared_errors(torch.tensor([[[0.0, 1.0]], [[1.0, 0.5]]]), torch.tensor([[1.0, 1.0]]))
-    assert errors.tolist() == [[0.5], [0.125]]
+    assert found["confidence"].tolist() == pytest.approx([most, most], rel=1e-6)
+    found = measures.pixel_measures(torch.tensor([[[0.0, 1.0]], [[1.0, 0.5]]]), torch.tensor([[1.0, 1.0]]))
+    assert (found["mse"].tolist(), found["best_mse"].tolist()) == ([0.3125], [0.125])
 
 
 def test_class_frequencies() -> None:
@@ -40,8 +39,9 @@ def test_class_frequencies() -> None:
     frequency = measures.frequencies(logits)
     counts = np.stack([np.bincount(image, minlength=CLASSES) for image in logits.argmax(-1).T.numpy()])
     np.testing.assert_allclose(frequency * SAMPLES, counts, rtol=1e-12)
-    np.testing.assert_allclose(measures.entropy(frequency), scipy.stats.entropy(counts, axis=1), rtol=1e-12)
-    scores = torch.stack([measures.log_score(frequency, torch.full((IMAGES,), k), SAMPLES) for k in range(CLASSES)])
+    found = [measures.class_measures(logits, torch.full((IMAGES,), k), SAMPLES) for k in range(CLASSES)]
+    np.testing.assert_allclose(found[0]["entropy"], scipy.stats.entropy(counts, axis=1), rtol=1e-12)
+    scores = torch.stack([each["log_score"] for each in found])
     np.testing.assert_allclose((-scores).exp().sum(0), 1, rtol=1e-12)
     assert scores.max() <= math.log(CLASSES * (SAMPLES + 1)) + 1e-12
 
@@ -50,8 +50,9 @@ def test_energy_score() -> None:
     """Against scoringrules; a point prediction is as many equal completions."""
     samples, y = torch.rand(SAMPLES, IMAGES, 11, dtype=torch.float64), torch.rand(IMAGES, 11, dtype=torch.float64)
     expected = scoringrules.es_ensemble(y.numpy(), samples.transpose(0, 1).numpy(), estimator="fair")
-    np.testing.assert_allclose(measures.energy_score(samples, y), expected, rtol=1e-10)
-    once, often = measures.energy_score(samples[:1], y), measures.energy_score(samples[:1].expand(SAMPLES, -1, -1), y)
+    several = samples, samples[:1], samples[:1].expand(SAMPLES, -1, -1)
+    score, once, often = (measures.pixel_measures(each, y)["energy_score"] for each in several)
+    np.testing.assert_allclose(score, expected, rtol=1e-10)
     np.testing.assert_allclose(once, (samples[0] - y).norm(dim=-1), rtol=1e-12)
     np.testing.assert_allclose(often, once, rtol=1e-6)  # distances of equal points by a product: about √ε
 

@@ -68,7 +68,9 @@ def test_forms_have_the_same_numbers(record: dict[str, Any]) -> None:
     assert float(line["realism_cvae_log_score_mean"]) == record["cvae"]["log_score"]["mean"]
     assert line["realism_truth_coverage_stderr"] == ""
     for form in ("text", "markdown"):
-        text = call_eval("q1", "--realism", "--format", form).out
+        ended = call_eval("q1", "--realism", "--format", form)
+        assert (ended.code, ended.err) == (0, "")  # the classifiers are there
+        text = ended.out
         assert "q1 (1 quadrant), 60 images" in text
         for who in ("nn", "cvae_drawn"):
             validity = record[who]["validity"]

@@ -1,4 +1,4 @@
-"""What a run leaves to look at, its learning as a moving picture and what it has come to; and the command for it."""
+"""What a run leaves to look at: its learning as a moving picture, and what it has come to."""
 
 import io
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image, ImageSequence
-from support.inprocess import TINY, Ended, call, call_train, interrupted_after, make_tiny_data
+from support.inprocess import TINY, call_train, interrupted_after, make_tiny_data
 from support.trainings import events
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
@@ -18,12 +18,12 @@ from torchvision.transforms.functional import pil_to_tensor
 import cvae
 from cvae.context import generator
 from cvae.data.sources import load_train
+from cvae.errors import DataError
 from cvae.report import replay
 from cvae.report.figures import as_picture, completions
 from cvae.run.folder import RunFolder
 from train import NUM_DIGITS, NUM_SAMPLES
 
-FIGURES = {"learning.gif", "completions.png"}
 EPOCHS = [("baseline", 1), ("baseline", 2), ("cvae", 1), ("cvae", 2), ("cvae", 3)]
 STEP = 255 / (replay.GREYS - 1)  # between two greys of the palette; Pillow takes one of the two beside a level
 
@@ -38,11 +38,6 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert (ended.code, ended.err) == (0, "")
     assert (RunFolder(place / "done").summary or {})["best_epoch"] == 1
     return place / "done"
-
-
-def said(ended: Ended) -> list[str]:
-    """Return what the command complained of."""
-    return [line.removeprefix("cvae.report.replay: ") for line in ended.err.splitlines()]
 
 
 def pixels(file: Path | io.BytesIO) -> Tensor:
@@ -66,7 +61,7 @@ def is_shown(picture: Tensor, frame: Tensor) -> bool:
     return bool(((part - picture.int()).abs() <= STEP).all())
 
 
-def test_replay_of_a_finished_run(done: Path, tmp_path: Path) -> None:
+def test_replay_of_a_finished_run(done: Path) -> None:
     """A frame for each epoch, with the epoch's picture and a line of its own above; the last one stays for longer."""
     pictures, frames = logged(done), shown(done)
     assert list(pictures) == EPOCHS
@@ -76,9 +71,6 @@ def test_replay_of_a_finished_run(done: Path, tmp_path: Path) -> None:
     with Image.open(done / "learning.gif") as replayed:
         assert replayed.info["loop"] == 0  # for ever
         assert [frame.info["duration"] for frame in ImageSequence.Iterator(replayed)] == [250] * 4 + [4000]
-    run = Path(shutil.copytree(done, tmp_path / "again", ignore=lambda *_: FIGURES))
-    assert call(replay, tmp_path) == Ended(0, f"{run}: drawn\n", "")
-    assert all((run / name).read_bytes() == (done / name).read_bytes() for name in FIGURES), "the same again"
 
 
 def test_completions_are_those_of_the_best_weights(done: Path) -> None:
@@ -104,54 +96,26 @@ def test_failure_to_draw_is_a_warning(tmp_path: Path) -> None:
     assert ended.code == 0
     assert f"{run}/learning.gif: cannot be written (" in ended.line
     assert (run / "summary.json").exists()
-    ended = call(replay, run)
-    assert (ended.code, said(ended)[0].startswith(f"{run}/learning.gif: cannot be written (")) == (5, True)
-
-
-@pytest.mark.parametrize("epochs", [1, 4])
-def test_run_that_is_not_finished(done: Path, tmp_path: Path, epochs: int) -> None:
-    """Its baseline alone, or an epoch of the CVAE; the events may be ahead by an epoch."""
-    run = Path(shutil.copytree(done, tmp_path / "run", ignore=lambda *_: [*FIGURES, "summary.json"]))
-    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (run / "metrics.jsonl").write_text("".join(lines[:epochs]))
-    assert call(replay, run) == Ended(0, f"{run}: drawn\n", "")
-    assert len(shown(run)) == epochs
-    assert torch.equal(pixels(run / "completions.png"), logged(run)["baseline" if epochs < 3 else "cvae", 1])
 
 
 def test_events_that_are_cut(done: Path, tmp_path: Path) -> None:
     """What can be read is drawn, and what is missing is said."""
     for share in (0, 0.8):
-        run = Path(shutil.copytree(done, tmp_path / str(share), ignore=lambda *_: FIGURES))
+        run = Path(shutil.copytree(done, tmp_path / str(share), ignore=lambda *_: {"learning.gif", "completions.png"}))
         [path] = run.glob("events.*")
         path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-        count, ended = len(logged(run)), call(replay, run)
-        assert count in ((3, 4) if share else (0,))
-        assert (ended.code, ended.out) == (3, f"{run}: drawn as far as its log goes\n")
-        (line,) = said(ended)
-        assert line.startswith(f"{run}: its events have pictures of {count} of 5 epochs; ")
-        assert (run / "completions.png").exists() == (run / "learning.gif").exists() == (count > 0)
-
-
-def test_metrics_with_nothing_to_draw(done: Path, tmp_path: Path) -> None:
-    """Other runs are drawn."""
-    spoilt = {"empty": "", "lost": None, "no-number": '{"phase": "cvae", "epoch": "x"}\n', "text": "no JSON\n"}
-    for name in [*spoilt, "whole"]:
-        shutil.copytree(done, tmp_path / name, ignore=lambda *_: FIGURES)
-    for name, content in spoilt.items():
-        metrics = tmp_path / name / "metrics.jsonl"
-        metrics.unlink() if content is None else metrics.write_text(content)
-    ended = call(replay, tmp_path, "nowhere")
-    assert (ended.code, ended.out) == (3, f"{tmp_path}/whole: drawn\n")
-    starts = ["runs/nowhere: there is no such folder", *(f"{tmp_path}/{name}/metrics.jsonl" for name in spoilt)]
-    assert all(line.startswith(start) for line, start in zip(said(ended), starts, strict=True))
-    assert {path.parent.name for name in FIGURES for path in tmp_path.rglob(name)} == {"whole"}
+        pictures = list(logged(run).values())
+        assert len(pictures) in ((3, 4) if share else (0,))
+        with pytest.raises(DataError, match=f"the events have pictures of {len(pictures)} of 5 epochs"):
+            replay.draw_all(run)
+        assert (run / "completions.png").exists() == (run / "learning.gif").exists() == bool(share)
+        frames = shown(run) if share else []
+        assert all(is_shown(picture, frame) for picture, frame in zip(pictures, frames, strict=True))
 
 
 def made(folder: Path, losses: dict[tuple[str, int], float | None], *logs: dict[tuple[str, int], bytes]) -> Path:
     """Make a folder with a log of these losses, and an event file for each of these sets of PNG files."""
     folder.mkdir()
-    (folder / "config.json").touch()
     with (folder / "metrics.jsonl").open("w") as file:
         for (phase, epoch), loss in losses.items():
             record = {"phase": phase, "epoch": epoch, "train_elbo": -1.0, "validation_elbo": loss and -loss}
@@ -176,7 +140,8 @@ def test_best_epoch_is_the_first_lowest_that_is_a_number(tmp_path: Path) -> None
     losses = {("cvae", n): loss for n, loss in enumerate((None, 7.0, 6.0, 6.0, None), start=1)}
     first, second = {key: grey(20 * key[1]) for key in losses}, {("cvae", 2): grey(80)[:50], ("cvae", 3): grey(200)}
     run = made(tmp_path / "run", {("baseline", 1): 1.0} | losses, first, second)
-    assert call(replay, run).code == 3
+    with pytest.raises(DataError, match="the events have pictures of 4 of 6 epochs"):
+        replay.draw_all(run)
     assert [int(frame[0, -1, 0]) for frame in shown(run)] == pytest.approx([20, 200, 80, 100], abs=STEP)
     assert pixels(run / "completions.png").unique() == 200
 
@@ -185,7 +150,7 @@ def test_long_training_in_a_hundred_frames(tmp_path: Path) -> None:
     """Every third of 251 epochs, the last one among them; a small file, of few greys."""
     keys = [("baseline", n) for n in range(1, 52)] + [("cvae", n) for n in range(1, 201)]
     run = made(tmp_path / "run", dict.fromkeys(keys, 5.0), {key: grey(i) for i, key in enumerate(keys)})
-    assert call(replay, run).code == 0
+    replay.draw_all(run)
     frames = shown(run)
     assert [int(frame[0, -1, 0]) for frame in frames] == pytest.approx(list(range(1, 251, 3)), abs=STEP)
     assert len(torch.stack(frames).permute(0, 2, 3, 1).flatten(0, 2).unique(dim=0)) <= replay.GREYS + 1
