@@ -12,8 +12,7 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 from torch.nn.functional import max_pool2d
 
-from cvae.data.pictures import Picture, as_tensor
-from cvae.data.readers import Array
+from cvae.data.pictures import Array, Picture, as_tensor
 from cvae.data.tasks import described
 from cvae.errors import DataError
 

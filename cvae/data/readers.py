@@ -1,41 +1,38 @@
-"""Readers of arrays of images: IDX files as MNIST's, NumPy's files; grey levels as bytes, however they were stored."""
+"""Readers of sets of images: the path of IDX files, of NumPy's files or of pictures in, grey levels out."""
 
 import gzip
 import lzma
-import math
+import os
 import re
 import shlex
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
+from PIL import Image
 from torch import Tensor
 
-from cvae.errors import CvaeError, DataError, UsageError, first_line, is_out_of_memory
-
-Array = npt.NDArray[Any]
+from cvae.console import Bar
+from cvae.data.pictures import Array, naming, pictures_below, read_picture, resized, to_bytes
+from cvae.errors import DataError
 
 PARTS = {"train": "train", "training": "train", "val": "validation", "valid": "validation", "validation": "validation"}
 PARTS |= {"test": "test", "testing": "test", "t10k": "test"}
 """The words in the names of files, folders and arrays that say to which part of a set they belong."""
 
 LABELS = {"y", "label", "labels", "target", "targets"}  # words in the names of arrays that are no images
-GREY, SIXTEEN_BIT = "colour made grey by ITU-R 601", "16-bit levels scaled to 8"
 AT_ONCE = 1000  # images whose levels are converted at once
 
 IDX_NAME = re.compile(
-    r"(?:(?P<set>.+)[-_.])?(?P<part>train|test|t10k)[-_.]"
-    r"(?:(?P<images>images?[-_.]idx3[-_.]ubyte)|labels?[-_.]idx\d[-_.]\w+?)(?:\.gz|\.xz)?",
-    re.IGNORECASE,
+    r"(?:(.+)[-_.])?(train|test|t10k)[-_.](image|label)s?[-_.]idx\d[-_.]\w+(?:\.gz|\.xz)?", re.IGNORECASE
 )
 """`train-images-idx3-ubyte`, `emnist-letters-test-labels-idx1-ubyte.gz`, `t10k-images.idx3-ubyte`, …"""
 
 IDX_TYPES = {8: "u1", 9: "i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
-UNPACKERS: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"\xfd7": lzma.open}  # by their first two bytes
+UNPACKERS: dict[bytes, Callable[[bytes], bytes]] = {b"\x1f\x8b": gzip.decompress, b"\xfd7": lzma.decompress}
 
 
 class Source(NamedTuple):
@@ -45,20 +42,6 @@ class Source(NamedTuple):
     place: str  # "" for MNIST, which comes with the package
     parts: dict[str, Tensor]  # train, validation and test, or all where it is not divided: uint8 [N, height, width]
     notes: list[str]  # what was chosen in reading it, in words
-
-
-@contextmanager
-def naming(path: object, problem: str = "cannot be read") -> Iterator[None]:
-    """Raise DataError, naming the file, for all that a reader stumbles over; UsageError for too little memory."""
-    try:
-        yield
-    except CvaeError:
-        raise
-    except Exception as error:
-        reason = (getattr(error, "strerror", None) or first_line(error))[:200]
-        if is_out_of_memory(error) or "out of memory" in reason:  # as Pillow says it
-            raise UsageError(f"{path}: does not fit into the memory ({reason}); smaller images do (--size)") from None
-        raise DataError(f"{path}: {problem} ({reason})") from None
 
 
 def part_named(name: str) -> str | None:
@@ -72,21 +55,26 @@ def read_idx_set(path: Path, wanted: Collection[str], kind: str = "images") -> S
 
     path: a folder that holds one set, itself or below (`MNIST/raw`); or a folder and a set's name, `emnist-letters`.
     """
-    if path.is_dir():
-        tops = sorted(top for top in path.iterdir() if top.is_dir())
-        folders = [path] if _idx_files(path) else [place for top in tops for place in (top, top / "raw")]
-        sets = [(place / name, files) for place in folders for name, files in _idx_files(place).items()]
-    else:
-        sets = [(path, files) for name, files in _idx_files(path.parent).items() if name == path.name.lower()]
+    sets: dict[Path, dict[tuple[str, str], Path]] = defaultdict(dict)
+    folder, levels = path, [("*",), ("*/*", "*/raw/*")]
+    if not path.is_dir():
+        folder, levels = path.parent, [(f"{path.name}[-_.]*",)]
+    for patterns in levels:
+        for file in sorted(file for pattern in patterns for file in folder.glob(pattern)):  # plain before packed files
+            if (match := IDX_NAME.fullmatch(file.name)) and file.is_file():
+                name, part, what = match.groups()
+                sets[file.parent / (name or "")].setdefault((PARTS[part.lower()], f"{what.lower()}s"), file)
+        if sets:
+            break
     if len(sets) > 1:
-        choices = ", ".join(shlex.quote(str(place)) for place, _ in sets)
+        choices = ", ".join(shlex.quote(str(place)) for place in sets)
         raise DataError(f"{path}: holds several sets of images; say which: --data with {choices}")
-    for place, files in sets:
+    for place, files in sets.items():
         source = Source("IDX files in", str(place), {}, [])
         for part in (part for part in wanted if {(part, "images"), (part, kind)} <= files.keys()):
             array, name = read_idx(files[part, kind]), str(files[part, kind])
             if kind == "images":
-                source.parts[part] = as_images(array, name, source.notes)
+                source.parts[part] = to_images(array, name, source.notes)
             elif len(array) != (count := len(read_idx(files[part, "images"]))):
                 raise DataError(f"{name}: has {len(array)} labels for {count} images")
             else:  # QMNIST's first column is the class
@@ -95,42 +83,19 @@ def read_idx_set(path: Path, wanted: Collection[str], kind: str = "images") -> S
     return None
 
 
-def _idx_files(folder: Path) -> dict[str, dict[tuple[str, str], Path]]:
-    """Return the files by part and `images` or `labels`, by the prefixes of their names."""
-    sets: dict[str, dict[tuple[str, str], Path]] = {}
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():  # a plain file comes before its packed copy
-        if (match := IDX_NAME.fullmatch(path.name)) and path.is_file():
-            files = sets.setdefault((match["set"] or "").lower(), {})
-            key = PARTS[match["part"].lower()], "images" if match["images"] else "labels"
-            if not path.name.startswith(files.setdefault(key, path).name):
-                raise DataError(f"{folder}: holds both {files[key].name} and {path.name}; leave one of them")
-    return {name: files for name, files in sets.items() if any(kind == "images" for _, kind in files)}
-
-
 def read_idx(path: Path) -> Array:
     """Return the array in an IDX file, plain, gzip or xz, whatever its name says.
 
     The format: two zero bytes, a type, the number of dimensions, each dimension as a big-endian uint32, the elements.
     """
-    with naming(path), open(path, "rb") as file:
-        unpack = UNPACKERS.get(file.read(2), nullcontext)
-        file.seek(0)
-        with unpack(file) as stream:
-            content = stream.read()
-        if len(content) < 4 or content[:2] != b"\0\0" or content[2] not in IDX_TYPES or content[3] == 0:
-            raise DataError(f"{path}: is no IDX file (it begins with {content[:4].hex(' ') or 'nothing'})")
-        dtype, start = np.dtype(IDX_TYPES[content[2]]), 4 + 4 * content[3]
+    with naming(path):
+        content = path.read_bytes()
+        content = UNPACKERS.get(content[:2], bytes)(content)
+        if content[:2] != b"\0\0" or len(content) < 4 or content[2] not in IDX_TYPES:
+            raise DataError(f"{path}: is no IDX file")
+        start = 4 + 4 * content[3]
         shape = np.frombuffer(content[4:start], ">u4").tolist()
-        if len(content) != start + (size := dtype.itemsize * math.prod(shape)):
-            raise DataError(f"{path}: is truncated or too long (its header announces {size:,} bytes)")
-        return np.frombuffer(content, dtype, offset=start).reshape(shape)
-
-
-def mnist(part: str, kind: str = "images") -> Tensor:
-    """Return the images of the MNIST in the package, part `train` or `t10k`, uint8 `[N, 28, 28]`; or its `labels`."""
-    name = f"{part}-{kind}-idx{3 if kind == 'images' else 1}-ubyte.xz"
-    array = read_idx(Path(__file__).with_name("mnist") / name)
-    return torch.tensor(array, dtype=torch.uint8 if kind == "images" else torch.int64)
+        return np.frombuffer(content, IDX_TYPES[content[2]], offset=start).reshape(shape)
 
 
 def read_arrays(path: Path, wanted: Collection[str]) -> Source | None:
@@ -138,85 +103,82 @@ def read_arrays(path: Path, wanted: Collection[str]) -> Source | None:
 
     The parts are known by the names of arrays (`x_train`, `test`, `val_images`); of another name there can only be one.
     """
-    if not path.is_file():
+    form = path.suffix.lower()
+    if form not in (".npz", ".npy") or not path.is_file():
         return None
-    with naming(path), open(path, "rb") as file:
-        form = {b"PK\3\4": ".npz file", b"\x93NUM": ".npy file"}.get(file.read(4))
-        if form is None:
-            return None
-        file.seek(0)
-        stored = np.load(file if form == ".npz file" else path, mmap_mode="r", allow_pickle=False)
-        with stored if form == ".npz file" else nullcontext({"": stored}) as arrays:
-            source = Source(form, str(path), {}, [])
-            for name, part in _parts(path, arrays).items():
-                if part in (*wanted, "all"):
-                    source.parts[part] = as_images(arrays[name], f"{path}: {name}".strip(": "), source.notes)
+    source = Source(f"{form} file", str(path), {}, [])
+    with naming(path), path.open("rb") as file:
+        stored = np.load(file, allow_pickle=False)
+        arrays: Mapping[str, Array] = {"images": stored} if isinstance(stored, np.ndarray) else stored
+        names = [name for name in arrays if not LABELS.intersection(name.lower().split("_"))]
+        parts = {name: part for name in names if (part := part_named(name))} or dict.fromkeys(names, "all")
+        if not parts or len(set(parts.values())) < len(parts):
+            problem = f"has to hold x_train and x_test, or one array of images; it holds {', '.join(arrays)}"
+            raise DataError(f"{path}: {problem}")
+        for name, part in parts.items():
+            if part in (*wanted, "all"):
+                source.parts[part] = to_images(arrays[name], f"{path}: {name}", source.notes)
     return source
 
 
-def _parts(path: Path, arrays: Mapping[str, Array]) -> dict[str, str]:
-    """Return the parts of a set by the names of their arrays, or `all` for the only array of images."""
-    names = [name for name in arrays if not LABELS.intersection(name.lower().split("_"))]
-    parts = {name: part for name in names if (part := part_named(name))}
-    parts = parts or {name: "all" for name in names if len(arrays) == 1 or np.ndim(arrays[name]) > 2}
-    if not parts or len(set(parts.values())) < len(parts):
-        held = ", ".join(f"{name} {list(np.shape(arrays[name]))}" for name in arrays) or "nothing"
-        raise DataError(f"{path}: has to hold x_train and x_test, or one array of images; it holds {held}")
-    return parts
-
-
-def as_images(array: Array, name: str, notes: list[str]) -> Tensor:
+def to_images(array: Array, name: str, notes: list[str]) -> Tensor:
     """Return an array of images as uint8 `[N, height, width]`, 0 to 255; notes takes what was chosen, in words.
 
     array: `[N, height, width]`, with one or three channels after them or before height; truth values, bytes, whole
-    numbers of 0 to 255 or to 65535, or floats from 0 to 1.
+    numbers of 0 to 255 or to 65535, or floats from 0 to 1. Colours become luminance, by ITU-R 601.
     """
-    match np.shape(array):
-        case (_, height, width) | (_, height, width, 1 | 3) | (_, 1 | 3, height, width) if array.size:
-            kind = array.dtype.kind
-        case shape:
-            wanted = "images are [N, height, width], or with 1 or 3 channels; images.reshape(-1, height, width) helps"
-            raise DataError(f"{name}: has the shape {list(shape)}; {wanted}")
-    if kind not in "buif":
-        raise DataError(f"{name}: is of type {str(array.dtype)[:40]}; images are bytes, whole numbers or floats")
-    most = 1 if kind in "bf" else 255 if array.dtype == np.uint8 or (brightest := array.max()) < 256 else 65535
-    if kind == "f" or most > 255:
-        notes.append(SIXTEEN_BIT if most > 255 else "floats from 0 to 1")
-    elif most == 255 and array.dtype != np.uint8:
-        notes.append(f"{array.dtype.name} up to {brightest} taken as levels of 0 to 255")
-    array = np.moveaxis(array, 1, 3) if array.shape[2:] == (height, width) else array  # channels last
-    images = np.empty((len(array), height, width), np.uint8)
-    for first in range(0, len(array), AT_ONCE):
-        images[first : first + AT_ONCE] = levels(array[first : first + AT_ONCE], most, name, first)
-    notes += [GREY] * (array.size == 3 * images.size)
-    return checked(images, lambda row: f"{name}: image {row}", notes)
-
-
-def levels(images: Array, most: int, name: str, first: int = 0) -> Array:
-    """Return grey levels or colours `[N, height, width(, 1 or 3)]`, 0 to `most`, as uint8 `[N, height, width]`.
-
-    first: the index of the first of these images in the array of this name, for messages.
-    """
-    flat = images.reshape(len(images), -1)
-    low, high = flat.min(1), flat.max(1)
-    for i in np.flatnonzero(~((low >= 0) & (high <= most))):  # NaN too: it compares as false
-        problem = f"holds numbers from {low[i]:.6g} to {high[i]:.6g}, which have to be from 0 to {most}"
-        raise DataError(f"{name}: image {first + i}: {problem}")
-    if images.dtype.kind in "bf":
-        images = np.rint(images.astype(np.float32) * 255)
-    images = images.astype(np.uint16 if most > 255 else np.uint8)
-    if images.ndim == 4 and images.shape[3] == 3:  # luminance by ITU-R 601, rounded as Pillow does it
-        images = (((images.astype(np.int64) @ np.array([19595, 38470, 7471])) + 0x8000) >> 16).astype(images.dtype)
-    images = images.reshape(images.shape[:3])
-    return ((images.astype(np.uint32) + 128) // 257).astype(np.uint8) if most > 255 else images
-
-
-def checked(images: Array, name: Callable[[int], str], notes: list[str]) -> Tensor:
-    """Return images uint8 `[N, height, width]`, those of levels 0 and 1 as black and white; refuse constant ones."""
-    low, high = images.min((1, 2)), images.max((1, 2))
-    for row in np.flatnonzero(low == high):
-        raise DataError(f"{name(int(row))}: is of one grey level throughout; leave it out")
-    if high.max() == 1:
-        notes.append("the brightest level is 1 of 255: taken as black and white, and scaled")
-        images *= 255
+    pixels = array[..., None] if array.ndim == 3 else array
+    if pixels.ndim == 4 and pixels.shape[3] not in (1, 3):
+        pixels = np.moveaxis(pixels, 1, 3)
+    if pixels.ndim != 4 or pixels.shape[3] not in (1, 3) or not pixels.size:
+        wanted = "images are [N, height, width], or with 1 or 3 channels; images.reshape(-1, height, width) helps"
+        raise DataError(f"{name}: has the shape {list(array.shape)}; {wanted}")
+    if pixels.dtype.kind not in "buif":
+        raise DataError(f"{name}: is of type {str(pixels.dtype)[:40]}; images are bytes, whole numbers or floats")
+    most = 1 if pixels.dtype.kind in "bf" else 255 if pixels.dtype == np.uint8 or pixels.max() < 256 else 65535
+    if pixels.dtype not in (np.uint8, np.bool_):
+        notes.append(f"{pixels.dtype.name} taken as levels from 0 to {most}")
+    images = np.empty(pixels.shape[:3], np.uint8)
+    for first in range(0, len(images), AT_ONCE):
+        rows = slice(first, first + AT_ONCE)
+        levels = to_bytes(pixels[rows], most, name)
+        if levels.shape[3] == 3:  # as one tall picture
+            tall = Image.fromarray(np.ascontiguousarray(levels).reshape(-1, *levels.shape[2:]))
+            levels = np.asarray(tall.convert("L"))
+        images[rows] = levels.reshape(images[rows].shape)
     return torch.from_numpy(images)
+
+
+def read_pictures(
+    path: Path, wanted: Collection[str], side: int | None, show: bool, check: Callable[[], None]
+) -> Source | None:
+    """Read the wanted parts of the pictures below a folder; None where there is no folder, or no picture in it.
+
+    Folders `train`, `test` and `val` are the parts of the set; without the first two of them the set is not divided.
+    side: height and width that all are scaled to; None: they have to be of one size. show, check: as in `load_train`.
+    """
+    names, others = pictures_below(path) if path.is_dir() else ([], 0)
+    parts: dict[str | None, list[str]] = defaultdict(list)
+    for name in names:
+        top, _, below = name.partition(os.sep)
+        parts[part_named(top) if below else None].append(name)
+    if not names:
+        return None
+    if not parts.keys() & {"train", "test"}:
+        parts = {"all": names}
+    others += len(parts.pop(None, []))
+    source = Source("pictures below", str(path), {}, [f"{others} other files passed over"] if others else [])
+    for part in (part for part in parts if part in (*wanted, "all")):
+        images: list[Array] = []
+        with Bar("pictures", len(parts[part]), "img", show) as bar:
+            for name in parts[part]:
+                check()
+                picture = read_picture(path / name)
+                images.append(picture if side is None else resized(picture, side))
+                bar.update()
+                if images[-1].shape != images[0].shape:
+                    size, first = (f"{height}×{width}" for height, width in (images[-1].shape, images[0].shape))
+                    problem = f"has {size} pixels, and {path / parts[part][0]} has {first}"
+                    raise DataError(f"{path / name}: {problem}; --size N scales all")
+        source.parts[str(part)] = torch.from_numpy(np.stack(images))
+    return source

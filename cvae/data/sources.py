@@ -10,24 +10,30 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from cvae import context
-from cvae.data.pictures import read_pictures, resized
-from cvae.data.readers import Source, mnist, naming, read_arrays, read_idx_set
-from cvae.data.tasks import as_targets
+from cvae.data.pictures import naming, resized
+from cvae.data.readers import Source, read_arrays, read_idx_set, read_pictures
+from cvae.data.tasks import binarized
 from cvae.errors import DataError, printable
 from cvae.settings import Settings
 
 MNIST = "mnist"
-EMNIST = ("byclass", "bymerge", "balanced", "letters", "digits", "mnist")
-TORCHVISION = {"fashion-mnist": ("FashionMNIST", ""), "kmnist": ("KMNIST", ""), "qmnist": ("QMNIST", "qmnist")}
-TORCHVISION |= {f"emnist-{split}": ("EMNIST", f"emnist-{split}") for split in EMNIST}
+TORCHVISION = {"fashion-mnist": ("FashionMNIST", ""), "kmnist": ("KMNIST", ""), "qmnist": ("QMNIST", "qmnist")} | {
+    f"emnist-{split}": ("EMNIST", f"emnist-{split}")
+    for split in ("byclass", "bymerge", "balanced", "letters", "digits", "mnist")
+}
 """torchvision's data sets, by the names that `--data` takes: class, and the prefix of the files' names."""
 
 NAMES = (MNIST, *TORCHVISION)
 ROOTS = ("~/.cache/torchvision", "data")  # where torchvision's data sets are looked for without --data-root
 WORDS = {"train": "training", "validation": "validation", "test": "test"}
+DRAWN_ONCE = {"grey": (), "binary": ("validation", "test"), "binary-fixed": tuple(WORDS)}
+"""The parts of the images that are black or white from the start, by the setting `targets`."""
+
 DEFAULTS = Settings()
 
 
@@ -66,73 +72,79 @@ def load_train(s: Settings = DEFAULTS, show: bool = False, check: Callable[[], N
     return TrainImages(images["train"], images["validation"], about, entries)
 
 
-def load_test(s: Settings = DEFAULTS, show: bool = False, check: Callable[[], None] = lambda: None) -> TestImages:
+def load_test(s: Settings = DEFAULTS, show: bool = False) -> TestImages:
     """Load the test images: `eval.py` alone measures on them. Arguments and errors as of `load_train`."""
-    images, about = _load(s, ("test",), show, check)
+    images, about = _load(s, ("test",), show)
     return TestImages(images["test"], about, record(test=images["test"]))
 
 
 def load_labels(s: Settings, part: str) -> Tensor:
     """Load the classes of the images of one part, int64 `[N]`, in the order of the images; raise DataError for none."""
-    word = s.data or MNIST
-    source = _read_named(word, s, WORDS, "labels") if word in NAMES else read_idx_set(Path(word), WORDS, "labels")
-    labels = {} if source is None else _divided(source, s.seed)
+    source = _read(s, tuple(WORDS), "labels")
+    labels = _divided(source, s.seed)
     if part not in labels:
-        raise DataError(f"{word}: has no labels, by which images are classified; MNIST and IDX files can have them")
+        problem = "has no labels, by which images are classified; MNIST and IDX files can have them"
+        raise DataError(f"{source.place}: {problem}")
     return labels[part]
 
 
-def _load(s: Settings, wanted: tuple[str, ...], show: bool, check: Callable[[], None]) -> tuple[dict[str, Tensor], str]:
+def _load(
+    s: Settings, wanted: tuple[str, ...], show: bool, check: Callable[[], None] = lambda: None
+) -> tuple[dict[str, Tensor], str]:
     """Return the images of the wanted parts, of which the first has to be there, and the line about them."""
-    source = _read(s, wanted, show, check)
+    source = _read(s, wanted, "images", show, check)
     form, place, _, notes = source
-    parts = _divided(source, s.seed)
-    if wanted[0] not in parts:
+    images = {part: pixels for part, pixels in _divided(source, s.seed).items() if part in wanted}
+    if wanted[0] not in images:
         raise DataError(f"{place}: has no {WORDS[wanted[0]]} images")
-    images = {}
-    for part in (part for part in wanted if part in parts):
-        pixels = parts[part].transpose(1, 2).contiguous() if s.transpose else parts[part]
-        if s.size is not None and pixels.shape[1:] != (s.size, s.size):
-            notes.append(f"scaled from {pixels.shape[1]}×{pixels.shape[2]}")
-            pixels = resized(pixels, s.size, check)
-        images[part] = as_targets(s, part, pixels)
+    for part, pixels in images.items():
+        if pixels.max() == 1:
+            notes.append("the brightest level is 1 of 255: taken as black and white, and scaled")
+            pixels = pixels * 255
+        if s.transpose:
+            pixels = pixels.transpose(1, 2).contiguous()
+        if s.size is not None:
+            pixels = torch.from_numpy(np.stack([resized(image, s.size) for image in pixels.numpy()]))
+        images[part] = binarized(pixels, "targets", part) if part in DRAWN_ONCE[s.targets] else pixels
     sizes = {part: f"{pixels.shape[1]}×{pixels.shape[2]}" for part, pixels in images.items()}
     if len(set(sizes.values())) > 1:
         words = " and ".join(f"{part} images of {size} pixels" for part, size in sizes.items())
         raise DataError(f"{place}: has {words}; --size N scales them all")
-    if s.transpose:
-        notes.append("rows and columns swapped")
-    elif "emnist" in "/".join(Path(place).parts[-3:]).lower():
+    if "emnist" in place.lower() and not s.transpose:
         notes.append("EMNIST's files hold them transposed: --transpose turns them upright")
     if "train" in images and "test" not in images:
         notes.append("no test images, so that eval.py will not be able to evaluate the run")
-    counts = ", ".join(f"{len(pixels):,} {WORDS[part]}" for part, pixels in images.items())
+    counts = ", ".join(f"{len(images[part]):,} {WORDS[part]}" for part in wanted if part in images)
     about = f"{form} {place}".strip() + f": {counts} images of {sizes[wanted[0]]} pixels"
     return images, printable("; ".join(dict.fromkeys([about, *notes])))
 
 
-def _read(s: Settings, wanted: tuple[str, ...], show: bool, check: Callable[[], None]) -> Source:
-    """Read what the settings name."""
-    word = MNIST if s.data is None else s.data
-    if word in NAMES:
-        return _read_named(word, s, wanted, "images")
-    path, source = Path(os.path.expanduser(word)), None
-    if word:
-        with naming(path):
-            source = read_idx_set(path, wanted) or read_arrays(path, wanted)
-            source = source or read_pictures(path, wanted, s.size, show, check)
+def _read(
+    s: Settings, wanted: Collection[str], kind: str, show: bool = False, check: Callable[[], None] = lambda: None
+) -> Source:
+    """Read the wanted parts of what the settings name, `images` or `labels`, which IDX files alone have."""
+    word = s.data or MNIST
+    if word == MNIST:
+        source = read_idx_set(Path(__file__).with_name("mnist"), wanted, kind)
+        assert source is not None
+        return source._replace(form="MNIST, which comes with the package", place="")
+    if word in TORCHVISION:
+        return _read_torchvision(word, s, wanted, kind)
+    path = Path(os.path.expanduser(word))
+    with naming(path):
+        source = read_idx_set(path, wanted, kind)
+        if kind == "labels":
+            return source or Source("", word, {}, [])
+        source = source or read_arrays(path, wanted) or read_pictures(path, wanted, s.size, show, check)
     if source is None:
-        problem = "holds no images" if word and os.path.exists(path) else "there is no such folder or file"
+        problem = "holds no images" if path.exists() else "there is no such folder or file"
         what = f"a folder of IDX files or of pictures, an .npz or .npy file, or one of {', '.join(NAMES)}"
-        raise DataError(f"{word or '--data'}: {problem}; --data takes {what}")
+        raise DataError(f"{word}: {problem}; --data takes {what}")
     return source
 
 
-def _read_named(name: str, s: Settings, wanted: Collection[str], kind: str) -> Source:
-    """Read the `images` or `labels` of one of NAMES. Raise DataError with the command that downloads it."""
-    if name == MNIST:
-        parts = {part: mnist(file, kind) for part, file in (("train", "train"), ("test", "t10k")) if part in wanted}
-        return Source("MNIST, which comes with the package", "", parts, [])
+def _read_torchvision(name: str, s: Settings, wanted: Collection[str], kind: str) -> Source:
+    """Read one of torchvision's data sets. Raise DataError with the command that downloads it."""
     cls, prefix = TORCHVISION[name]
     roots = [os.path.expanduser(root) for root in ([s.data_root] if s.data_root is not None else ROOTS)]
     for root in roots:
@@ -140,19 +152,15 @@ def _read_named(name: str, s: Settings, wanted: Collection[str], kind: str) -> S
             if source := read_idx_set(path, wanted, kind):
                 return source._replace(form=f"{name}, as torchvision has it in")
     more = f", split={name.removeprefix('emnist-')!r}" if cls == "EMNIST" else ""
-    calls = "; ".join(f"D({roots[0]!r}, train={train}, download=True{more})" for train in (True, False))
-    command = f"python -c {shlex.quote(f'from torchvision.datasets import {cls} as D; {calls}')}"
+    calls = f"[{cls}({roots[0]!r}, train=part, download=True{more}) for part in (True, False)]"
+    command = f"python -c {shlex.quote(f'from torchvision.datasets import {cls}; {calls}')}"
     raise DataError(f"{name}: is not below {' or '.join(roots)} (--data-root names another); to download: {command}")
 
 
 def named(word: str) -> str:
-    """Return a word of `--data` as the settings keep it: one of NAMES, however it is spelt, or a path from the root.
-
-    A name that exists as a path is a path; an empty word stays empty, and is refused later.
-    """
-    path, letters = os.path.expanduser(word), word.lower().replace("-", "").replace("_", "")
-    names = [name for name in NAMES if name.replace("-", "") == letters and not os.path.lexists(path)]
-    return names[0] if names else word and os.path.realpath(path)
+    """Return a word of `--data` as the settings keep it: one of NAMES that is no path, or a path from the root."""
+    is_name = word.lower() in NAMES and not os.path.lexists(word)
+    return word.lower() if is_name else word and os.path.realpath(os.path.expanduser(word))
 
 
 def _divided(source: Source, seed: int) -> dict[str, Tensor]:

@@ -9,50 +9,30 @@ from torch import Tensor
 
 from cvae import context
 from cvae.data.bending import bent
-from cvae.settings import Settings
-
-DRAWN_ONCE = {"grey": (), "binary": ("validation", "test"), "binary-fixed": ("train", "validation", "test")}
-"""The parts of the images that are black or white from the start, by the setting `targets`."""
 
 AT_ONCE = 10_000  # images that are redrawn at once
 
 
 class Batch(NamedTuple):
-    """Some images as the networks see them, with values in [0, 1].
+    """Some images as the networks see them, with values in [0, 1]."""
 
-    Attributes:
-        x: What is given, `[B, x_dim]`.
-        y: What is asked, `[B, y_dim]`.
-        weight: 1 where a pixel of y counts and 0 where it does not, `[B, y_dim]`; None where all count.
-        guess: The logits of the baseline's guess ŷ for y, `[B, y_dim]`; None where they are not computed yet.
-    """
-
-    x: Tensor
-    y: Tensor
-    weight: Tensor | None = None
-    guess: Tensor | None = None
+    x: Tensor  # what is given, [B, x_dim]
+    y: Tensor  # what is asked, [B, y_dim]
+    weight: Tensor | None = None  # 1 where a pixel of y counts and 0 where it does not, [B, y_dim]; None: all count
+    guess: Tensor | None = None  # the logits of the baseline's guess ŷ for y, [B, y_dim]; None: not computed yet
 
 
 class Task(ABC):
-    """A way to turn images into x and y, and completions of y into images: all that networks know of the data.
+    """A way to turn images into x and y, and completions of y into images: all that networks know of the data."""
 
-    Attributes:
-        x_dim, y_dim: The sizes of x and y.
-        height, width: The size of the images.
-        planes: The number of planes of `picture`.
-        is_random: Whether `rows` depends on its key, so that it is called anew for each epoch.
-        name: A name for people.
-        about: How the task was read from a picture, in one line, or "".
-    """
-
-    x_dim: int
+    x_dim: int  # the sizes of x and y
     y_dim: int
-    height: int
+    height: int  # the size of the images
     width: int
-    planes: int
-    is_random = False
-    name = ""
-    about = ""
+    planes: int  # the number of planes of `picture`
+    is_random = False  # whether `rows` depends on its key, so that it is called anew for each epoch
+    name = ""  # for people
+    about = ""  # how the task was read from a picture, in one line
 
     @abstractmethod
     def rows(self, images: Tensor, labels: Tensor | None = None, key: tuple[object, ...] = ()) -> Tensor:
@@ -95,8 +75,7 @@ class FixedMask(Task):
 
     Args:
         observed: The mask, bool `[height, width]`, True = given.
-        name: A name of the mask for people.
-        about: How a picture was read as the mask, in one line, if it was.
+        name, about: As in `Task`.
 
     Raises:
         ValueError: If the mask gives all pixels or none.
@@ -131,11 +110,6 @@ class FixedMask(Task):
         pixels = rows / 255 if rows.dtype == torch.uint8 else rows
         return Batch(pixels[..., : self.x_dim], pixels[..., self.x_dim :])
 
-    def split(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return images `[..., height, width]` of any type as x `[..., x_dim]` and y `[..., y_dim]` of this type."""
-        rows = self.rows(images)
-        return rows[..., : self.x_dim], rows[..., self.x_dim :]
-
     def picture(self, x: Tensor, y: Tensor) -> Tensor:
         image, mask = self.compose(x, y), self._on(x.device)[2]
         return torch.stack([image, mask.to(image.dtype).expand_as(image)], dim=1)
@@ -160,8 +134,7 @@ class ImageSet:
         images: uint8 `[N, height, width]`, 0 to 255.
         task: What turns them into x and y.
         device: Where they are kept.
-        labels: Their classes, int64 `[N]`, where the task needs them.
-        key: The key of the random numbers, where the task draws any.
+        labels, key: As in `Task.rows`.
 
     Raises:
         ValueError: For images of another size or type.
@@ -189,13 +162,13 @@ class ImageSet:
         """
         self._baseline = baseline
         self.guesses = torch.empty(len(self), self.task.y_dim, dtype=dtype, device=self.rows.device)
-        self._guess(self.guesses)
+        self._guess()
 
     @torch.no_grad()
-    def _guess(self, guesses: Tensor, size: int = 1000) -> None:
-        assert self._baseline is not None
-        for i, part in enumerate(guesses.split(size)):
-            part.copy_(self._baseline(self.batch(slice(i * size, (i + 1) * size)).x))
+    def _guess(self, size: int = 1000) -> None:
+        if self.guesses is not None and self._baseline is not None:
+            for guesses, rows in zip(self.guesses.split(size), self.rows.split(size), strict=True):
+                guesses.copy_(self._baseline(self.task.batch(rows).x))
 
     def redraw(
         self, *key: object, binary: bool, bend: float = 0.0, done: Callable[[int], object] = lambda count: None
@@ -211,17 +184,15 @@ class ImageSet:
             rows = self.task.rows(images, None if self.labels is None else self.labels[part], (*key, i))
             self.rows[part] = binarized(rows, *key, i) if binary else rows
             done(len(rows))
-        if self.guesses is not None:
-            self._guess(self.guesses)
+        self._guess()
 
     def batch(self, rows: Tensor | slice) -> Batch:
         """Return the images at these rows, int64 `[B]` on the device or a slice, with their guesses if known."""
-        guess = None if self.guesses is None else _select(self.guesses, rows)
-        return self.task.batch(_select(self.rows, rows))._replace(guess=guess)
 
+        def select(table: Tensor) -> Tensor:
+            return table[rows] if isinstance(rows, slice) else table.index_select(0, rows)
 
-def _select(table: Tensor, rows: Tensor | slice) -> Tensor:
-    return table[rows] if isinstance(rows, slice) else table.index_select(0, rows)
+        return self.task.batch(select(self.rows))._replace(guess=None if self.guesses is None else select(self.guesses))
 
 
 def binarized(images: Tensor, *key: object) -> Tensor:
@@ -235,15 +206,6 @@ def binarized(images: Tensor, *key: object) -> Tensor:
     random = context.generator(images.device, *key)
     thresholds = torch.randint(255, images.shape, generator=random, dtype=torch.uint8, device=images.device)
     return (thresholds < images).view(torch.uint8).mul_(255)
-
-
-def as_targets(s: Settings, part: str, images: Tensor) -> Tensor:
-    """Return one part (`train`, `validation` or `test`) of a source's images, uint8, as the setting `targets` wants it.
-
-    What is drawn once is drawn from the part's name, whatever the run's seed: runs of several seeds are evaluated on
-    the same pictures.
-    """
-    return binarized(images, "targets", part) if part in DRAWN_ONCE[s.targets] else images
 
 
 def described(tensor: Tensor) -> str:

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from support.images import mnist
 from torch import Tensor
 
 from cvae.data import bending
 from cvae.data.bending import KNOTS, bent, warped, with_levels_of
 from cvae.data.masks import quadrants
-from cvae.data.readers import mnist
 from cvae.data.tasks import FixedMask, ImageSet
 from cvae.model.densities import bernoulli_entropy
 

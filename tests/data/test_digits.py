@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFilter
+from support.images import mnist
 from torch import Tensor
 
 from cvae.data.digits import as_digit
-from cvae.data.readers import mnist
 from cvae.errors import DataError
 
 PAPER, INK = 225, 40

@@ -12,11 +12,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import cvae.data
+from cvae.data.readers import read_idx
 from cvae.data.sources import load_test, load_train
 from cvae.errors import DataError
 from cvae.settings import Settings
 
 PACKERS: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}
+
+
+def mnist(part: str, kind: str = "images") -> Tensor:
+    """Return all images, or labels, of MNIST's `train` or `t10k`, as the files in the package have them."""
+    (path,) = (Path(cvae.data.__path__[0]) / "mnist").glob(f"{part}-{kind}-*")
+    return torch.tensor(read_idx(path))
 
 
 def random_images(count: int, height: int, width: int, seed: int = 0) -> Tensor:

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cvae.data.readers import mnist
 from cvae.data.sources import load_train
 from cvae.settings import Settings
+from support.images import mnist
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = {part: (f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte") for part in ("train", "t10k")}

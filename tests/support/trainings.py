@@ -18,10 +18,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from cvae.data.readers import mnist
 from cvae.run import checkpoint
 from cvae.run.checkpoint import read_json
 from cvae.run.folder import RunFolder
+from support.images import mnist
 from support.scripts import PATIENCE, ROOT, small_mnist, write_contrary
 
 SMALL = [
