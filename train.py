@@ -29,11 +29,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cvae.console import Bar, called, command
+from cvae.console import Bar, called, command, say, silence
 from cvae.context import Context, Interruption, opened, permutation, seed_dropout
 from cvae.data.tasks import ImageSet
 from cvae.model.cvae import noise
-from cvae.model.networks import build
 from cvae.model.objectives import Totals, log_likelihood, maximised, objective, with_free_nats
 from cvae.processes import Processes
 from cvae.report.figures import completions
@@ -101,7 +100,7 @@ def fit(phase: Phase, run: Run, last: dict[str, Any]) -> Progress:
         processes.sum_on_host_(step.totals.sums)
         processes.average_(*phase.model.buffers(), *average.model.buffers())
         seconds = time.perf_counter() - started
-        with Bar(f"{phase.name}, validation", len(phase.validation) // processes.count, "img", run.is_heard) as bar:
+        with Bar(f"{phase.name}, validation", len(phase.validation) // processes.count, "img") as bar:
             totals = phase.validate(average.model, s.seed, context, bar.update)
         train, validation = step.totals.means(), totals.means()
         validation |= phase.active_units(average.model, s.seed, context) if "kl" in validation else {}
@@ -121,7 +120,7 @@ def fit(phase: Phase, run: Run, last: dict[str, Any]) -> Progress:
         }
         run.save_epoch(phase.name, progress, parts, record, phase.picture)
         best = ", the best so far" if progress.epoch == progress.best_epoch else ""
-        run.say(
+        say(
             f"{phase.where(progress.epoch)}: loss {train_loss:.2f}, on validation images {validation_loss:.2f} "
             f"nats per image, {record['images_per_second']:.0f} images/s, {record['seconds']:.1f} s{best}"
         )
@@ -145,11 +144,11 @@ def train_epoch(phase: Phase, run: Run, step: Step, take_step: Callable[..., Non
     step.model.train()
     binary, bend = s.targets == "binary", phase.bend(s, epoch)
     if binary or phase.bend(s, 0) or step.images.task.is_random:  # also in last epochs, without bent images
-        with Bar(f"{where}, its images", len(step.images), "img", run.is_heard) as bar:
+        with Bar(f"{where}, its images", len(step.images), "img") as bar:
             step.images.redraw(s.seed, phase.name, epoch, binary=binary, bend=bend, done=bar.update)
     optimizer.start_epoch()
     step.totals.sums.zero_()
-    with Bar(where, steps * size, "img", run.is_heard) as bar:
+    with Bar(where, steps * size, "img") as bar:
         for i, rows in enumerate(order[: steps * size].view(steps, size)[:, share]):
             eps = phase.noise(size, random)
             now = epoch - 1 + i / steps
@@ -170,16 +169,11 @@ def train_epoch(phase: Phase, run: Run, step: Step, take_step: Callable[..., Non
 def train_run(run: Run) -> None:
     """Train the baseline, then the CVAE on top of it, from wherever the run has come to."""
     s, context = run.settings, run.context
-    images, held_out, about, record = run.load_images()
-    images = images[: s.train_limit]
-    task = run.task(*images.shape[1:])
-    run.say("\n".join(filter(None, (about, task.about))))
-    cvae = build(task, s)
-    context.processes.share_of_batch(min(s.batch_size, len(images)))  # refused before a folder is made
-    last = run.open(cvae, record)
+    images, held_out, _, record = run.load_images()
+    cvae, last = run.open(record)
     if last is None:
-        run.say(f"{run.folder} is finished: nothing is left to do")
         return
+    task = cvae.task
     train, validation = (ImageSet(part, task, context.device) for part in (images, held_out))
     digits = held_out[:NUM_DIGITS].clone()
     del images, held_out  # the image sets hold all that is needed
@@ -205,7 +199,7 @@ def train_run(run: Run) -> None:
     )  # fmt: skip
     progress = fit(phase, run, last)
     run.finish(progress, draw_all)
-    run.say(f"{run.folder}: trained. Next: {called('eval.py')}, or tensorboard --logdir {quoted(run.folder.parent)}")
+    say(f"{run.folder}: trained. Next: {called('eval.py')}, or tensorboard --logdir {quoted(run.folder.parent)}")
 
 
 @command("train.py")
@@ -215,15 +209,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     resume, init = options.resume is not None, options.init and find_run(options.init, options.runs)
     with Interruption() as interruption, Processes().one_voice():
         runs = plan(options, given)
-        with opened(runs[0][1].device) as context:
+        with opened(runs[0][1].device) as context, silence(options.quiet or not context.processes.is_main):
             for folder, _ in () if resume else runs:  # before the first one is begun
                 context.processes.on_main(partial(refuse_existing, folder, options.overwrite))
             for folder, s in runs:
                 here = context.with_precision(RunFolder(folder).precision if resume else s.precision)
-                with Run(
-                    folder, s, here, interruption, quiet=options.quiet, resume=resume, overwrite=options.overwrite,
-                    init=init, words=options.words,
-                ) as run:  # fmt: skip
+                with Run(folder, s, here, interruption, resume, options.overwrite, init, options.words) as run:
                     train_run(run)
     return 0
 

@@ -69,7 +69,7 @@ class Training:
             image_set.set_guesses(model.baseline_net, self.context.half)
             draw = partial(one_noise, s.particles, model)
             self.phase = Phase(phase, model, objectives.objective(s), samples=s.particles, noise=draw, **parts)
-        self.session = Run(Path(), s, self.context, Interruption(), quiet=True)  # writes nothing
+        self.session = Run(Path(), s, self.context, Interruption())  # writes nothing
         self.step, self.epoch = train.Step(self.phase, s, self.context), EPOCH
         self.steps_of_epoch = self.step.count
 

@@ -167,6 +167,17 @@ def _lead_nowhere(stream: TextIO) -> None:
         os.close(nowhere)
 
 
+@contextmanager
+def silence(is_silent: bool = True) -> Iterator[None]:
+    """Have `say` and `Bar` show nothing within the block, if it is to be silent."""
+    before, Bar.is_silent = Bar.is_silent, is_silent
+    try:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if is_silent else sys.stdout):
+            yield
+    finally:
+        Bar.is_silent = before
+
+
 class Bar(tqdm):  # type: ignore[misc]
     """A progress bar with rate and time left on a terminal, a line a minute elsewhere; `update` counts.
 
@@ -174,12 +185,14 @@ class Bar(tqdm):  # type: ignore[misc]
     """
 
     monitor_interval = 0  # no thread of its own
+    is_silent = False
 
     def __init__(self, title: str, total: int, unit: str, show: bool = True):
         on_terminal = sys.stderr.isatty()
         line = "{desc}: {n_fmt} of {total_fmt} {unit}, {rate_fmt}, {remaining} left{postfix}"
         super().__init__(
-            desc=title, total=total, unit=unit, unit_scale=True, miniters=1, leave=False, disable=not show,
+            desc=title, total=total, unit=unit, unit_scale=True, miniters=1, leave=False,
+            disable=self.is_silent or not show,
             delay=BAR_AFTER_S if on_terminal else LINE_EVERY_S, mininterval=0.1 if on_terminal else LINE_EVERY_S,
             bar_format=None if on_terminal else line, file=sys.stderr if on_terminal else StringIO(),
         )  # fmt: skip

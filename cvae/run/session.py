@@ -1,4 +1,4 @@
-"""One training as it runs: what it says, what it goes on from, and what it leaves after each epoch."""
+"""One training as it runs: what it goes on from, and what it leaves after each epoch."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,22 +16,10 @@ from cvae.data.sources import TrainImages, difference, load_train
 from cvae.data.tasks import FixedMask
 from cvae.errors import DataError, Interrupted, NonFiniteError, UsageError, first_line, taken_for_damage
 from cvae.model.cvae import CVAE
-from cvae.run import checkpoint
-from cvae.run.folder import (
-    BEST,
-    CONFIG,
-    FILES,
-    INIT,
-    LAST,
-    OBSERVED,
-    SUMMARY,
-    Progress,
-    RunFolder,
-    create,
-    hold,
-    quoted,
-)
-from cvae.run.load import start_from
+from cvae.model.networks import build
+from cvae.run import checkpoint, folder
+from cvae.run.folder import BEST, CONFIG, FILES, INIT, LAST, OBSERVED, SUMMARY, Progress, RunFolder, quoted
+from cvae.run.load import MISFITS, start_from
 from cvae.run.log import RunLog
 from cvae.run.machine import describe_machine, differences
 from cvae.settings import Settings
@@ -39,7 +27,7 @@ from cvae.settings import Settings
 
 @dataclass
 class Run:
-    """A run that is trained. All processes call its methods; the main one alone reads, writes and prints.
+    """A run that is trained. All processes call its methods; the main one alone reads and writes.
 
     A folder that is resumed is not written into before the first epoch is over: all that can be wrong was seen by then.
     """
@@ -48,7 +36,6 @@ class Run:
     settings: Settings
     context: Context
     interruption: Interruption
-    quiet: bool = False
     resume: bool = False
     overwrite: bool = False
     init: Path | None = None  # the run whose weights it begins with
@@ -65,20 +52,9 @@ class Run:
     def __exit__(self, *exception: object) -> None:
         self._held.close()
 
-    @property
-    def is_heard(self) -> bool:
-        """True in the process that prints, unless it is to be quiet."""
-        return self.context.processes.is_main and not self.quiet
-
-    def say(self, line: str) -> None:
-        """Print a line, once for all processes."""
-        if self.is_heard:
-            say(line)
-
     def warn(self, line: str) -> None:
-        """Print a warning, once for all processes."""
-        if self.context.processes.is_main:
-            complain(f"{program('train.py')}: {line}")
+        """Print a warning."""
+        complain(f"{program('train.py')}: {line}")
 
     def leave_if_interrupted(self) -> None:
         """Raise Interrupted, in all processes at once, if a signal came to one of them."""
@@ -87,41 +63,41 @@ class Run:
             raise Interrupted(f"interrupted{way if self._is_begun else ' before the training began'}", number)
 
     def load_images(self) -> TrainImages:
-        """Return the images. Raises Interrupted if a signal comes before they are read."""
-        check = self.leave_if_interrupted if self.context.processes.count == 1 else lambda: None
-        images = self.context.processes.on_all(partial(load_train, self.settings, self.is_heard, check))
+        """Return the images. Raises Interrupted, DataError, UsageError if the processes cannot share a batch."""
+        processes, s = self.context.processes, self.settings
+        check = self.leave_if_interrupted if processes.count == 1 else lambda: None
+        images = processes.on_all(partial(load_train, s, processes.is_main, check))
         self.leave_if_interrupted()
-        return images
+        say(images.about)
+        processes.share_of_batch(min(s.batch_size, len(images.train[: s.train_limit])))
+        return images._replace(train=images.train[: s.train_limit])
 
-    def task(self, height: int, width: int) -> FixedMask:
-        """Return the task of images of this size, or of the run that is resumed. Raises DataError."""
-
-        def make() -> FixedMask:  # other machines may see neither the folder nor the picture of a mask
-            return RunFolder(self.folder).task if self.resume else make_task(self.settings, height, width)
-
-        return self.context.processes.on_main(make)
-
-    def open(self, model: CVAE, images: dict[str, Any]) -> dict[str, Any] | None:
-        """Hold the folder, made now unless it is resumed, and give the new model the weights that it goes on from.
+    def open(self, images: dict[str, Any]) -> tuple[CVAE, dict[str, Any] | None]:
+        """Hold the folder, made now unless it is resumed, and build the model, with the weights that it goes on from.
 
         images: what identifies them, as `data.sources.record` gives it. Raises UsageError, DataError, DiskError.
 
         Returns:
-            The checkpoint to go on from, {} at the beginning; None if nothing is left to do.
+            The model; the checkpoint to go on from, {} at the beginning, None if nothing is left to do.
         """
-        processes = self.context.processes
-        recorded = processes.on_main(lambda: RunFolder(self.folder).record if self.resume else images)
+        processes, run, s = self.context.processes, RunFolder(self.folder), self.settings
+        # Other machines may see neither the folder nor the picture of a mask, and need the same images.
+        recorded = processes.on_main(lambda: run.record if self.resume else images)
         processes.on_all(partial(self._refuse_others, recorded, images))
-        begin = partial(self._go_on, images) if self.resume else partial(self._begin, model, images)
+        make = partial(make_task, s, images["height"], images["width"])
+        task = processes.on_main(lambda: run.task if self.resume else make())
+        if task.about:
+            say(task.about)
+        model = build(task, s)
+        begin = partial(self._go_on, run, images) if self.resume else partial(self._begin, model, images)
         last, weights = processes.on_main(begin)
         if weights is not None:
             with self._left_as_it_is():
                 model.load_state_dict(weights)
         self._is_begun = True
-        return last
+        return model, last
 
     def _refuse_others(self, recorded: dict[str, Any], images: dict[str, Any]) -> None:
-        """Raise DataError unless two records are of the same images: each machine needs the same."""
         if differs := difference(recorded, images):
             raise DataError(f"{self.folder}: was begun on {differs}; --data says where its own are")
 
@@ -133,29 +109,28 @@ class Run:
         weights = None
         if self.init is not None:
             line, config["init"] = start_from(self.init, model)
-            self.say(line)
+            say(line)
             weights = model.state_dict()
             files[INIT] = partial(checkpoint.save, content={"model": weights})
         if is_picture(self.settings) and isinstance(model.task, FixedMask):
             files[OBSERVED] = partial(checkpoint.write_atomically, content=mask_png(model.task.observed))
-        self._held.enter_context(create(self.folder, files, self.overwrite, self.warn))
+        self._held.enter_context(folder.create(self.folder, files, self.overwrite, self.warn))
         return {}, weights
 
-    def _go_on(self, images: dict[str, Any]) -> tuple[dict[str, Any] | None, Any]:
+    def _go_on(self, run: RunFolder, images: dict[str, Any]) -> tuple[dict[str, Any] | None, Any]:
         """Return the checkpoint and the weights that a run goes on from; None if it is finished."""
-        run, s = RunFolder(self.folder), self.settings
-        self._held.enter_context(hold(self.folder, self.warn))
+        s = self.settings
+        self._held.enter_context(folder.hold(self.folder, self.warn))
         with self._left_as_it_is():
             last = run.last()
-            is_cvae = last.get("phase") == "cvae"
+            is_cvae, progress = last.get("phase") == "cvae", Progress(**last.get("progress", {}))
             begun = checkpoint.load(self.folder / INIT) if "init" in run.config and not is_cvae else {}
-            progress = Progress(**last.get("progress", {}))
-        if is_cvae:
-            if progress.epoch > s.epochs:
-                raise UsageError(f"{self.folder} has had {progress.epoch} epochs; --epochs cannot be less")
-            is_whole = run.summary is not None and (self.folder / BEST).is_file()
-            if is_whole and progress.is_over(s.epochs, s.patience, s.unbent_epochs):
-                return None, None
+        if is_cvae and progress.epoch > s.epochs:
+            raise UsageError(f"{self.folder} has had {progress.epoch} epochs; --epochs cannot be less")
+        is_finished = is_cvae and progress.is_over(s.epochs, s.patience, s.unbent_epochs)
+        if is_finished and run.summary is not None and (self.folder / BEST).is_file():
+            say(f"{self.folder} is finished: nothing is left to do")
+            return None, None
         before, now = run.settings.to_dict(), s.to_dict()
         machine = describe_machine(self.context, self.words)
         changed = {name: [before[name], value] for name, value in now.items() if value != before[name]}
@@ -165,7 +140,7 @@ class Run:
         self._config["resumed"] = [*run.config.get("resumed", []), resumed]
         self._last = last
         if changes := differences(run.config, machine):
-            self.say(f"{self.folder}: from here on not bit for bit as it began: {', '.join(changes)}")
+            say(f"{self.folder}: from here on not bit for bit as it began: {', '.join(changes)}")
         return last, (last if is_cvae else begun).get("model")
 
     def restore(self, last: dict[str, Any], parts: Mapping[str, Any]) -> Progress:
@@ -178,9 +153,8 @@ class Run:
     @contextmanager
     def _left_as_it_is(self) -> Iterator[None]:
         """Add what can be done to a DataError, which a state that does not fit raises too."""
-        problem = f"{self.folder / LAST}: does not fit the run's settings, or is of another version"
         try:
-            with taken_for_damage(problem, KeyError, TypeError, ValueError, AttributeError, RuntimeError):
+            with taken_for_damage(f"{self.folder / LAST}: does not fit the run's settings, or this version", *MISFITS):
                 yield
         except DataError as error:
             ways = "--init begins a new one with its weights, --overwrite begins it anew"
@@ -192,7 +166,7 @@ class Run:
             if self.resume:
                 checkpoint.write_json(self.folder / CONFIG, self._config)
             with checkpoint.telling_of_disk(f"{self.folder}: cannot be written to"):
-                left = [path for name in FILES for path in self.folder.glob(f".{name}.*.tmp")]  # by a killed process
+                left = [path for name in FILES for path in self.folder.glob(f".*{name}*.tmp")]  # by a killed process
                 for path in [self.folder / SUMMARY, *left]:
                     path.unlink(missing_ok=True)
             if self._last:

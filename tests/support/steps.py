@@ -67,7 +67,7 @@ def make_run(
 ) -> Run:  # fmt: skip
     """A run that has not made its folder: all that steps and epochs need of it."""
     place = context.Context(device, precision, processes or Processes())
-    return Run(folder, settings, place, context.Interruption(), quiet=True)
+    return Run(folder, settings, place, context.Interruption())
 
 
 def make_training(
