@@ -99,7 +99,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     model = build(train.task, s)
     baseline, nothing = model.baseline_net.requires_grad_(True), torch.zeros(3, 4, 4, dtype=torch.uint8)
     with make_run(s, folder=folder) as run:
-        run.open(model, record(train=train.images, validation=validation.images), resume=False, overwrite=False)
+        run.open(record(train=train.images, validation=validation.images))
         parts = "baseline", baseline, log_likelihood, s.baseline_epochs, train, validation
         fit(Phase(*parts, samples=0, noise=lambda *_: (), picture=lambda _: nothing), run, {})
         baseline.requires_grad_(False)

@@ -55,7 +55,7 @@ def train_all(processes: Processes) -> list[dict[str, torch.Tensor]]:
 def fit_ranked(processes: Processes, folder: Path) -> None:
     training = make_training(Ranked, processes=processes, epochs=1)
     with make_run(training.run.settings, processes=processes, folder=folder) as run:
-        run.open(training.model, record(train=training.phase.train.images), resume=False, overwrite=False)
+        run.open(record(train=training.phase.train.images))
         fit(training.phase, run, {})
 
 
