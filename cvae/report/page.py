@@ -219,8 +219,8 @@ def guarded(application: Callable[..., Any]) -> Callable[..., Any]:
     async def guard(scope: dict[str, Any], receive: Callable[..., Any], send: Callable[..., Any]) -> None:
         headers = dict(scope.get("headers", ()))
         host, length = headers.get(b"host", b""), headers.get(b"content-length", b"0")
-        own = b"http://" + host  # a foreign website is told by `Origin`, or by `Host` if its name leads to this machine
-        is_own = host.partition(b":")[0] in (HOST.encode(), b"localhost") and headers.get(b"origin", own) == own
+        page = b"http://" + host  # a foreign website is told by `Origin`, or by `Host` if its name leads here
+        is_own = host.partition(b":")[0] in (HOST.encode(), b"localhost") and headers.get(b"origin", page) == page
         is_small = b"transfer-encoding" not in headers and length.isdigit() and int(length) <= LARGEST_REQUEST
         if scope["type"] == "lifespan" or (is_own and is_small):
             await application(scope, receive, send)

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
+from support.images import photograph
 from support.inprocess import Ended, call
 from support.trainings import contents
 
@@ -28,9 +29,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     settings = Settings(hidden=(8, 7), latent_dim=4)
     torch.manual_seed(0)
     save_safetensors(build(FixedMask(quadrants(1, 30, 28)), settings), settings, tmp_path / "model.safetensors")
-    sheet = Image.new("RGB", (300, 400), (230, 225, 210))
-    ImageDraw.Draw(sheet).line([(90, 120), (190, 120), (120, 290)], fill=(30, 30, 60), width=14, joint="curve")
-    sheet.save(tmp_path / "seven.jpg", quality=95)
+    photograph(tmp_path / "seven.jpg")
     Image.fromarray(PREPARED.numpy()).save(tmp_path / "prepared.png")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -88,8 +87,7 @@ def test_a_folder(here: Path) -> None:
         """The completions of pictures of these names in `photos`."""
         for name in names:
             (here / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
-            with Image.open("seven.jpg") as picture:
-                picture.save(here / "photos" / name)
+            photograph(here / "photos" / name)
         ended = run("photos", "-o", output, "--samples", "1")
         assert (ended.code, ended.out.count(f": 1 completions in {output}")) == (0, len(names))
         return {path.relative_to(output).as_posix() for path in Path(output).rglob("*")} - {"more"}

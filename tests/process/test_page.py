@@ -6,7 +6,6 @@ import io
 import json
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
+from support.images import photograph
 from support.inprocess import call
 from support.trainings import ENVIRONMENT, contents, start
 
@@ -67,8 +67,7 @@ def url(here: Path) -> Iterator[str]:
     more = {"TMPDIR": str(here / "temporary"), "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "cvae.report.page", "q1", "q2", "--no-browser", "--device", "cpu"]
     with page.listen(None):
-        process: subprocess.Popen[str] = start(command, here, {**ENVIRONMENT, **more})
-        assert process.stdout is not None
+        process: Any = start(command, here, {**ENVIRONMENT, **more})
         lines = [process.stdout.readline() for _ in range(2)]
     try:
         assert lines[0] == "starting the page of q1, q2, which takes some seconds\n"
@@ -109,9 +108,8 @@ class Person:
             assert time.monotonic() < deadline, self.driver.page_source[-2000:]
             time.sleep(0.02)
 
-    def all(self, selector: str) -> list[Any]:
-        elements: list[Any] = self.driver.find_elements("css selector", selector)
-        return elements
+    def all(self, selector: str) -> Any:
+        return self.driver.find_elements("css selector", selector)
 
     def click(self, selector: str, text: str = "") -> None:
         """Click the one element of those that has this text and is seen."""
@@ -139,8 +137,7 @@ class Person:
     def problem(self) -> str:
         """What is said to be wrong, once there is no picture."""
         self.until(lambda: not self.all("#views img") and self.all("#problem")[0].text)
-        text: str = self.all("#problem")[0].text
-        return text
+        return str(self.all("#problem")[0].text)
 
 
 def as_levels(png: str) -> np.ndarray:
@@ -149,8 +146,7 @@ def as_levels(png: str) -> np.ndarray:
 
 
 def rounded(images: torch.Tensor) -> np.ndarray:
-    levels: np.ndarray = (images * 255).round().to(torch.uint8).numpy()
-    return levels
+    return (images * 255).round().to(torch.uint8).numpy()
 
 
 def same(left: list[np.ndarray], right: list[np.ndarray] | np.ndarray) -> bool:
@@ -237,9 +233,7 @@ def draw_and_clear(person: Person) -> None:
 
 def open_photographs(person: Person, folder: Path) -> None:
     """A photograph is shown as `cvae.as_digit` makes a digit of it; another file is said to be none."""
-    sheet = Image.new("RGB", (300, 400), (230, 225, 210))
-    ImageDraw.Draw(sheet).line([(90, 120), (190, 120), (120, 290)], fill=(30, 30, 60), width=14, joint="curve")
-    sheet.save(folder / "seven.jpg", quality=95)
+    photograph(folder / "seven.jpg")
     (folder / "text.jpg").write_text("no picture")
     person.until(lambda: person.all("#photograph input[type=file]"))
     person.all("#photograph input[type=file]")[0].send_keys(str(folder / "seven.jpg"))
@@ -264,9 +258,6 @@ def test_other_websites_and_large_uploads_are_refused(here: Path, url: str) -> N
             connection.request(method, path, body, headers, encode_chunked=is_chunked)
             return connection.getresponse().status
 
-    def kept() -> list[str]:
-        return [path.name for path in (here / "temporary").rglob("secret*")]
-
     for path in ("/", "/config", upload, "/gradio_api/queue/join", "/nowhere"):
         for origin in ("http://evil.example", "null", "https://" + address, "http://127.0.0.1:1"):
             assert answer(path, Origin=origin) == 403
@@ -274,10 +265,10 @@ def test_other_websites_and_large_uploads_are_refused(here: Path, url: str) -> N
             assert answer(path, Host=host) == answer(path, Host=host, Origin=f"http://{host}") == 403
     assert answer(upload, Content_Length=str(page.LARGEST_REQUEST + 1)) == 413
     assert answer(upload, Transfer_Encoding="chunked") == 413
-    assert kept() == []
+    assert not list((here / "temporary").rglob("secret*"))
     assert answer("/", Host=address.replace("127.0.0.1", "localhost")) == 200
     assert answer(upload, Origin=url) == 200
-    assert kept() == ["secret.png"]
+    assert len(list((here / "temporary").rglob("secret.png"))) == 1
 
 
 def test_ports_and_runs_at_hand(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,15 +281,14 @@ def test_ports_and_runs_at_hand(here: Path, tmp_path: Path, monkeypatch: pytest.
     models = page.read([], Path("runs"), torch.device("cpu"))
     masks = {name: model.task.name for name, (model, *_) in models.items()}
     assert masks == {"q1": "1 quadrant", "reference/q2": "2 quadrants"}
-    moved = models["q1"]._replace(settings=Settings(data="nowhere"))
     with pytest.raises(DataError, match="nowhere"):
-        page.chosen(moved, page.TEST, 0, None, None)
+        page.chosen(models["q1"]._replace(settings=Settings(data="nowhere")), page.TEST, 0, None, None)
+    assert torch.equal(*(page.chosen(models["q1"], page.TEST, number, None, None) for number in (0, 10_000)))
     monkeypatch.setattr(page, "COME_WITH", ())
     (tmp_path / "empty").mkdir()
     with page.listen(None) as first, page.listen(None) as second:
-        assert first.getsockname()[0] == second.getsockname()[0] == "127.0.0.1"
-        taken, other = first.getsockname()[1], second.getsockname()[1]
-        assert page.PORT <= taken < other
+        (host, taken), (_, other) = first.getsockname(), second.getsockname()
+        assert (host, page.PORT <= taken < other) == ("127.0.0.1", True)
         for words, code, reason in (
             (["q1", "q2"], 3, "runs/q2/model.safetensors: "),
             (["nothing"], 3, "runs/nothing is no run folder"),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 import cvae.data
@@ -30,6 +30,13 @@ def mnist(part: str, kind: str = "images") -> Tensor:
 def random_images(count: int, height: int, width: int, seed: int = 0) -> Tensor:
     """Return uint8 `[count, height, width]`."""
     return torch.randint(256, (count, height, width), generator=torch.manual_seed(seed), dtype=torch.uint8)
+
+
+def photograph(path: Path) -> None:
+    """Write a picture of a seven on paper."""
+    sheet = Image.new("RGB", (300, 400), (230, 225, 210))
+    ImageDraw.Draw(sheet).line([(90, 120), (190, 120), (120, 290)], fill=(30, 30, 60), width=14, joint="curve")
+    sheet.save(path, quality=95)
 
 
 def idx(array: Tensor) -> bytes:
