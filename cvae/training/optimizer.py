@@ -1,15 +1,13 @@
 """AdamW that no NaN and no infinity gets past, with loss scaling for float16, and the average of the weights."""
 
 import copy
-from typing import Generic, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw  # AdamW's step as a function
 
 from cvae.errors import NonFiniteError
-
-Model = TypeVar("Model", bound=nn.Module)
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # Kingma and Ba 2015
 MAX_STREAK = 10  # bad steps in a row that end a training
@@ -137,7 +135,7 @@ class GuardedAdam:
                 tensor.copy_(saved)
 
 
-class WeightAverage(Generic[Model]):
+class WeightAverage:
     """An exponential moving average of a model's weights, in a copy of the model: less noisy than any last weights.
 
     Buffers of floats, as of batch normalisation, are averaged with the weights, others are copied.
@@ -148,9 +146,9 @@ class WeightAverage(Generic[Model]):
         window: The steps that the average spans, fewer at the start; 0: none, `self.model` is the model itself.
     """
 
-    def __init__(self, model: Model, window: int):
+    def __init__(self, model: nn.Module, window: int):
         frozen = {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
-        self.model: Model = copy.deepcopy(model, frozen) if window else model  # what is frozen is shared
+        self.model: Any = copy.deepcopy(model, frozen) if window else model  # what is frozen is shared
         tensors = ((*each.parameters(), *each.buffers()) for each in (self.model, model))
         self._pairs = [(mean, now) for mean, now in zip(*tensors, strict=True) if mean is not now]
         self._window, self._since = window, 0  # steps since the weights were last taken in

@@ -13,37 +13,23 @@ from cvae.model.likelihood import active_units
 from cvae.model.objectives import Objective, Totals, by_level
 from cvae.settings import Settings
 
-VALIDATION_IMAGES, VALIDATION_ROWS = 1000, 20_000
-"""Images of a portion, at most, and images times samples of z."""
-FREE_NATS = 0.4
-"""Nats of each level and image whose KL costs nothing at first, where `s.free_epochs` is not zero."""
-UNBENT_RATE = 0.15
-"""The share of the highest learning rate at which the last epochs begin, in which no image is bent."""
+VALIDATION_IMAGES, VALIDATION_ROWS = 1000, 20_000  # of a portion, at most: images, and images times samples of z
+FREE_NATS = 0.4  # of each level and image, whose KL costs nothing at first, where `s.free_epochs` is not zero
+UNBENT_RATE = 0.15  # share of the highest learning rate at which the last epochs begin, in which no image is bent
 
 
 class Phase(NamedTuple):
-    """One of the two trainings of a run: the baseline's, then the CVAE's.
+    """One of the two trainings of a run: the baseline's, then the CVAE's."""
 
-    Attributes:
-        name: "baseline" or "cvae".
-        model: What is trained.
-        objective: What is maximised.
-        epochs: How many there are at most.
-        train, validation: The images.
-        samples: The samples of z per image; 0 where the objective takes no noise.
-        noise: Draws the noise of so many images: the arguments of the objective behind the batch.
-        picture: Draws the picture of a model, for the log.
-    """
-
-    name: str
-    model: nn.Module
-    objective: Objective
-    epochs: int
+    name: str  # "baseline" or "cvae"
+    model: nn.Module  # what is trained
+    objective: Objective  # what is maximised
+    epochs: int  # at most
     train: ImageSet
     validation: ImageSet
-    samples: int
-    noise: Callable[[int, torch.Generator], tuple[Tensor, ...]]
-    picture: Callable[[Any], Tensor]
+    samples: int  # of z per image; 0 where the objective takes no noise
+    noise: Callable[[int, torch.Generator], tuple[Tensor, ...]]  # of so many images: the objective's further arguments
+    picture: Callable[[Any], Tensor]  # draws what the log shows of a model
 
     @torch.no_grad()
     def validate(
