@@ -36,11 +36,9 @@ class Classifier(nn.Module):
     observed: bool `[height, width]`, True = seen; kept with the weights. num_classes: K.
     """
 
-    observed: Tensor
-
     def __init__(self, observed: Tensor, num_classes: int):
         super().__init__()
-        self.register_buffer("observed", observed)
+        self.observed = nn.Buffer(observed)
         halving = (
             nn.Sequential(nn.Conv2d(*planes, size, 2, size // 2, bias=False), nn.BatchNorm2d(planes[1]), nn.ReLU())
             for planes, size in (((1, 16), 5), ((16, 32), 3), ((32, 64), 3))
@@ -73,9 +71,8 @@ def find(path: Path, observed: Tensor, source: Mapping[str, str]) -> Classifier 
 def open_judges(folder: Path, s: Settings, device: torch.device) -> list[Classifier]:
     """Return the classifiers of a run, of whole images and of x, on the CPU; those that are missing are trained.
 
-    s: The settings of the run, with the place of the images as it is now. device: Where to train.
-
-    Raises DataError where the training images cannot be read, have no labels, or are others now, and DiskError.
+    s: The settings of the run, with the place of the images as it is now. device: Where to train. Raises
+    DataError where the training images cannot be read, have no labels, or are others now, and DiskError.
     """
     run = RunFolder(folder)
     masks = {folder / WHOLE: torch.ones_like(run.task.observed), folder / X_ONLY: run.task.observed}
@@ -89,12 +86,11 @@ def open_judges(folder: Path, s: Settings, device: torch.device) -> list[Classif
         num_classes = 1 + int(max(labels.max(), held_out_labels.max()))
         for path in missing:
             judge = _fit(images.to(device), labels.to(device), num_classes, masks[path], s.targets == "binary")
+            judges[path] = judge
             logits = torch.cat([judge(part / 255) for part in held_out.split(1000)])
             right, nats = (logits.argmax(-1) == held_out_labels).double().mean(), cross_entropy(logits, held_out_labels)
             write_atomically(path, safetensors.torch.save(judge.state_dict(), {**source, "format": "pt"}))
-            scores = f"{right:.2%} of {len(held_out):,} validation images right, {nats:.4f} nats per image"
-            complain(f"{path}: trained; {scores}")
-            judges[path] = judge
+            complain(f"{path}: trained; {right:.2%} of the validation images right, {nats:.4f} nats per image")
     return list(filter(None, judges.values()))
 
 

@@ -28,9 +28,7 @@ NOT_GIVEN = (0.36, 0.44, 0.56)  # the colour of a hidden pixel in the row of inp
 PAPER, INK = (255, 255, 255), (40, 40, 40)
 GAP, FONT_SIZE = 4, 12  # screen pixels
 TILE, LARGEST_TILE = 56, 128  # an image's longer side, screen pixels
-
-Rows = list[tuple[str, Tensor]]
-"""A label and images, grey `[N, height, width]` or colours `[N, 3, height, width]`, uint8 or floats in [0, 1]."""
+Rows = list[tuple[str, Tensor]]  # labels; images, grey `[N, H, W]` or colours `[N, 3, H, W]`, uint8 or in [0, 1]
 
 
 def completions(images: Tensor, task: Task, guess: Tensor, samples: Tensor | None = None) -> Tensor:
@@ -114,16 +112,12 @@ def ending(path: Path) -> str:
 
 
 def write_picture(path: Path, picture: Image.Image) -> None:
-    """Write a picture in the format of its name, and make its folder.
-
-    Raises UsageError if the format cannot hold it, and DiskError.
-    """
+    """Write a picture in the format of its name. Raises UsageError if that cannot hold it, and DiskError."""
     suffix, buffer = ending(path), io.BytesIO()
     try:
         picture.save(buffer, Image.registered_extensions()[suffix], **ENDINGS[suffix])
     except (OSError, ValueError, struct.error):
-        size = f"{picture.width}×{picture.height} pixels"
-        raise UsageError(f"{path}: this format cannot hold {size}; choose .png") from None
+        raise UsageError(f"{path}: cannot hold {picture.width}×{picture.height} pixels; choose .png") from None
     with telling_of_disk(f"{path.parent}: cannot be made"):
         path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, buffer.getvalue())

@@ -14,12 +14,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.special import entr
 
 from cvae.console import Bar
 from cvae.context import Context
 from cvae.data.sources import load_labels
-from cvae.errors import DataError
+from cvae.errors import DataError, DiskError
 from cvae.model.cvae import CVAE, NOISE_IMAGES
 from cvae.model.likelihood import estimate
 from cvae.report import measures
@@ -32,13 +31,9 @@ COMPLETIONS = 50  # of each image, S
 SHOWN, COMPLETIONS_SHOWN, SIDE = 10, 6, 84  # images and completions of each in the picture; their size, screen pixels
 OTHER, TRUE = (150, 165, 190), (200, 60, 40)  # the colours of a class's bar, and of the true one's
 
-# Whose completions: the baseline's ŷ, pixels drawn from it, the CVAE's two, the true hidden pixels; and `x_only`, the
-# class probabilities of the classifier that sees x alone
-COLUMNS = {
-    "nn": "NN", "nn_drawn": "NN, drawn", "cvae": "CVAE", "cvae_drawn": "CVAE, drawn", "truth": "truth",
-    "x_only": "x only",
-}  # fmt: skip
-# What is measured, as docs/realism.md explains it
+# Whose completions, and what is measured of them: see docs/realism.md
+COLUMNS = {"nn": "NN", "nn_drawn": "NN, drawn", "cvae": "CVAE", "cvae_drawn": "CVAE, drawn", "truth": "truth"}
+COLUMNS["x_only"] = "x only"  # the class probabilities of the classifier that sees x alone
 ROWS = {
     "validity": "validity", "confidence": "confidence", "log_score": "log score of the class, nats",
     "entropy": "entropy of the classes, nats", "correlation": "… correlated with x only's",
@@ -58,28 +53,23 @@ class Case(NamedTuple):
     x_only: Classifier
 
 
+# Measures of each image, float64 `[N]`, by whose completions and by name; `features` of the first completion: `[F, N]`
 Judged = dict[tuple[str, str], Tensor]
-"""Measures of each image, float64 `[N]`, by whose completions and by name; `features` of the first one: `[F, N]`."""
 
 
 def open_cases(runs: Mapping[str, Subject], limit: int | None, context: Context) -> tuple[dict[str, Case], list[str]]:
-    """Return what is needed to judge runs, by their names, and a line about each that cannot be judged.
-
-    limit: The number of test images to judge, the first ones; None: all. All processes leave out the same runs.
-    """
+    """Return what is needed to judge runs on their first `limit` test images, and a line about each that cannot be."""
     cases, problems = {}, []
     for name, run in runs.items():
         try:
+            classes = context.processes.on_all(partial(load_labels, run.settings, "test"))[:limit]
             opening = partial(open_judges, run.folder, run.settings, context.device)
             whole, x_only = (judge.to(context.device) for judge in context.processes.on_main(opening))
-            classes = context.processes.on_all(partial(load_labels, run.settings, "test"))[:limit]
             if len(classes) <= measures.NEIGHBOURS:
                 raise DataError(f"{run.folder}: {len(classes)} test images are too few; density and coverage need 6")
             if (most := int(classes.max())) >= whole.last.out_features:
-                raise DataError(
-                    f"{run.folder}: the test images have a class {most}, which the training images have not"
-                )
-        except DataError as error:
+                raise DataError(f"{run.folder}: the test images have a class {most}, unlike the training images")
+        except (DataError, DiskError) as error:
             problems.append(f"{error}; its realism is not measured")
         else:
             cases[name] = Case(run.model, run.test.images[:limit], classes, whole, x_only)
@@ -114,10 +104,8 @@ def _measured(case: Case, images: Tensor, classes: Tensor, random: torch.Generat
         judged[who, "features"] = features[: len(images)].T
     logits = case.x_only(task.compose(x, y)).double()
     found = measures.class_measures(logits[None], classes, COMPLETIONS)
-    found |= {
-        "log_score": cross_entropy(logits, classes, reduction="none"),
-        "entropy": entr(logits.softmax(-1)).sum(-1),
-    }
+    found["log_score"] = cross_entropy(logits, classes, reduction="none")
+    found["entropy"] = torch.special.entr(logits.softmax(-1)).sum(-1)
     return judged | {("x_only", name): values for name, values in found.items()}
 
 

@@ -19,9 +19,7 @@ FRAME_MS, LAST_FRAME_MS = 250, 4000
 MOST_FRAMES = 100  # of a longer training, every second epoch is shown, or every third, …
 GREYS = 32  # of the palette: a quarter of the bytes that 256 take
 BLUE = tuple(round(255 * part) for part in NOT_GIVEN)  # its one colour
-
-Epoch = tuple[str, int]
-"""A phase, `baseline` or `cvae`, and the number of an epoch in it."""
+Epoch = tuple[str, int]  # a phase, `baseline` or `cvae`, and the number of an epoch in it
 
 
 def draw_all(folder: Path) -> None:

@@ -32,7 +32,7 @@ def judged_place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "data" / NAMES[part][1]).write_bytes(idx_bytes(labels.to(torch.uint8)))
     assert call_train(*TINY, "--data", folder / "data", "--runs", folder / "runs").code == 0
     ended = call_eval(folder / "runs", "--realism", "--format", "json")  # it trains them
-    whole, x_only = re.findall(r".*/(\S+): trained; ([\d.]+)% of 100 validation images right, .* nats", ended.err)
+    whole, x_only = re.findall(r".*/(\S+): trained; ([\d.]+)% of the validation images right, .* nats", ended.err)
     assert (ended.code, ended.err.count("\n"), whole[0], x_only[0]) == (0, 2, classifier.WHOLE, classifier.X_ONLY)
     assert float(whole[1]) > float(x_only[1]) > 25  # of ten classes
     (folder / "table.json").write_text(ended.out)

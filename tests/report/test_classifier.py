@@ -71,11 +71,15 @@ def test_run_that_cannot_be_judged(place: Path, copied: Path, tmp_path: Path) ->
     """It keeps its likelihoods, and a line says why."""
     data = Path(shutil.copytree(place / "data", tmp_path / "data"))
     (data / NAMES["t10k"][1]).write_bytes(idx_bytes(torch.full((60,), 10, dtype=torch.uint8)))
-    problem = "the test images have a class 10, which the training images have not"
+    problem = "the test images have a class 10, unlike the training images"
     assert call_eval(copied, "--realism", "--data", data).line == f"{copied}: {problem}; its realism is not measured"
-    assert call_eval("q1", "--realism", "--realism-images", "5").line == (
-        "runs/q1: 5 test images are too few; density and coverage need 6; its realism is not measured"
-    )
+    problem = "5 test images are too few; density and coverage need 6"
+    assert call_eval(copied, "--realism", "--realism-images", "5").line.startswith(f"{copied}: {problem}; ")
+    (copied / classifier.X_ONLY).unlink()
+    (copied / classifier.X_ONLY).mkdir()
+    assert call_eval(copied, "--realism").line.startswith(f"{copied}/{classifier.X_ONLY}: cannot be written")
+    (data / NAMES["train"][0]).write_bytes(idx_bytes(torch.randint(256, (600, 28, 28), dtype=torch.uint8)))
+    assert call_eval(copied, "--realism", "--data", data).line.startswith(f"{copied}: was begun on other train images")
     for part in NAMES:
         (data / NAMES[part][1]).unlink()
     ended = call_eval(copied, "--realism", "--data", data, "--format", "json")

@@ -111,7 +111,7 @@ def test_pictures_that_cannot_be_written(tmp_path: Path) -> None:
     """By their format, their name, or their folder, which is a file; nothing is left behind."""
     (tmp_path / "file").touch()
     forms = ("webp", "jpg", "gif", "pdf")
-    unfit = [(f"wide.{form}", UsageError, f"wide.{form}: this format cannot hold 70000×1 pix") for form in forms]
+    unfit = [(f"wide.{form}", UsageError, f"wide.{form}: cannot hold 70000×1 pixels") for form in forms]
     unknown = ("a.xyz", UsageError, "a.xyz: pictures are written as ")
     no_folder = ("file/a.png", DiskError, "file: cannot be made")
     for name, error, problem in (*unfit, unknown, no_folder):
