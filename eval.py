@@ -33,8 +33,8 @@ from cvae.console import called, command, complain, interruptible, program, say
 from cvae.context import Context, opened
 from cvae.data.sources import TestImages, difference, load_test, named
 from cvae.errors import DataError, UsageError
-from cvae.report import figures, realism, tables
-from cvae.report.evaluation import OF_THE_IMAGES, Subject, by_setting, evaluate_run, find_runs, short_names
+from cvae.report import figures, realism
+from cvae.report.evaluation import OF_THE_IMAGES, Subject, evaluate_run, find_runs, render, short_names
 from cvae.run.folder import RunFolder, find_run, quoted
 from cvae.run.load import load_trained
 from cvae.run.plan import absolute, user_path
@@ -55,7 +55,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seeds", action="store_true", help="runs that differ in their seeds alone as one column, their mean")
     add("--samples", type=int, nargs="+", default=[100, 1000], metavar="S", help="samples of z (default: 100 1000)")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on CPUs with it, else fp32")
-    add("--format", choices=tables.FORMATS, default="text", help="format of the table (default: %(default)s)")
+    add("--format", choices=("text", "markdown", "json", "csv"), default="text", help="of the table (default: text)")
     add("--figure", type=path, metavar="PATH", help="write completions as a picture, one for each run")
     add("--samples-to", type=path, metavar="DIR", help="write each completion as a PNG file; replaces none")
     add("--digits", type=numbers, metavar="N,N,…", help="test images for these, from 0 (default: the first ten)")
@@ -176,8 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         judged = {name: realism.judge(name, case, options.seed, context) for name, case in cases.items()}
         if is_main and found:
             beside = {name: {"realism": realism.record(judged.get(name))} for name in runs if options.realism}
-            columns = by_setting(found) if options.seeds else [[run] for run in found]
-            table = tables.render(columns, options.format, beside)
+            table = render(found, options.format, options.seeds, beside)
             if judged and options.format in ("text", "markdown"):
                 table += realism.render(beside, runs, options.format)
             say("\n".join(["", table, *drawn, ""] if drawn else ["", table]) if is_text else table, end="")

@@ -14,8 +14,8 @@ from statistics import mean, stdev
 
 from start import ROOT
 
+from cvae.report.evaluation import LABELS, TUTORIAL, Cells, Record, laid_out, number, rows
 from cvae.report.realism import COLUMNS, ROWS
-from cvae.report.tables import LABELS, TUTORIAL, Cells, Record, laid_out, number, rows
 
 REFERENCE = ROOT / "runs" / "reference"
 QUADRANTS = (1, 2, 3)

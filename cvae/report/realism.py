@@ -23,9 +23,8 @@ from cvae.model.cvae import CVAE, NOISE_IMAGES
 from cvae.model.likelihood import estimate
 from cvae.report import measures
 from cvae.report.classifier import Classifier, open_judges
-from cvae.report.evaluation import Subject
+from cvae.report.evaluation import Record, Subject, laid_out, number
 from cvae.report.figures import INK, PAPER, completion_rows, draw_rows, write_picture
-from cvae.report.tables import Record, laid_out, number
 
 COMPLETIONS = 50  # of each image, S
 SHOWN, COMPLETIONS_SHOWN, SIDE = 10, 6, 84  # images and completions of each in the picture; their size, screen pixels

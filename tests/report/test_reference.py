@@ -14,7 +14,7 @@ from cvae import context
 from cvae.data.sources import load_train
 from cvae.data.tasks import ImageSet
 from cvae.model.objectives import elbo
-from cvae.report.tables import MNIST, laid_out
+from cvae.report.evaluation import MNIST, laid_out
 from cvae.run.folder import CONFIG, WEIGHTS, RunFolder
 
 LARGEST = 10_000_000  # bytes of one file of weights

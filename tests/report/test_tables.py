@@ -15,8 +15,7 @@ import torch
 from cvae.data import sources
 from cvae.model.likelihood import Likelihoods
 from cvae.processes import Processes
-from cvae.report.evaluation import Evaluation, Subject, by_setting, short_names
-from cvae.report.tables import MNIST, render
+from cvae.report.evaluation import MNIST, Evaluation, Subject, by_setting, render, short_names
 from cvae.settings import Settings
 
 OTHERS: dict[str, dict[str, Any]] = {"half": {"observed": "left"}, "binary": {"targets": "binary"}}
@@ -47,7 +46,7 @@ def of_seeds() -> list[Evaluation]:
 
 def text(*runs: Evaluation, form: str = "text") -> str:
     """The table with a column for each run."""
-    return render([[run] for run in runs], form)
+    return render(runs, form)
 
 
 def records(*runs: Evaluation) -> list[dict[str, Any]]:
@@ -107,7 +106,7 @@ def test_seeds_are_one_column() -> None:
     Differences are from that mean; JSON has each run by itself.
     """
     runs = of_seeds()
-    printed = render(by_setting([runs[0], runs[3], *runs[1:3]]), "text")
+    printed = render([runs[0], runs[3], *runs[1:3]], "text", True)
     table, differences, notes = printed.split("\n\n")
     header = ["s0, s1, s2 (1 quadrant, 3 seeds)", "other (1 quadrant)"]
     assert rows(table)["nats per image, lower is better"] == header
@@ -120,7 +119,7 @@ def test_seeds_are_one_column() -> None:
     assert rows(table)["Effective samples of S = 3"][0].startswith(f"{sum(medians) / 3:.1f}, ")
     assert rows(table)["Active units of z"][0] == "3+0, 3+0, 3+0 of 6"
     assert "s0, s1, s2: seeds 0, 1, 2." in notes
-    assert json.loads(render(by_setting(runs), "json")) == records(*runs)
+    assert json.loads(render(runs, "json", True)) == records(*runs)
     assert rows(differences)["minus s0, s1, s2, below zero is better"] == header[1:]
     means = np.stack([numpy_of(run, "nn_nll") for run in runs[:3]]).mean(0)
     assert rows(differences)["NN (baseline)"] == [cell(numpy_of(runs[3], "nn_nll") - means, 3, "+")]
