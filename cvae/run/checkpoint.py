@@ -25,17 +25,12 @@ def save(path: Path, content: Mapping[str, Any]) -> None:
 
 def load(path: Path) -> dict[str, Any]:
     """Read what `save` wrote, its tensors into the CPU's memory; nothing in the file is run. Raises DataError."""
-    content = unpickled(path, "is damaged, or no checkpoint of this program")
+    packed = read(path)
+    with taken_for_damage(f"{path}: is damaged, or no checkpoint of this program", Exception):  # anywhere in the reader
+        content = torch.load(io.BytesIO(packed), map_location="cpu", weights_only=True)
     if not isinstance(content, dict) or type(content.get("format")) is not int or content["format"] != FORMAT:
         raise DataError(f"{path}: is not a checkpoint of format {FORMAT}, which this version reads; train anew")
     return content
-
-
-def unpickled(path: Path, problem: str) -> Any:
-    """Return what `torch.save` wrote, if it is tensors and plain values; else raise DataError, with the problem."""
-    content = read(path)
-    with taken_for_damage(f"{path}: {problem}", Exception):  # a damaged file may fail anywhere in the reader
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
 def read(path: Path) -> bytes:

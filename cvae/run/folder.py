@@ -14,14 +14,12 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from cvae.data.masks import make_task
-from cvae.data.tasks import FixedMask
 from cvae.errors import DataError, UsageError, taken_for_damage
 from cvae.model.networks import NETWORKS
 from cvae.model.objectives import OBJECTIVES
@@ -59,55 +57,33 @@ class Progress:
 
 
 class RunFolder:
-    """A run on the disk; its `config.json` is read once. Whatever cannot be read raises DataError, naming the file."""
+    """A run on the disk, as it is now. Whatever cannot be read raises DataError, naming the file.
+
+    Attributes:
+        config: All that `config.json` says, read once; `settings`, `record` and `precision` are parts of it.
+        record: What identifies the images that the run is trained on, as `data.sources.record` gives it.
+        task: What turns images into x and y.
+        precision: The precision that the run was begun in.
+        summary: What the run has come to; None as long as it is not finished.
+        is_passed_on: Whether it has published weights in the place of checkpoints, and so cannot go on.
+    """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.path, file = Path(path), Path(path) / CONFIG
+        if not os.path.isfile(file):
+            raise DataError(f"{path} is no run folder: it has no {CONFIG}")
+        self.config = read_json(file)
+        with taken_for_damage(f"{file}: does not describe a run; train anew with this version", KeyError, TypeError):
+            self.settings, self.record = known_settings(self.config["settings"], file), dict(self.config["images"])
+            height, width = int(self.record["height"]), int(self.record["width"])
+        self.task = make_task(self.settings, height, width, picture=self.path / OBSERVED)
+        self.precision: str = self.config.get("precision", self.settings.precision)
+        self.summary = read_json(self.path / SUMMARY) if os.path.isfile(self.path / SUMMARY) else None
+        self.is_passed_on = os.path.isfile(self.path / WEIGHTS) and not os.path.lexists(self.path / BEST)
 
-    @cached_property
-    def config(self) -> dict[str, Any]:
-        """All that `config.json` says."""
-        if not os.path.isfile(self.path / CONFIG):
-            raise DataError(f"{self.path} is no run folder: it has no {CONFIG}")
-        config = read_json(self.path / CONFIG)
-        return config if isinstance(config, dict) else {}
-
-    @cached_property
-    def settings(self) -> Settings:
-        """The settings of the run."""
-        return known_settings(self.config.get("settings"), self.path / CONFIG)
-
-    @cached_property
-    def record(self) -> dict[str, Any]:
-        """What identifies the images that the run is trained on, as `data.sources.record` gives it."""
-        return known_record(self.config.get("images"), self.path / CONFIG)
-
-    @cached_property
-    def task(self) -> FixedMask:
-        """What turns images into x and y."""
-        return make_task(self.settings, self.record["height"], self.record["width"], picture=self.path / OBSERVED)
-
-    @property
-    def precision(self) -> str:
-        """The precision that the run was begun in."""
-        return str(self.config.get("precision", self.settings.precision))
-
-    @property
-    def summary(self) -> dict[str, Any] | None:
-        """What the run has come to; None as long as it is not finished."""
-        return read_json(self.path / SUMMARY) if os.path.isfile(self.path / SUMMARY) else None
-
-    @property
-    def is_passed_on(self) -> bool:
-        """Whether it has published weights in the place of checkpoints: it can be evaluated, and cannot go on."""
-        return os.path.isfile(self.path / WEIGHTS) and not os.path.lexists(self.path / BEST)
-
-    def metrics(self, size: int | None = None) -> list[dict[str, Any]]:
-        """Return the whole lines in the first `size` bytes of `metrics.jsonl`, None: in all."""
-        content = checkpoint.read(self.path / METRICS)
-        if size is not None and len(content) < size:
-            raise DataError(f"{self.path / METRICS}: is cut off")
-        lines = content[:size].split(b"\n")[:-1]  # the last one is still being written
+    def metrics(self) -> list[dict[str, Any]]:
+        """Return the whole lines of `metrics.jsonl`; the last one may be half written."""
+        lines = checkpoint.read(self.path / METRICS).split(b"\n")[:-1]
         with taken_for_damage(f"{self.path / METRICS}: is damaged", ValueError, TypeError):
             return [dict(json.loads(line)) for line in lines]
 
@@ -116,16 +92,16 @@ class RunFolder:
 
         `best.pt` may be missing where the last weights are the best, and an epoch may be logged that is not saved yet.
         """
-        path = self.path / LAST
+        path, log = self.path / LAST, self.path / METRICS
         if not os.path.lexists(path):
-            logged = self.metrics() if os.path.lexists(self.path / METRICS) else []
-            if len(logged) > 1 or any(os.path.lexists(self.path / name) for name in (BEST, SUMMARY, WEIGHTS)):
+            logged = checkpoint.read(log) if os.path.lexists(log) else b""
+            if logged.count(b"\n") > 1 or any(os.path.lexists(self.path / name) for name in (BEST, SUMMARY, WEIGHTS)):
                 raise DataError(f"{path}: is missing, and the run is past its first epoch")
             return {}
-        last = checkpoint.load(path)
-        progress = Progress(**last["progress"])
-        if len(self.metrics()) - len(self.metrics(last["log"].get(METRICS, 0))) > 1:
-            raise DataError(f"{self.path / METRICS}: has later epochs than {LAST}")
+        last, logged = checkpoint.load(path), checkpoint.read(log)
+        progress, size = Progress(**last["progress"]), last["log"][METRICS]
+        if len(logged) < size or logged[size:].count(b"\n") > 1:
+            raise DataError(f"{log}: has other epochs than {LAST}")
         if progress.best_epoch not in (0, progress.epoch):
             best = checkpoint.load(self.path / BEST)
             if (best.get("phase"), best.get("epoch")) != (last["phase"], progress.best_epoch):
@@ -160,20 +136,13 @@ def known_settings(values: object, file: Path) -> Settings:
     return settings
 
 
-def known_record(images: Any, file: Path) -> dict[str, Any]:
-    """Return what a file says of images. Raises DataError if it does not say their size."""
-    if not isinstance(images, dict) or not all(type(images.get(side)) is int for side in ("height", "width")):
-        raise DataError(f"{file}: does not say the size of the images; train anew with this version")
-    return images
-
-
 def refuse_existing(path: Path, overwrite: bool) -> None:
     """Raise UsageError if there is something at `path` that a new run must not replace; hidden files count as none."""
     if not os.path.lexists(path) or (os.path.isdir(path) and all(name.startswith(".") for name in os.listdir(path))):
         return
     try:
-        is_run = "settings" in RunFolder(path).config
-    except DataError:
+        is_run = "settings" in read_json(path / CONFIG)
+    except (DataError, TypeError):
         is_run = False
     if not is_run:
         raise UsageError(f"{path} is no run folder and is left as it is; choose another --name")

@@ -7,6 +7,7 @@ Metadata of the file, each a text: `settings` (JSON), `observed` (the mask, a li
 import hashlib
 import json
 import os
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from cvae.model.cvae import CVAE
 from cvae.model.densities import widen
 from cvae.model.networks import build, upgraded
 from cvae.run import checkpoint
-from cvae.run.folder import BEST, LAST, WEIGHTS, RunFolder, find_run, known_record, known_settings, quoted
+from cvae.run.folder import BEST, LAST, WEIGHTS, RunFolder, find_run, known_settings, quoted
 from cvae.settings import VERSION, Settings
 
 MISFITS = (KeyError, TypeError, ValueError, AttributeError, RuntimeError)  # what weights of another model raise
@@ -76,7 +77,7 @@ def read_trained(path: Path, device: torch.device | str = "cpu") -> Trained:
     metadata, state = read_weights(path)
     with taken_for_damage(f"{path}: holds no CVAE of this program, by its metadata", *MISFITS):
         settings = known_settings(json.loads(metadata["settings"]), path)
-        images = known_record(json.loads(metadata["images"]), path)
+        images = json.loads(metadata["images"])
         rows = [[{"0": False, "1": True}[letter] for letter in row] for row in metadata["observed"].split("\n")]
         task = FixedMask(torch.tensor(rows), mask_name(settings))
     return Trained(assembled(path, settings, task, state).to(device), settings, images)
@@ -153,14 +154,9 @@ def start_from(folder: Path, model: CVAE) -> tuple[str, dict[str, Any]]:
     prefix = "baseline_net." if content.get("phase") == "baseline" else ""
     weights = {prefix + name: tensor for name, tensor in state.items()}
     task, begun, remark, pixels = model.task, model.state_dict(), "", set[int]()
-    try:
-        is_same = not isinstance(task, FixedMask) or torch.equal(RunFolder(folder).task.observed, task.observed)
-    except DataError:  # as far as is known
-        is_same = True
-    if not is_same:
-        pixels = {task.x_dim, task.y_dim, task.x_dim + task.y_dim}
-        sizes = ", ".join(map(str, sorted(pixels)))
-        remark = f"; the mask is another, and so nothing fits that is as large as a part of the image ({sizes})"
+    with suppress(DataError):  # else the masks are the same, as far as is known
+        if isinstance(task, FixedMask) and not torch.equal(RunFolder(folder).task.observed, task.observed):
+            pixels, remark = {task.x_dim, task.y_dim, task.x_dim + task.y_dim}, "; their mask is another"
     shapes = {name: tensor.shape for name, tensor in begun.items() if pixels.isdisjoint(tensor.shape)}
     fitting = {name: tensor for name, tensor in weights.items() if tensor.shape == shapes.get(name)}
     if not fitting:
@@ -188,9 +184,9 @@ def load_tutorial(path: str | Path, quadrants: int = 1, device: torch.device | s
         ValueError: For another number.
     """
     settings, path, state = Settings(quadrants=quadrants), Path(path), dict[str, Tensor]()
-    weights = checkpoint.unpickled(path, "holds more than tensors, or is damaged: save the state_dict of the CVAE")
     task = make_task(settings, SIDE, SIDE)
-    with taken_for_damage(f"{path}: is no CVAE of Pyro's example", IndexError, *MISFITS):
+    with taken_for_damage(f"{path}: is no state_dict of the CVAE of Pyro's example", Exception):
+        weights = torch.load(path, map_location="cpu", weights_only=True)
         for network in ("baseline_net", "prior_net", "recognition_net", "generation_net"):
             ends = ("fc31", "fc32") if f"{network}.fc31.bias" in weights else ("fc3",)  # loc and scale, or logits
             for kind in ("weight", "bias"):

@@ -25,14 +25,6 @@ def describe_machine(context: Context, words: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def differences(config: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Return what may change the bits of a training: a machine other than the one that a run was on last."""
-    last = [config, *config.get("resumed", [])][-1]
-    before, here = ({**each.get("device", {}), "torch": each.get("versions", {}).get("torch")} for each in (last, now))
-    counted = [name for name in here if (name, here["type"]) != ("threads", "cuda")]
-    return [f"{name} {here[name]} in place of {before.get(name)}" for name in counted if here[name] != before.get(name)]
-
-
 def processor() -> str:
     """Return the processor's name, where Linux tells it."""
     with suppress(OSError):

@@ -21,7 +21,7 @@ from cvae.run import checkpoint, folder
 from cvae.run.folder import BEST, CONFIG, FILES, INIT, LAST, OBSERVED, SUMMARY, Progress, RunFolder, quoted
 from cvae.run.load import MISFITS, start_from
 from cvae.run.log import RunLog
-from cvae.run.machine import describe_machine, differences
+from cvae.run.machine import describe_machine
 from cvae.settings import Settings
 
 
@@ -80,16 +80,17 @@ class Run:
         Returns:
             The model; the checkpoint to go on from, {} at the beginning, None if nothing is left to do.
         """
-        processes, run, s = self.context.processes, RunFolder(self.folder), self.settings
+        processes, s = self.context.processes, self.settings
+        run = processes.on_main(lambda: RunFolder(self.folder)) if self.resume else None
         # Other machines may see neither the folder nor the picture of a mask, and need the same images.
-        recorded = processes.on_main(lambda: run.record if self.resume else images)
+        recorded = run.record if run else processes.on_main(lambda: images)
         processes.on_all(partial(self._refuse_others, recorded, images))
         make = partial(make_task, s, images["height"], images["width"])
-        task = processes.on_main(lambda: run.task if self.resume else make())
+        task = run.task if run else processes.on_main(make)
         if task.about:
             say(task.about)
         model = build(task, s)
-        begin = partial(self._go_on, run, images) if self.resume else partial(self._begin, model, images)
+        begin = partial(self._go_on, run, images) if run else partial(self._begin, model, images)
         last, weights = processes.on_main(begin)
         if weights is not None:
             with self._left_as_it_is():
@@ -131,15 +132,16 @@ class Run:
         if is_finished and run.summary is not None and (self.folder / BEST).is_file():
             say(f"{self.folder} is finished: nothing is left to do")
             return None, None
-        before, now = run.settings.to_dict(), s.to_dict()
+        begun_with, now = run.settings.to_dict(), s.to_dict()
         machine = describe_machine(self.context, self.words)
-        changed = {name: [before[name], value] for name, value in now.items() if value != before[name]}
+        changed = {name: [begun_with[name], value] for name, value in now.items() if value != begun_with[name]}
         resumed = {"phase": last.get("phase", "baseline"), "epoch": progress.epoch, "changed": changed, **machine}
         known = {part: recorded for part, recorded in run.record.items() if recorded is not None}
-        self._config = {**run.config, "settings": now, "images": {**images, **known}}
-        self._config["resumed"] = [*run.config.get("resumed", []), resumed]
+        history = run.config.get("resumed", [])
+        self._config = {**run.config, "settings": now, "images": {**images, **known}, "resumed": [*history, resumed]}
         self._last = last
-        if changes := differences(run.config, machine):
+        before, here = ({**each["device"], **each["versions"]} for each in ([run.config, *history][-1], machine))
+        if changes := [f"{k} {here[k]} in place of {before.get(k)}" for k in here if here[k] != before.get(k)]:
             say(f"{self.folder}: from here on not bit for bit as it began: {', '.join(changes)}")
         return last, (last if is_cvae else begun).get("model")
 
@@ -148,6 +150,7 @@ class Run:
         with self._left_as_it_is():
             for name, part in parts.items():
                 part.load_state_dict(last[name])
+        self.context.processes.on_main(partial(self._save_best, last))  # the process may have ended before it did so
         return Progress(**last["progress"])
 
     @contextmanager
@@ -169,8 +172,6 @@ class Run:
                 left = [path for name in FILES for path in self.folder.glob(f".*{name}*.tmp")]  # by a killed process
                 for path in [self.folder / SUMMARY, *left]:
                     path.unlink(missing_ok=True)
-            if self._last:
-                self._save_best(self._last)  # the process may have ended between the two files
             self._log = RunLog(self.folder, self._last.get("log", {}), self.settings.to_dict())
             self._held.callback(self._log.close)
         return self._log
@@ -207,12 +208,7 @@ class Run:
         if progress.best_epoch == 0:
             problem = f"the validation loss was NaN or infinite after each of {progress.epoch} epochs"
             raise NonFiniteError(f"{phase}: {problem}. Try a lower --learning-rate, or look at the data")
-
-        def read() -> dict[str, Any]:
-            self._opened_log()  # `best.pt` may have to be made
-            return checkpoint.load(self.folder / BEST)
-
-        model.load_state_dict(self.context.processes.on_main(read)["model"])
+        model.load_state_dict(self.context.processes.on_main(lambda: checkpoint.load(self.folder / BEST)["model"]))
 
     def finish(self, progress: Progress, draw: Callable[[Path], None]) -> None:
         """Have the run's figures drawn, and write `summary.json`, by which `eval.py` knows a finished run.

@@ -200,8 +200,8 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     "no best": (written("best.pt", None), "best.pt: cannot be read (No such file"),
     "best of another epoch": (saved("best.pt", epoch=2), "best.pt: is of another epoch than the best one of last.pt"),
     "no metrics": (written("metrics.jsonl", None), "metrics.jsonl: cannot be read (No such file"),
-    "metrics cut off": (written("metrics.jsonl", b""), "metrics.jsonl: is cut off"),
-    "later metrics": (written("metrics.jsonl", b"{}\n{}\n", more=True), "metrics.jsonl: has later epochs than last.pt"),
+    "metrics cut off": (written("metrics.jsonl", b""), "metrics.jsonl: has other epochs than last.pt"),
+    "later metrics": (written("metrics.jsonl", b"{}\n{}\n", more=True), "metrics.jsonl: has other epochs than last.pt"),
     "other sizes": (settings(hidden=[8, 8]), "last.pt: does not fit the run's settings"),
     "other optimizer": (saved("last.pt", optimizer={"moments": [1]}), "last.pt: does not fit the run's settings"),
 }

@@ -245,7 +245,7 @@ def test_weights_that_face_other_pixels_do_not_fit(done: Path) -> None:
     model = build(other, SMALL)
     line, record = start_from(done, model)
     assert (other.x_dim, other.y_dim) == (TASK.x_dim, TASK.y_dim)
-    assert "the mask is another, and so nothing fits that is as large as a part of the image (20, 70, 90)" in line
+    assert line.endswith("; their mask is another")
     facing = ["baseline_net.layers.0", "baseline_net.layers.2", "prior_net.layers.0", "recognition_net.layers.0"]
     assert record["not_fitting"] == ", ".join([*facing, "generation_net.layers.2"])
 
