@@ -92,7 +92,7 @@ def test_baseline_is_evaluated_on_all_test_images(place: Path, table: list[dict[
     (record,) = records("q1", "--precision", "fp32")
     model, printed = load("q1"), call_eval().out
     assert printed.startswith(f"IDX files in {place}/data: 50 test images of 10×9 pixels\n\n")
-    x, y = model.task.split(images_of(place) / 255)
+    x, y, *_ = model.task.batch(model.task.rows(images_of(place)))
     nll = binary_cross_entropy_with_logits(model.baseline_net(x), y, reduction="none").sum(1).double()
     assert record["nn_nll"]["mean"] == pytest.approx(nll.mean().item(), rel=1e-6)  # sums of 70 terms in float32
     assert record["nn_nll"]["stderr"] == pytest.approx(nll.std().item() / 50**0.5, rel=1e-4)

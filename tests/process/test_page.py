@@ -185,7 +185,7 @@ def look_at_test_digits(person: Person, runs: Path) -> None:
     expected = model.complete(test[0], 16, seed=0)[:, 0]
     assert same(person.images("#completions"), rounded(expected))
     picture, given, guess, mean, spread = person.images("#views")
-    x, y = model.task.split(torch.cat([test[:1] / 255, expected]))
+    x, y, *_ = model.task.batch(model.task.rows(torch.cat([test[:1] / 255, expected])))
     probability = model.baseline_net(x[:1]).double().sigmoid()
     assert (picture == image).all()
     assert (given[observed] == image[observed][:, None]).all()

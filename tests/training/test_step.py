@@ -50,7 +50,7 @@ class Plain:
         groups = [{"params": flat, "weight_decay": 0.0}, {"params": others, "weight_decay": self.s.weight_decay}]
         self.adam = torch.optim.AdamW(groups, lr=1.0)
         task = self.phase.train.task
-        self.x, self.y = task.split(pictures(side=task.height) / 255)
+        self.x, self.y, *_ = task.batch(task.rows(pictures(side=task.height)))
         self.guesses = None if self.context.precision == "fp32" else self.phase.train.guesses  # which are kept in half
         self.steps, self.norms = 0, []
         self.scale = 64.0 if self.context.precision == "fp16" else 1.0
