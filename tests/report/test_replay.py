@@ -116,6 +116,7 @@ def test_events_that_are_cut(done: Path, tmp_path: Path) -> None:
 def made(folder: Path, losses: dict[tuple[str, int], float | None], *logs: dict[tuple[str, int], bytes]) -> Path:
     """Make a folder with a log of these losses, and an event file for each of these sets of PNG files."""
     folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"settings": {}, "images": {"height": 40, "width": 50}}))
     with (folder / "metrics.jsonl").open("w") as file:
         for (phase, epoch), loss in losses.items():
             record = {"phase": phase, "epoch": epoch, "train_elbo": -1.0, "validation_elbo": loss and -loss}
