@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 
-from cvae.console import called, command, complain, interruptible, program, say
+from cvae.console import called, command, complain, program, say
 from cvae.context import Context, opened
 from cvae.data.sources import TestImages, difference, load_test, named
 from cvae.errors import DataError, UsageError
@@ -160,7 +160,7 @@ def draw_all(runs: dict[str, Subject], options: argparse.Namespace, context: Con
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate runs and print their table; return the exit code."""
     options = parse(argv)
-    with interruptible(), opened(options.device, "fp32") as context:
+    with opened(options.device, "fp32") as context:
         if options.precision != "auto" or context.device.type == "cpu":
             context = context.with_precision(options.precision)
         is_main, is_text = context.processes.is_main, options.format == "text"

@@ -7,16 +7,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import contextmanager, suppress
 from functools import partial, wraps
 from importlib import import_module
 from io import StringIO, TextIOWrapper
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from cvae.errors import CvaeError, DiskError, Interrupted, UsageError, is_text, telling_of_memory
+from cvae.errors import CvaeError, DiskError, UsageError, is_text, telling_of_memory
 
 BAR_AFTER_S, LINE_EVERY_S = 2, 60
 ASCII = dict(zip("±−–─×→≤≥…ŷ▀▄█", ["+-", "-", "-", "-", "x", "->", "<=", ">=", "...", "y", '"', "_", "#"], strict=True))
@@ -77,94 +77,31 @@ def command(script: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
     def decorate(main: Callable[..., int]) -> Callable[..., int]:
         @wraps(main)
         def safe_main(argv: Sequence[str] | None = None) -> int:
-            with safe_output():
-                try:
-                    with telling_of_memory():
-                        for word in sys.argv[1:] if argv is None else argv:
-                            if not is_text(word):  # no JSON file and no log could hold it
-                                shown = os.fsencode(word).decode("utf-8", "backslashreplace")
-                                raise UsageError(f"{shown}: is no text in UTF-8; give the file or folder another name")
-                        return main(argv)
-                except CvaeError as error:
-                    if not error.is_told_elsewhere:
-                        complain(f"{program(script)}: {error}")
-                    return error.exit_code
+            for stream in (sys.stdout, sys.stderr):
+                if isinstance(stream, TextIOWrapper):  # neither closed nor a notebook's
+                    stream.reconfigure(errors="cvae.ascii")
+            try:
+                for word in sys.argv[1:] if argv is None else argv:
+                    if not is_text(word):  # no JSON file and no log could hold it
+                        raise UsageError(f"{word}: is no text in UTF-8; give the file or folder another name")
+                with telling_of_memory():
+                    return main(argv)
+            except CvaeError as error:
+                if not error.is_told_elsewhere:
+                    complain(f"{program(script)}: {error}")
+                return error.exit_code
 
         return safe_main
 
     return decorate
 
 
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """Raise Interrupted at Ctrl-C within the block, if `before_torch` lets it end the process without a word."""
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) != signal.SIG_DFL:
-        yield
-        return
-
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise Interrupted("interrupted", signal.SIGINT) from None
-    finally:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+def _in_ascii(error: Any) -> tuple[str | bytes, int]:
+    character = error.object[error.start]
+    return (ASCII[character], error.start + 1) if character in ASCII else codecs.backslashreplace_errors(error)
 
 
-def _written_in_ascii(error: UnicodeError) -> tuple[str, int]:
-    if not isinstance(error, UnicodeEncodeError):
-        raise error
-    characters = error.object[error.start : error.end]
-    return "".join(ASCII.get(c) or c.encode("ascii", "backslashreplace").decode() for c in characters), error.end
-
-
-codecs.register_error("cvae.ascii", _written_in_ascii)
-
-
-@contextmanager
-def safe_output() -> Iterator[None]:
-    """Make everything printed within the block encodable, and give closed streams (None) a place to go."""
-    with ExitStack() as stack:
-        nowhere = stack.enter_context(open(os.devnull, "w"))
-        stack.enter_context(redirect_stdout(sys.stdout or nowhere))
-        stack.enter_context(redirect_stderr(sys.stderr or nowhere))
-        streams = {each: each.errors for each in (sys.stdout, sys.stderr) if isinstance(each, TextIOWrapper)}
-        for stream in streams:
-            stream.reconfigure(errors="cvae.ascii")
-        try:
-            yield
-        finally:
-            for stream, errors in streams.items():
-                try:
-                    stream.reconfigure(errors=errors)  # flushes it
-                except OSError:
-                    _lead_nowhere(stream)
-
-
-def say(text: str, end: str = "\n") -> None:
-    """Print on standard output at once, or nothing if its reader has gone. Raises DiskError if it cannot be written."""
-    try:
-        print(text, end=end, flush=True)
-    except OSError as error:
-        _lead_nowhere(sys.stdout)
-        if not isinstance(error, BrokenPipeError):
-            raise DiskError(f"standard output: cannot be written ({error.strerror or error})") from None
-
-
-def complain(line: str) -> None:
-    """Print a line on standard error at once, if it can be written."""
-    try:
-        print(line, file=sys.stderr, flush=True)
-    except OSError:
-        _lead_nowhere(sys.stderr)
-
-
-def _lead_nowhere(stream: TextIO) -> None:
-    """Drop what is still to be written to a stream, or it fails once more when Python ends."""
-    with suppress(OSError, ValueError):  # a notebook's stream has no descriptor
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
+codecs.register_error("cvae.ascii", _in_ascii)
 
 
 @contextmanager
@@ -172,10 +109,32 @@ def silence(is_silent: bool = True) -> Iterator[None]:
     """Have `say` and `Bar` show nothing within the block, if it is to be silent."""
     before, Bar.is_silent = Bar.is_silent, is_silent
     try:
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if is_silent else sys.stdout):
-            yield
+        yield
     finally:
         Bar.is_silent = before
+
+
+def say(text: str, end: str = "\n") -> None:
+    """Print on standard output at once, or nothing if its reader has gone. Raises DiskError if it cannot be written."""
+    error = None if Bar.is_silent else _print(text, end, sys.stdout)
+    if error and not isinstance(error, BrokenPipeError):
+        raise DiskError(f"standard output: cannot be written ({error.strerror or error})")
+
+
+def complain(line: str) -> None:
+    """Print a line on standard error at once, if it can be written."""
+    _print(line, "\n", sys.stderr)
+
+
+def _print(text: str, end: str, stream: TextIO) -> OSError | None:
+    """Print at once, or return the error of a stream that cannot be written; what it still holds is dropped."""
+    try:
+        print(text, end=end, file=stream or StringIO(), flush=True)  # None where it was closed before the start
+    except OSError as error:
+        with suppress(OSError, ValueError):  # a notebook's stream has no descriptor
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # or it fails once more when Python ends
+        return error
+    return None
 
 
 class Bar(tqdm):  # type: ignore[misc]
@@ -188,14 +147,12 @@ class Bar(tqdm):  # type: ignore[misc]
     is_silent = False
 
     def __init__(self, title: str, total: int, unit: str, show: bool = True):
-        on_terminal = sys.stderr.isatty()
         line = "{desc}: {n_fmt} of {total_fmt} {unit}, {rate_fmt}, {remaining} left{postfix}"
-        super().__init__(
-            desc=title, total=total, unit=unit, unit_scale=True, miniters=1, leave=False,
-            disable=self.is_silent or not show,
-            delay=BAR_AFTER_S if on_terminal else LINE_EVERY_S, mininterval=0.1 if on_terminal else LINE_EVERY_S,
-            bar_format=None if on_terminal else line, file=sys.stderr if on_terminal else StringIO(),
-        )  # fmt: skip
+        kind: dict[str, Any] = {"delay": BAR_AFTER_S}
+        if not (sys.stderr and sys.stderr.isatty()):
+            kind = {"delay": LINE_EVERY_S, "mininterval": LINE_EVERY_S, "bar_format": line, "file": StringIO()}
+        options = {"unit_scale": True, "miniters": 1, "leave": False, "disable": self.is_silent or not show, **kind}
+        super().__init__(desc=title, total=total, unit=unit, **options)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
         """Show the state, called by tqdm when it is time; returns True if there is something to be wiped away."""

@@ -15,48 +15,38 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
 class Kind(NamedTuple):
-    """The values that a setting can have: how a word becomes one, which ones are allowed, and the same in words."""
+    """The values that a setting can have."""
 
-    parse: Callable[[str], Any]
+    type: Callable[[str], Any]  # which makes one of a word, too
     is_good: Callable[[Any], bool]
-    wanted: str
+    wanted: str  # the same in words
 
 
 def whole(least: int, most: int = 1 << 31) -> Kind:
     """Return the kind of whole numbers in a range."""
     wanted = f"a whole number of at least {least}" if most == 1 << 31 else f"a whole number from {least} to {most}"
-    return Kind(int, lambda value: type(value) is int and least <= value <= most, wanted)
-
-
-def number(is_good: Callable[[float], bool], wanted: str) -> Kind:
-    """Return the kind of finite numbers with some property."""
-    return Kind(float, lambda value: type(value) in (int, float) and abs(value) < 1e300 and is_good(value), wanted)
+    return Kind(int, lambda value: least <= value <= most, wanted)
 
 
 def one_of(*names: str) -> Kind:
     """Return the kind of these names."""
-    return Kind(str, lambda value: value in names, f"one of {', '.join(names)}")
-
-
-def optional(kind: Kind) -> Kind:
-    """Return a kind with None added."""
-    return kind._replace(is_good=lambda value: value is None or kind.is_good(value))
+    return Kind(str, names.__contains__, f"one of {', '.join(names)}")
 
 
 COUNT, SIZE = whole(1), whole(1, LARGEST_LAYER)
-SHARE = number(lambda value: 0 <= value <= 1, "a number from 0 to 1")
-POSITIVE = number(lambda value: value > 0, "a number above 0")
-EPOCHS = number(lambda value: value >= 0, "a number of at least 0")
-NAME = Kind(str, lambda value: isinstance(value, str) and len(value) < 10_000 and is_text(value), "a name in UTF-8")
-SWITCH = Kind(bool, lambda value: type(value) is bool, "true or false")
+SHARE = Kind(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+POSITIVE = Kind(float, lambda value: 0 < value < 1e300, "a number above 0")
+EPOCHS = Kind(float, lambda value: 0 <= value < 1e300, "a number of at least 0")
+NAME = Kind(str, lambda value: len(value) < 10_000 and is_text(value), "a name in UTF-8")
+SWITCH = Kind(bool, lambda value: True, "true or false")
 SIZES = Kind(
-    int, lambda value: type(value) is tuple and 1 <= len(value) <= 64 and all(map(SIZE.is_good, value)),
+    tuple, lambda value: 1 <= len(value) <= 64 and all(type(each) is int and SIZE.is_good(each) for each in value),
     f"1 to 64 sizes from 1 to {LARGEST_LAYER}",
 )  # fmt: skip
 
 
 def setting(default: Any, kind: Kind, text: str) -> Any:
-    """Return the field of a setting: its default, its kind, its help."""
+    """Return the field of a setting: its default, its kind, its help. Where the default is None, None is allowed."""
     return field(default=default, metadata={"kind": kind, "text": text})
 
 
@@ -66,7 +56,7 @@ class Settings:
 
     # fmt: off
     quadrants: int = setting(1, whole(1, 3), "observed quadrants; several numbers make several runs")
-    observed: str | None = setting(None, optional(NAME), "given pixels: 1, 2, 3, a mask's name, or a picture, white")
+    observed: str | None = setting(None, NAME, "given pixels: 1, 2, 3, a mask's name, or a picture, white")
     preset: str = setting("default", NAME, "group of settings, each of which its own flag overrides")
     network: str = setting("tutorial", NAME, "networks of the CVAE and of its baseline")
     objective: str = setting("elbo", NAME, "objective of the CVAE")
@@ -85,17 +75,17 @@ class Settings:
     warmup_epochs: float = setting(1.0, EPOCHS, "epochs in which the learning rate grows to its highest")
     free_epochs: float = setting(0.0, EPOCHS, "first epochs of elbo in which a little KL of each level is free")
     weight_decay: float = setting(0.2, SHARE, "share of the weights, times the rate, taken off in each step")
-    clip: float | None = setting(None, optional(POSITIVE), "largest norm of a gradient; larger ones are scaled down")
+    clip: float | None = setting(None, POSITIVE, "largest norm of a gradient; larger ones are scaled down")
     bend: float = setting(0.0, SHARE, "share of the CVAE's training images that are bent a little, anew each epoch")
     unbent_epochs: int = setting(0, whole(0), "last epochs of the CVAE, without bent images and at a lower rate")
     average: int = setting(500, whole(0), "steps that the average of the weights spans; 0: none")
     seed: int = setting(0, whole(-(1 << 63), 1 << 63), "random seed")
-    data: str | None = setting(None, optional(NAME), "other images: a folder, an .npz file, or a name as fashion-mnist")
-    data_root: str | None = setting(None, optional(NAME), "torchvision's folder, not ~/.cache/torchvision or ./data")
-    size: int | None = setting(None, optional(whole(2, LARGEST_SIDE)), "height and width that pictures are scaled to")
+    data: str | None = setting(None, NAME, "other images: a folder, an .npz file, or a name as fashion-mnist")
+    data_root: str | None = setting(None, NAME, "torchvision's folder, not ~/.cache/torchvision or ./data")
+    size: int | None = setting(None, whole(2, LARGEST_SIDE), "height and width that pictures are scaled to")
     transpose: bool = setting(False, SWITCH, "swap rows and columns of the images, as EMNIST's files need it")
     targets: str = setting("grey", one_of("grey", "binary", "binary-fixed"), "black or white drawn each epoch, or once")
-    train_limit: int | None = setting(None, optional(COUNT), "number of training images to use, the first ones")
+    train_limit: int | None = setting(None, COUNT, "number of training images to use, the first ones")
     device: str = setting("auto", NAME, "auto, cpu, cuda or cuda:n")
     precision: str = setting("auto", one_of(*PRECISIONS), "products; auto: native bf16, else fp16 (CUDA), fp32 (CPU)")
     # fmt: on
@@ -103,10 +93,11 @@ class Settings:
     def __post_init__(self) -> None:
         for each in fields(self):
             kind, value = each.metadata["kind"], getattr(self, each.name)
-            if not kind.is_good(value):
+            if value is None and each.default is None:
+                continue
+            if type(value) not in ((int, float) if kind.type is float else (kind.type,)) or not kind.is_good(value):
                 raise ValueError(f"{flag(each.name)[2:]} has to be {kind.wanted}, not {reprlib.repr(value)}")
-            if kind.parse is float and value is not None:
-                object.__setattr__(self, each.name, float(value))
+            object.__setattr__(self, each.name, kind.type(value))  # a whole number may have become a float
         if self.latent_dim % self.levels:
             raise ValueError(f"latent-dim has to be a multiple of levels, not {self.latent_dim} for {self.levels}")
 
@@ -188,8 +179,8 @@ def add_flags(parser: argparse.ArgumentParser, choices: dict[str, Collection[str
         words = each.metadata["text"] + (f": {listed}" if listed else "") + f" (default: {shown})"
         more: dict[str, Any] = {"action": "store_true"}
         if kind is not SWITCH:
-            metavar = METAVARS.get(each.name) or {int: "N", float: "X"}.get(kind.parse, "NAME")
-            many = "+" if each.name == "quadrants" or isinstance(default, tuple) else None
-            more = {"type": kind.parse, "nargs": many, "metavar": metavar}
-            more["choices"] = None if each.name in METAVARS else names
+            parse = int if kind is SIZES else kind.type
+            metavar = METAVARS.get(each.name) or {int: "N", float: "X", str: "NAME"}[parse]
+            more = {"type": parse, "metavar": metavar, "choices": None if each.name in METAVARS else names}
+            more["nargs"] = "+" if kind is SIZES or each.name == "quadrants" else None
         group.add_argument(flag(each.name), default=argparse.SUPPRESS, help=words, **more)

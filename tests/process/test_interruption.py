@@ -1,13 +1,12 @@
 """Signals, bad numbers, two trainings in one folder, and readers beside a training: nothing is lost, nothing half."""
 
-import os
 import re
 import signal
 import sys
 from pathlib import Path
 
 import pytest
-from support.inprocess import call_eval, call_train
+from support.inprocess import call_train
 from support.trainings import (
     ENDLESS,
     ROOT,
@@ -145,16 +144,6 @@ def test_ctrl_c_while_it_starts(work: Path, script: str, module: str) -> None:
     command = [sys.executable, "-c", AMID_IMPORTS, module, ROOT / script]
     assert finish(start(command, work)) == (-signal.SIGINT, "", "")
     assert sorted(work.rglob("*")) == before
-
-
-def test_ctrl_c_ends_an_evaluation_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # as `before_torch` has it
-    monkeypatch.setattr("eval.find_runs", lambda *_: os.kill(os.getpid(), signal.SIGINT))
-    try:
-        assert call_eval() == (130, "", "eval.py: interrupted\n")
-        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def test_exploding_weights(work: Path) -> None:
