@@ -79,17 +79,17 @@ def telling_of_memory() -> Iterator[None]:
 
 @contextmanager
 def taken_for_damage(problem: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Raise DataError, the problem and the kind of error, for these errors of a reader; too little memory passes."""
+    """Raise DataError, the problem and its kind, for these errors of a reader; ours, and too little memory, pass."""
     try:
         yield
     except kinds as error:
-        if is_out_of_memory(error):
+        if isinstance(error, CvaeError) or is_out_of_memory(error):
             raise
-        raise DataError(f"{problem} ({type(error).__name__})") from None
+        raise DataError(f"{problem} ({getattr(error, 'strerror', None) or type(error).__name__})") from None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error, as Python and PyTorch raise it, says that memory does not suffice."""
-    signs = ("can't allocate memory", "Cannot allocate memory", "bad_alloc", "STATUS_ALLOC_FAILED")
+    signs = ("out of memory", "can't allocate memory", "Cannot allocate memory", "bad_alloc", "STATUS_ALLOC_FAILED")
     is_kind = type(error).__name__ in ("MemoryError", "OutOfMemoryError")  # PyTorch's, which is not imported here
     return not isinstance(error, CvaeError) and (is_kind or any(sign in str(error) for sign in signs))

@@ -17,14 +17,6 @@ from cvae.settings import Settings
 MOST_MIDDLE_GREY = 0.1  # share of the pixels: the edges of a drawn shape stay below it, photographs do not
 
 
-def _rows(height: int, width: int) -> Tensor:
-    return torch.arange(height)[:, None].expand(height, width)
-
-
-def _columns(height: int, width: int) -> Tensor:
-    return torch.arange(width).expand(height, width)
-
-
 def _center(height: int, width: int) -> Tensor:
     """Return the middle half of the rows and columns: (side + 1) // 4 of them are left out at both ends."""
     mask, top, left = torch.zeros(height, width, dtype=torch.bool), (height + 1) // 4, (width + 1) // 4
@@ -33,14 +25,14 @@ def _center(height: int, width: int) -> Tensor:
 
 
 MASKS: dict[str, Callable[[int, int], Tensor]] = {
-    "left": lambda height, width: _columns(height, width) < width // 2,
-    "right": lambda height, width: _columns(height, width) >= width // 2,
-    "top": lambda height, width: _rows(height, width) < height // 2,
-    "bottom": lambda height, width: _rows(height, width) >= height // 2,
+    "left": lambda height, width: (torch.arange(width) < width // 2).repeat(height, 1),
+    "right": lambda height, width: (torch.arange(width) >= width // 2).repeat(height, 1),
+    "top": lambda height, width: (torch.arange(height) < height // 2)[:, None].repeat(1, width),
+    "bottom": lambda height, width: (torch.arange(height) >= height // 2)[:, None].repeat(1, width),
     "center": _center,
     "border": lambda height, width: ~_center(height, width),
-    "checkerboard": lambda height, width: (_rows(height, width) + _columns(height, width)) % 2 == 0,
-    "every-second-row": lambda height, width: _rows(height, width) % 2 == 0,
+    "checkerboard": lambda height, width: (torch.arange(height)[:, None] + torch.arange(width)) % 2 == 0,
+    "every-second-row": lambda height, width: (torch.arange(height) % 2 == 0)[:, None].repeat(1, width),
 }
 """Makers of masks, by name: height, width → bool `[height, width]`, True = given."""
 

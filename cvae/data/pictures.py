@@ -1,8 +1,6 @@
 """Pictures as people have them, files, arrays and Pillow images, as grey levels; and the files below a folder."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +11,11 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from cvae.data.tasks import Task, described
-from cvae.errors import CvaeError, DataError, UsageError, first_line, is_out_of_memory
+from cvae.errors import DataError, taken_for_damage
 
 Array = npt.NDArray[Any]
 Picture = Tensor | Array | Image.Image | str | os.PathLike[str]
 FORMATS = ("PNG", "JPEG", "BMP", "DIB", "GIF", "TIFF", "WEBP", "PPM")
-
-
-@contextmanager
-def naming(path: object, problem: str = "cannot be read") -> Iterator[None]:
-    """Raise DataError, naming the file, for all that a reader stumbles over; UsageError for too little memory."""
-    try:
-        yield
-    except CvaeError:
-        raise
-    except Exception as error:
-        reason = (getattr(error, "strerror", None) or first_line(error))[:200]
-        if is_out_of_memory(error) or "out of memory" in reason:  # as Pillow says it
-            raise UsageError(f"{path}: does not fit into the memory ({reason}); smaller images do (--size)") from None
-        raise DataError(f"{path}: {problem} ({reason})") from None
 
 
 def pictures_below(folder: str | Path) -> tuple[list[str], int]:
@@ -51,7 +35,8 @@ def pictures_below(folder: str | Path) -> tuple[list[str], int]:
 
 def read_picture(path: str | os.PathLike[str]) -> Array:
     """Return the grey levels of a picture's file, uint8 `[height, width]`; raise DataError if it cannot be read."""
-    with naming(path, "cannot be read as a picture"), Image.open(path, formats=FORMATS) as image:
+    problem = f"{os.fspath(path)}: cannot be read as a picture"
+    with taken_for_damage(problem, Exception), Image.open(path, formats=FORMATS) as image:
         return grey_levels(image, os.fspath(path))
 
 
@@ -88,10 +73,8 @@ def resized(grey: Array, side: int) -> Array:
 def as_images(picture: Picture, task: Task) -> Tensor:
     """Return pictures of the task's size, `[B, height, width]`, uint8 or floats as they are given.
 
-    Args:
-        picture: A tensor or an array, `[height, width]` (B = 1) or `[B, height, width]`, uint8, bool or floats; a
-            Pillow image or the path of a file, which are read as `read_picture` does.
-        task: The task of the model.
+    picture: A tensor or an array, `[height, width]` (B = 1) or `[B, height, width]`, uint8, bool or floats; a Pillow
+    image or the path of a file, which are read as `read_picture` does.
 
     Raises:
         ValueError: For another size or type; DataError: for a file that cannot be read.
@@ -109,16 +92,16 @@ def as_images(picture: Picture, task: Task) -> Tensor:
 
 def as_tensor(picture: Picture) -> Tensor:
     """Return a tensor or an array as it is, another picture as grey levels, uint8 `[height, width]`."""
-    if isinstance(picture, Tensor):
-        return picture.detach()
-    if isinstance(picture, np.ndarray) and picture.dtype.kind in "buif":
-        return torch.tensor(picture.astype(picture.dtype.newbyteorder("="), copy=False))
     if isinstance(picture, str | os.PathLike):
         return torch.tensor(read_picture(picture))
     if isinstance(picture, Image.Image):
-        with naming("the picture", "cannot be read as a picture"):
+        with taken_for_damage("the picture: cannot be read", Exception):
             return torch.tensor(grey_levels(picture))
-    kind = f"{picture.dtype} array" if isinstance(picture, np.ndarray) else type(picture).__name__
+    if isinstance(picture, Tensor):
+        return picture.detach()
+    if isinstance(picture, np.ndarray):
+        return torch.from_numpy(np.array(picture, picture.dtype.newbyteorder("=")))
+    kind = type(picture).__name__
     raise ValueError(f"a picture is a tensor, a numpy array, a Pillow image or the path of a file, not: {kind}")
 
 

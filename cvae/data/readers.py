@@ -16,15 +16,14 @@ from PIL import Image
 from torch import Tensor
 
 from cvae.console import Bar
-from cvae.data.pictures import Array, naming, pictures_below, read_picture, resized, to_bytes
-from cvae.errors import DataError
+from cvae.data.pictures import Array, pictures_below, read_picture, resized, to_bytes
+from cvae.errors import DataError, taken_for_damage
 
 PARTS = {"train": "train", "training": "train", "val": "validation", "valid": "validation", "validation": "validation"}
 PARTS |= {"test": "test", "testing": "test", "t10k": "test"}
 """The words in the names of files, folders and arrays that say to which part of a set they belong."""
 
 LABELS = {"y", "label", "labels", "target", "targets"}  # words in the names of arrays that are no images
-AT_ONCE = 1000  # images whose levels are converted at once
 
 IDX_NAME = re.compile(
     r"(?:(.+)[-_.])?(train|test|t10k)[-_.](image|label)s?[-_.]idx\d[-_.]\w+(?:\.gz|\.xz)?", re.IGNORECASE
@@ -88,11 +87,9 @@ def read_idx(path: Path) -> Array:
 
     The format: two zero bytes, a type, the number of dimensions, each dimension as a big-endian uint32, the elements.
     """
-    with naming(path):
+    with taken_for_damage(f"{path}: is damaged, or no IDX file", Exception):  # damage may show anywhere
         content = path.read_bytes()
         content = UNPACKERS.get(content[:2], bytes)(content)
-        if content[:2] != b"\0\0" or len(content) < 4 or content[2] not in IDX_TYPES:
-            raise DataError(f"{path}: is no IDX file")
         start = 4 + 4 * content[3]
         shape = np.frombuffer(content[4:start], ">u4").tolist()
         return np.frombuffer(content, IDX_TYPES[content[2]], offset=start).reshape(shape)
@@ -107,7 +104,7 @@ def read_arrays(path: Path, wanted: Collection[str]) -> Source | None:
     if form not in (".npz", ".npy") or not path.is_file():
         return None
     source = Source(f"{form} file", str(path), {}, [])
-    with naming(path), path.open("rb") as file:
+    with taken_for_damage(f"{path}: is damaged, or no {form} file of numbers", Exception), path.open("rb") as file:
         stored = np.load(file, allow_pickle=False)
         arrays: Mapping[str, Array] = {"images": stored} if isinstance(stored, np.ndarray) else stored
         names = [name for name in arrays if not LABELS.intersection(name.lower().split("_"))]
@@ -138,24 +135,17 @@ def to_images(array: Array, name: str, notes: list[str]) -> Tensor:
     most = 1 if pixels.dtype.kind in "bf" else 255 if pixels.dtype == np.uint8 or pixels.max() < 256 else 65535
     if pixels.dtype not in (np.uint8, np.bool_):
         notes.append(f"{pixels.dtype.name} taken as levels from 0 to {most}")
-    images = np.empty(pixels.shape[:3], np.uint8)
-    for first in range(0, len(images), AT_ONCE):
-        rows = slice(first, first + AT_ONCE)
-        levels = to_bytes(pixels[rows], most, name)
-        if levels.shape[3] == 3:  # as one tall picture
-            tall = Image.fromarray(np.ascontiguousarray(levels).reshape(-1, *levels.shape[2:]))
-            levels = np.asarray(tall.convert("L"))
-        images[rows] = levels.reshape(images[rows].shape)
-    return torch.from_numpy(images)
+    images = to_bytes(pixels, most, name)
+    if images.shape[3] == 3:
+        images = np.array(Image.fromarray(images.reshape(-1, *images.shape[2:])).convert("L"))  # as one tall picture
+    return torch.from_numpy(images.reshape(pixels.shape[:3]))
 
 
-def read_pictures(
-    path: Path, wanted: Collection[str], side: int | None, show: bool, check: Callable[[], None]
-) -> Source | None:
+def read_pictures(path: Path, wanted: Collection[str], side: int | None, show: bool) -> Source | None:
     """Read the wanted parts of the pictures below a folder; None where there is no folder, or no picture in it.
 
     Folders `train`, `test` and `val` are the parts of the set; without the first two of them the set is not divided.
-    side: height and width that all are scaled to; None: they have to be of one size. show, check: as in `load_train`.
+    side: height and width that all are scaled to; None: they have to be of one size. show: as in `load_train`.
     """
     names, others = pictures_below(path) if path.is_dir() else ([], 0)
     parts: dict[str | None, list[str]] = defaultdict(list)
@@ -172,7 +162,6 @@ def read_pictures(
         images: list[Array] = []
         with Bar("pictures", len(parts[part]), "img", show) as bar:
             for name in parts[part]:
-                check()
                 picture = read_picture(path / name)
                 images.append(picture if side is None else resized(picture, side))
                 bar.update()

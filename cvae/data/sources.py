@@ -6,7 +6,7 @@ All of MNIST comes with the package (Y. LeCun, C. Cortes, C. J. C. Burges; CC BY
 import hashlib
 import os
 import shlex
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from cvae import context
-from cvae.data.pictures import naming, resized
+from cvae.data.pictures import resized
 from cvae.data.readers import Source, read_arrays, read_idx_set, read_pictures
 from cvae.data.tasks import binarized
-from cvae.errors import DataError, printable
+from cvae.errors import DataError, printable, taken_for_damage
 from cvae.settings import Settings
 
 MNIST = "mnist"
@@ -54,20 +54,18 @@ class TestImages(NamedTuple):
     record: dict[str, Any]
 
 
-def load_train(s: Settings = DEFAULTS, show: bool = False, check: Callable[[], None] = lambda: None) -> TrainImages:
+def load_train(s: Settings = DEFAULTS, show: bool = False) -> TrainImages:
     """Load the training and validation images that the settings name, MNIST where they name none.
 
     The last 10,000 of the 60,000 images of MNIST are for validation. Other training images are permuted by `s.seed`,
     and the last sixth of them, 10,000 at most, is for validation, unless the source has validation images. From a
     source that is not divided, a sixth is taken for the test first, the same one for every seed. Test images are hashed
-    for the record, and not used.
-
-    show: whether the user sees a progress bar. check: called before each picture; what it raises ends the reading.
+    for the record, and not used. show: Whether the user sees a progress bar.
 
     Raises:
         DataError: For images that are not there, damaged or too few; UsageError: for too little memory.
     """
-    images, about = _load(s, tuple(WORDS), show, check)
+    images, about = _load(s, tuple(WORDS), show)
     entries = record(**{part: images.get(part) for part in WORDS})
     return TrainImages(images["train"], images["validation"], about, entries)
 
@@ -80,19 +78,15 @@ def load_test(s: Settings = DEFAULTS, show: bool = False) -> TestImages:
 
 def load_labels(s: Settings, part: str) -> Tensor:
     """Load the classes of the images of one part, int64 `[N]`, in the order of the images; raise DataError for none."""
-    source = _read(s, tuple(WORDS), "labels")
-    labels = _divided(source, s.seed)
+    labels = _divided(source := _read(s, WORDS, "labels"), s.seed)
     if part not in labels:
-        problem = "has no labels, by which images are classified; MNIST and IDX files can have them"
-        raise DataError(f"{source.place}: {problem}")
+        raise DataError(f"{source.place}: has no labels to classify images by; MNIST and IDX files can have them")
     return labels[part]
 
 
-def _load(
-    s: Settings, wanted: tuple[str, ...], show: bool, check: Callable[[], None] = lambda: None
-) -> tuple[dict[str, Tensor], str]:
+def _load(s: Settings, wanted: tuple[str, ...], show: bool) -> tuple[dict[str, Tensor], str]:
     """Return the images of the wanted parts, of which the first has to be there, and the line about them."""
-    source = _read(s, wanted, "images", show, check)
+    source = _read(s, wanted, "images", show)
     form, place, _, notes = source
     images = {part: pixels for part, pixels in _divided(source, s.seed).items() if part in wanted}
     if wanted[0] not in images:
@@ -119,38 +113,31 @@ def _load(
     return images, printable("; ".join(dict.fromkeys([about, *notes])))
 
 
-def _read(
-    s: Settings, wanted: Collection[str], kind: str, show: bool = False, check: Callable[[], None] = lambda: None
-) -> Source:
+def _read(s: Settings, wanted: Collection[str], kind: str, show: bool = False) -> Source:
     """Read the wanted parts of what the settings name, `images` or `labels`, which IDX files alone have."""
     word = s.data or MNIST
-    if word == MNIST:
-        source = read_idx_set(Path(__file__).with_name("mnist"), wanted, kind)
-        assert source is not None
-        return source._replace(form="MNIST, which comes with the package", place="")
     if word in TORCHVISION:
         return _read_torchvision(word, s, wanted, kind)
-    path = Path(os.path.expanduser(word))
-    with naming(path):
+    path = Path(__file__).with_name("mnist") if word == MNIST else Path(os.path.expanduser(word))
+    with taken_for_damage(f"{path}: cannot be read", Exception):
         source = read_idx_set(path, wanted, kind)
-        if kind == "labels":
-            return source or Source("", word, {}, [])
-        source = source or read_arrays(path, wanted) or read_pictures(path, wanted, s.size, show, check)
+        if source is None and kind == "labels":
+            source = Source("", word, {}, [])
+        source = source or read_arrays(path, wanted) or read_pictures(path, wanted, s.size, show)
     if source is None:
         problem = "holds no images" if path.exists() else "there is no such folder or file"
         what = f"a folder of IDX files or of pictures, an .npz or .npy file, or one of {', '.join(NAMES)}"
         raise DataError(f"{word}: {problem}; --data takes {what}")
-    return source
+    return source._replace(form="MNIST, which comes with the package", place="") if word == MNIST else source
 
 
 def _read_torchvision(name: str, s: Settings, wanted: Collection[str], kind: str) -> Source:
     """Read one of torchvision's data sets. Raise DataError with the command that downloads it."""
     cls, prefix = TORCHVISION[name]
     roots = [os.path.expanduser(root) for root in ([s.data_root] if s.data_root is not None else ROOTS)]
-    for root in roots:
-        with naming(path := Path(root, cls, "raw", prefix)):
-            if source := read_idx_set(path, wanted, kind):
-                return source._replace(form=f"{name}, as torchvision has it in")
+    for path in (Path(root, cls, "raw", prefix) for root in roots):
+        if source := read_idx_set(path, wanted, kind):
+            return source._replace(form=f"{name}, as torchvision has it in")
     more = f", split={name.removeprefix('emnist-')!r}" if cls == "EMNIST" else ""
     calls = f"[{cls}({roots[0]!r}, train=part, download=True{more}) for part in (True, False)]"
     command = f"python -c {shlex.quote(f'from torchvision.datasets import {cls}; {calls}')}"

@@ -65,8 +65,7 @@ class Run:
     def load_images(self) -> TrainImages:
         """Return the images. Raises Interrupted, DataError, UsageError if the processes cannot share a batch."""
         processes, s = self.context.processes, self.settings
-        check = self.leave_if_interrupted if processes.count == 1 else lambda: None
-        images = processes.on_all(partial(load_train, s, processes.is_main, check))
+        images = processes.on_all(partial(load_train, s, processes.is_main))
         self.leave_if_interrupted()
         say(images.about)
         processes.share_of_batch(min(s.batch_size, len(images.train[: s.train_limit])))

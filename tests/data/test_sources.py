@@ -76,7 +76,7 @@ def test_labels_that_are_missing_or_of_other_images(tmp_path: Path) -> None:
     labels = tmp_path / "idx" / "t10k-labels-idx1-ubyte"
     labels.write_bytes((tmp_path / "idx" / "train-labels-idx1-ubyte").read_bytes())
     for folder, words in (
-        ("pictures", f"{tmp_path / 'pictures'}: has no labels, by which images are classified"),
+        ("pictures", f"{tmp_path / 'pictures'}: has no labels to classify images by"),
         ("idx", f"{labels}: has 12 labels for 6 images"),
     ):
         with pytest.raises(DataError, match=words):
@@ -180,13 +180,14 @@ MEMORY = """
 import resource, sys
 from pathlib import Path
 from cvae.data.sources import load_train
-from cvae.errors import CvaeError
+from cvae.errors import CvaeError, telling_of_memory
 from cvae.settings import Settings
 size = int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1]) << 10
 resource.setrlimit(resource.RLIMIT_AS, (size + (100 << 20), -1))
 for data in sys.argv[1:]:
     try:
-        load_train(Settings(data=data))
+        with telling_of_memory():
+            load_train(Settings(data=data))
     except CvaeError as error:
         print(error.exit_code, error)
 """
@@ -207,7 +208,7 @@ def test_too_little_memory_is_no_damage(tmp_path: Path) -> None:
     ended = subprocess.run([sys.executable, "-c", MEMORY, *places], capture_output=True, text=True, check=True)
     lines = ended.stdout.splitlines()
     assert len(lines) == 3
-    assert all(line.startswith("2 ") and "does not fit into the memory" in line for line in lines), lines
+    assert all(line.startswith("2 ") and "the memory does not suffice" in line for line in lines), lines
 
 
 def test_scripts_say_what_they_take(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
