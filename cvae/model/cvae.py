@@ -102,8 +102,9 @@ class CVAE(nn.Module):
 
     def _encode(self, batch: Batch, eps: Tensor, recognise: bool) -> Any:
         """Encode what has the right shapes. Others would broadcast, and be wrong without a word."""
-        count, x_dim, y_dim = len(batch.x), self.task.x_dim, self.task.y_dim
-        of_eps = (*eps.shape[:1], 1 if eps.shape[1:2] == (1,) else count, self.latent_dim)
+        count, x_dim, y_dim = batch.x.shape[0], self.task.x_dim, self.task.y_dim
+        is_one_for_all = eps.dim() == 3 and count != eps.shape[1] == 1  # compared so, `torch.export` leaves both open
+        of_eps = (*eps.shape[:1], 1 if is_one_for_all else count, self.latent_dim)
         shapes = (count, x_dim), (count, y_dim), (count, y_dim), (count, y_dim), of_eps
         for name, tensor, shape in zip((*Batch._fields, "eps"), (*batch, eps), shapes, strict=True):
             if tensor is not None and (tensor.shape != shape or not tensor.is_floating_point()):

@@ -108,7 +108,7 @@ def export(path: Path, trained: Trained, half: bool = False) -> str:
     half: Weights in float16. Raises DataError if a pixel differs by more than the tolerance, and DiskError: what stood
     there is intact.
     """
-    (make, read), task, random = FORMATS[path.suffix.lower()], trained.model.task, torch.Generator().manual_seed(0)
+    (make, read), task, random = FORMATS[path.suffix], trained.model.task, torch.Generator().manual_seed(0)
     x = torch.rand(3, task.height, task.width, generator=random)
     eps = torch.randn(1, 3, trained.model.latent_dim, generator=random)
     with torch.no_grad(), warnings.catch_warnings(), atomic_file(path) as file:
@@ -187,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     words, path = options.to[:-1], user_path(options.to[-1])
     is_folder = words == [HUB_FOLDER]
-    suffix = HALVES if is_folder else path.suffix.lower()
+    suffix = HALVES if is_folder else path.suffix
     if suffix not in FORMATS or len(words) > is_folder or (options.half and suffix != HALVES):
         parser.error(f"--to takes {places}, with --half {HALVES} or {HUB_FOLDER}, not {' '.join(options.to)}")
     packages = "onnx", "onnxscript", "onnxruntime"

@@ -60,9 +60,9 @@ def write_atomically(path: Path, content: bytes) -> None:
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Open a file that takes its place at `path` at the end of the block, on the disk and not only in a cache.
 
-    Until then it has a name of its own, so that two writers do not meet. Raises DiskError.
+    Until then it has a name of its own, with the same ending, so that two writers do not meet. Raises DiskError.
     """
-    temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(6)}.tmp")
+    temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(6)}.tmp{path.suffix}")
     with telling_of_disk(f"{path}: cannot be written"):
         try:
             with open(temporary, "xb") as file:

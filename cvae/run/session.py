@@ -168,7 +168,7 @@ class Run:
             if self.resume:
                 checkpoint.write_json(self.folder / CONFIG, self._config)
             with checkpoint.telling_of_disk(f"{self.folder}: cannot be written to"):
-                left = [path for name in FILES for path in self.folder.glob(f".*{name}*.tmp")]  # by a killed process
+                left = [path for name in FILES for path in self.folder.glob(f".*{name}*.tmp*")]  # by a killed process
                 for path in [self.folder / SUMMARY, *left]:
                     path.unlink(missing_ok=True)
             self._log = RunLog(self.folder, self._last.get("log", {}), self.settings.to_dict())
