@@ -29,13 +29,13 @@ from pathlib import Path
 
 import torch
 
-from cvae.console import called, command, complain, program, say
+from cvae.console import command, complain, program, say
 from cvae.context import Context, opened
 from cvae.data.sources import TestImages, difference, load_test, named
 from cvae.errors import DataError, UsageError
 from cvae.report import figures, realism
 from cvae.report.evaluation import OF_THE_IMAGES, Subject, evaluate_run, find_runs, render, short_names
-from cvae.run.folder import RunFolder, find_run, quoted
+from cvae.run.folder import RunFolder, find_run
 from cvae.run.load import load_trained
 from cvae.run.plan import absolute, user_path
 from cvae.settings import Settings
@@ -92,8 +92,7 @@ def open_run(
     moved = {name: place for name in ("data", "data_root") if (place := getattr(options, name))}
     settings, is_finished = replace(run.settings, **moved), run.is_passed_on or run.summary is not None
     if not (is_finished or options.unfinished):
-        way = f"{called('train.py')} --resume {quoted(folder)} goes on with it, --unfinished evaluates it as it is"
-        raise DataError(f"{folder}: is not finished; {way}")
+        raise DataError(f"{folder}: is not finished; train.py --resume goes on with it, --unfinished takes it as it is")
     model = load_trained(folder, device).model
     epochs = [] if is_finished else [line.get("epoch") for line in run.metrics() if line.get("phase") == "cvae"]
     test = load(Settings(**{name: getattr(settings, name) for name in OF_THE_IMAGES}))

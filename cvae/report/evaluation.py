@@ -104,22 +104,21 @@ def evaluate_run(name: str, run: Subject, samples: tuple[int, ...], seed: int, c
     return Evaluation(name, run, samples, values, active_units(run.model, images, seed, context), context.precision)
 
 
-def by_setting(runs: Sequence[Evaluation]) -> list[list[Evaluation]]:
-    """Group runs on the same images that differ in their seeds alone; folders and devices do not count."""
-    groups = defaultdict[object, list[Evaluation]](list)
-    for evaluation in runs:
-        run = evaluation.run
-        setting = replace(run.settings, seed=0, data_root=None, device="auto")
-        groups[setting, run.test.record["test"]["sha256"], run.epochs].append(evaluation)
-    return list(groups.values())
+def in_columns(runs: Sequence[Evaluation], seeds: bool) -> list[tuple[Evaluation, list[Evaluation]]]:
+    """Return the columns of the table, each with the runs that it is the mean of, image by image.
 
-
-def mean_of(runs: Sequence[Evaluation]) -> Evaluation:
-    """Return the mean of runs, image by image, under their names; all but the values is the first one's."""
-    names = [run.name for run in runs]
-    name = ", ".join(names) if len(names) <= 3 else f"{names[0]} … {names[-1]}"
-    values = {key: torch.stack([run.values[key] for run in runs]).mean(0) for key in runs[0].values}
-    return runs[0]._replace(name=name, values=values)
+    seeds: Whether runs on the same images that differ in their seeds alone, or folders and devices, are one column.
+    """
+    groups, columns = defaultdict[object, list[Evaluation]](list), []
+    for run in runs:
+        setting = replace(run.run.settings, seed=0, data_root=None, device="auto")
+        groups[(setting, run.run.test.record["test"]["sha256"], run.run.epochs) if seeds else run.name].append(run)
+    for group in groups.values():
+        names = [run.name for run in group]
+        name = ", ".join(names) if len(names) <= 3 else f"{names[0]} … {names[-1]}"
+        values = {key: torch.stack([run.values[key] for run in group]).mean(0) for key in group[0].values}
+        columns.append((group[0]._replace(name=name, values=values), group))
+    return columns
 
 
 def render(runs: Sequence[Evaluation], form: str, seeds: bool = False, beside: Mapping[str, Record] = {}) -> str:
@@ -128,12 +127,11 @@ def render(runs: Sequence[Evaluation], form: str, seeds: bool = False, beside: M
     seeds: Whether runs that differ in their seeds alone are one column, their mean; JSON and CSV have a record for each
     run, with more entries from `beside`, by the names of the runs.
     """
-    columns = by_setting(runs) if seeds else [[run] for run in runs]
+    columns = in_columns(runs, seeds)
     if form in ("json", "csv"):
-        columns = [[run] for column in columns for run in column]
-    means = {run.name: whole for column in columns for whole in [mean_of(column)] for run in column}
-    wholes = [means[column[0].name] for column in columns]
-    records = [record(whole, means.get(whole.run.against)) | beside.get(whole.name, {}) for whole in wholes]
+        columns = [(run, [run]) for _, group in columns for run in group]
+    by_run = {run.name: column for column, group in columns for run in group}
+    records = [record(each, by_run.get(each.run.against)) | beside.get(each.name, {}) for each, _ in columns]
     if form == "json":
         return json.dumps(records, indent=2) + "\n"
     if form == "csv":
@@ -142,9 +140,9 @@ def render(runs: Sequence[Evaluation], form: str, seeds: bool = False, beside: M
         writer.writeheader()
         writer.writerows(lines)
         return buffer.getvalue()
-    for each, column in zip(records, columns, strict=True):
-        each["seeds"], each["sha256"] = list(map(record, column)), column[0].run.test.record["test"]["sha256"]
-    samples, compared = columns[0][0].samples, [each for each in records if each["against"]]
+    for each, (column, group) in zip(records, columns, strict=True):
+        each |= {"seeds": list(map(record, group)), "sha256": column.run.test.record["test"]["sha256"]}
+    samples, compared = runs[0].samples, [each for each in records if each["against"]]
     blocks = [[["nats per image, lower is better", *map(_heading, records)], *rows(records, samples)]]
     if compared:
         header = f"minus {printable(compared[0]['against']['run'])}, below zero is better"

@@ -175,7 +175,7 @@ def test_runs_that_cannot_be_evaluated_are_left_out(
     flipped = images_of(place).flip(0)
     change(copied("other-data"), data=str(write_data(tmp_path / "flipped", flipped.repeat(2, 1, 1), flipped)))
     reasons = {
-        "begun": ": is not finished; python train.py --resume ",
+        "begun": ": is not finished; train.py --resume goes on with it, --unfinished",
         "damaged": "/best.pt: ",
         "later": "/config.json: this version knows no setting 'shades'",
         "no-data": f": {tmp_path}/gone: ",

@@ -15,7 +15,7 @@ import torch
 from cvae.data import sources
 from cvae.model.likelihood import Likelihoods
 from cvae.processes import Processes
-from cvae.report.evaluation import MNIST, Evaluation, Subject, by_setting, render, short_names
+from cvae.report.evaluation import MNIST, Evaluation, Subject, in_columns, render, short_names
 from cvae.settings import Settings
 
 OTHERS: dict[str, dict[str, Any]] = {"half": {"observed": "left"}, "binary": {"targets": "binary"}}
@@ -129,7 +129,7 @@ def test_what_is_no_other_seed_of_the_same() -> None:
     """Another setting, other images, fewer epochs so far; the device does not count."""
     runs = [evaluated("a", seed=1), evaluated("b", seed=2, device="cpu"), evaluated("c", seed=3, learning_rate=1.0)]
     runs += [evaluated("d", "1" * 64, seed=4), evaluated("e", epochs=3, seed=5)]
-    assert [[run.name for run in column] for column in by_setting(runs)] == [["a", "b"], ["c"], ["d"], ["e"]]
+    assert [column.name for column, _ in in_columns(runs, seeds=True)] == ["a, b", "c", "d", "e"]
 
 
 def test_differences_are_paired_by_image() -> None:
