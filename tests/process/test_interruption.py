@@ -98,10 +98,10 @@ from cvae.run.session import Run
 save_epoch = Run.save_epoch
 def slow(run, *arguments):
     save_epoch(run, *arguments)
-    print("saved", flush=True)
+    print("saved", file=sys.__stdout__, flush=True)
     while not run.interruption.signal_number:
         time.sleep(0.01)
-    print("remembered", flush=True)
+    print("remembered", file=sys.__stdout__, flush=True)
     time.sleep(1e6)
 Run.save_epoch = slow
 sys.exit(train.main(sys.argv[1:]))
