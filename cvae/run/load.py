@@ -64,12 +64,12 @@ def load_trained(run: str | Path, device: torch.device | str = "cpu", runs: str 
     folder = RunFolder(find_run(run, runs))
     if folder.is_passed_on:
         return read_trained(folder.path / WEIGHTS, device)
-    settings, task, path = folder.settings, folder.task, folder.path / BEST
-    content, state = read_weights(path)
-    if content["phase"] != "cvae":
+    content, state = read_weights(folder.path / BEST)
+    if content.get("phase") != "cvae":
         resume = f"{called('train.py')} --resume {quoted(folder.path)}"
         raise DataError(f"{folder.path}: only its baseline is trained so far; go on with {resume}")
-    return Trained(assembled(path, settings, task, state).to(device), settings, folder.record)
+    model = assembled(folder.path / BEST, folder.settings, folder.task, state)
+    return Trained(model.to(device), folder.settings, folder.record)
 
 
 def read_trained(path: Path, device: torch.device | str = "cpu") -> Trained:
@@ -84,18 +84,14 @@ def read_trained(path: Path, device: torch.device | str = "cpu") -> Trained:
 
 
 def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return what a checkpoint or `.safetensors` file says beside the weights, and these by the names of today.
-
-    Half precision is widened to float32. Raises DataError.
-    """
+    """Return what a checkpoint or `.safetensors` file says, and its weights, in float32, as they are named today."""
     content: dict[str, Any] = {} if path.suffix == SUFFIX else checkpoint.load(path)
-    state: Any = content.get("average" if path.name == LAST else "model")
     with taken_for_damage(f"{path}: is damaged, or no weights of this program", Exception):  # anywhere in the reader
-        if path.suffix == SUFFIX:
-            with safetensors.safe_open(path, "pt") as file:
-                content = file.metadata() or {}
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return content, upgraded({name: widen(tensor) for name, tensor in state.items()})
+        if path.suffix != SUFFIX:
+            return content, upgraded(content["average" if path.name == LAST else "model"])
+        with safetensors.safe_open(path, "pt") as file:
+            state = {name: widen(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+            return file.metadata() or {}, upgraded(state)
 
 
 def assembled(path: Path, settings: Settings, task: Task, state: dict[str, Tensor]) -> CVAE:
@@ -114,11 +110,10 @@ def save_safetensors(model: CVAE, settings: Settings, path: Path, half: bool = F
 
 def as_safetensors(trained: Trained, half: bool = False) -> bytes:
     """Return what the file of a trained model holds; half: weights in float16."""
-    tensors = trained.model.state_dict()
+    state = {name: tensor.cpu() for name, tensor in trained.model.state_dict().items()}
     if half:
-        tensors = {name: t.half() if t.is_floating_point() else t for name, t in tensors.items()}
-    tensors = {name: t.cpu().clone() for name, t in tensors.items()}  # training keeps all weights in one vector
-    return safetensors.torch.save(tensors, description(trained))
+        state = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    return safetensors.torch.save(state, description(trained))
 
 
 def description(trained: Trained) -> dict[str, str]:
@@ -151,14 +146,14 @@ def start_from(folder: Path, model: CVAE) -> tuple[str, dict[str, Any]]:
     """
     path = next((folder / name for name in (BEST, LAST, WEIGHTS) if os.path.lexists(folder / name)), folder / BEST)
     content, state = read_weights(path)
-    prefix = "baseline_net." if content.get("phase") == "baseline" else ""
-    weights = {prefix + name: tensor for name, tensor in state.items()}
+    if content.get("phase") == "baseline":
+        state = {f"baseline_net.{name}": tensor for name, tensor in state.items()}
     task, begun, remark, pixels = model.task, model.state_dict(), "", set[int]()
     with suppress(DataError):  # else the masks are the same, as far as is known
         if isinstance(task, FixedMask) and not torch.equal(RunFolder(folder).task.observed, task.observed):
             pixels, remark = {task.x_dim, task.y_dim, task.x_dim + task.y_dim}, "; their mask is another"
     shapes = {name: tensor.shape for name, tensor in begun.items() if pixels.isdisjoint(tensor.shape)}
-    fitting = {name: tensor for name, tensor in weights.items() if tensor.shape == shapes.get(name)}
+    fitting = {name: tensor for name, tensor in state.items() if tensor.shape == shapes.get(name)}
     if not fitting:
         raise DataError(f"{path}: has no weights that fit this network; leave --init out, or give that run's settings")
     model.load_state_dict({**begun, **fitting})
@@ -171,8 +166,8 @@ def start_from(folder: Path, model: CVAE) -> tuple[str, dict[str, Any]]:
 def load_tutorial(path: str | Path, quadrants: int = 1, device: torch.device | str = "cpu") -> CVAE:
     """Return the CVAE in a `cvae_net.pth` of Pyro 1.9's example `cvae`, frozen; it computes the same functions.
 
-    Its layers see whole images of 28×28 pixels, −1 in the place of each hidden pixel of the baseline's inputs, and have
-    an output for each pixel. Ours see the observed pixels first, and hold what is constant in the biases.
+    Its layers see whole images, −1 in the place of each hidden pixel of the baseline's inputs, and have an output for
+    each pixel. Ours see the observed pixels first, and hold what is constant in the biases.
 
     Args:
         path: The file, a state_dict. Nothing in it is run; sizes are those of the file.

@@ -77,7 +77,7 @@ def plan(options: argparse.Namespace, given: dict[str, Any]) -> list[tuple[Path,
         settings = run.settings
         if run.is_passed_on:
             raise DataError(f"{run.path}: has published weights, for eval.py and --init; it cannot be resumed")
-        for name, value in [*given.items(), *(("quadrants", k) for k in quadrants)]:
+        for name, value in [*given.items(), *(("quadrants", count) for count in quadrants)]:
             if name not in MOVABLE and value != (begun := getattr(settings, name)):
                 words = f"without {flag(name)}" if begun is None else f"with {flag(name)} {begun}"
                 raise UsageError(f"{run.path} was begun {words}, which cannot change now; leave the flag out")
