@@ -34,7 +34,6 @@ from cvae.context import Context, Interruption, opened, permutation, seed_dropou
 from cvae.data.tasks import ImageSet
 from cvae.model.cvae import noise
 from cvae.model.objectives import Totals, log_likelihood, maximised, objective, with_free_nats
-from cvae.processes import Processes
 from cvae.report.figures import completions
 from cvae.report.replay import draw_all
 from cvae.run.folder import Progress, RunFolder, find_run, quoted, refuse_existing
@@ -207,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options, given = parse(argv, __doc__)
     resume, init = options.resume is not None, options.init and find_run(options.init, options.runs)
-    with Interruption() as interruption, Processes().one_voice():
+    with Interruption() as interruption:
         runs = plan(options, given)
         with opened(runs[0][1].device) as context, silence(options.quiet or not context.processes.is_main):
             for folder, _ in () if resume else runs:  # before the first one is begun

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from cvae.errors import CvaeError, DiskError, UsageError, is_text, telling_of_memory
+from cvae.errors import CvaeError, DiskError, PeerLost, UsageError, is_text, telling_of_memory
 
 BAR_AFTER_S, LINE_EVERY_S = 2, 60
 ASCII = dict(zip("±−–─×→≤≥…ŷ▀▄█", ["+-", "-", "-", "-", "x", "->", "<=", ">=", "...", "y", '"', "_", "#"], strict=True))
@@ -87,7 +87,7 @@ def command(script: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
                 with telling_of_memory():
                     return main(argv)
             except CvaeError as error:
-                if not error.is_told_elsewhere:
+                if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, PeerLost):  # once on each machine
                     complain(f"{program(script)}: {error}")
                 return error.exit_code
 

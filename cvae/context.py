@@ -84,10 +84,9 @@ def opened(device: str = "auto", precision: str = "auto") -> Iterator[Context]:
     Raises UsageError if there is no such device; PeerLost if the processes cannot meet, or one of them is lost.
     """
     processes = Processes()
-    with processes.one_voice():
-        chosen = resolve_device(device, processes.local_rank, processes.local_count)
-        with prepare(chosen), processes.connected(chosen):
-            yield Context(chosen, processes=processes).with_precision(precision)
+    chosen = resolve_device(device, processes.local_rank, processes.local_count)
+    with prepare(chosen), processes.connected(chosen):
+        yield Context(chosen, processes=processes).with_precision(precision)
 
 
 def prepare(device: torch.device) -> ExitStack:

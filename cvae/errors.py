@@ -8,7 +8,6 @@ class CvaeError(Exception):
     """An expected failure: the scripts print its message as one line and exit with `exit_code`."""
 
     exit_code = 1
-    is_told_elsewhere = False  # by another process of the same job
 
     def __init__(self, message: str = ""):
         super().__init__(printable(message))  # the names of files may hold anything

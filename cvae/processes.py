@@ -14,42 +14,21 @@ from cvae.errors import CvaeError, PeerLost, UsageError, first_line, is_out_of_m
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)  # after which a process that does not answer is given up
-VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torchrun sets them
 
 
 class Processes:
-    """The processes of this job: this one's `rank`, and how many there are, `count`; on this machine, with `local_`.
-
-    Raises UsageError if the environment variables of torchrun are incomplete or contradict each other.
-    """
+    """The processes of this job: this one's `rank`, and how many there are, `count`; on this machine, with `local_`."""
 
     def __init__(self) -> None:
-        given = {name: value for name in VARIABLES if (value := os.environ.get(name))}
-        try:
-            self.rank, self.local_rank = int(given.get("RANK", 0)), int(given.get("LOCAL_RANK", 0))
-            self.count, self.local_count = int(given.get("WORLD_SIZE", 1)), int(given.get("LOCAL_WORLD_SIZE", 1))
-            needed = {"RANK", "MASTER_ADDR", "MASTER_PORT"} if self.count > 1 else set()
-            if not 0 <= self.rank < self.count or needed - given.keys():
-                raise ValueError
-        except ValueError:
-            shown = " ".join(f"{name}={value}" for name, value in given.items())
-            problem = f"the environment variables {shown} contradict each other, or some are missing"
-            advice = "several processes are started by torchrun; for one, unset RANK and WORLD_SIZE"
-            raise UsageError(f"{problem}: {advice}") from None
+        given = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+        self.rank, self.count, self.local_rank, self.local_count = (
+            int(os.environ.get(name) or default) for name, default in given.items()
+        )
 
     @property
     def is_main(self) -> bool:
         """True in the process that writes and prints."""
         return self.rank == 0
-
-    @contextmanager
-    def one_voice(self) -> Iterator[None]:
-        """Have an error within the block told once on each machine; each process tells that it has lost another one."""
-        try:
-            yield
-        except CvaeError as error:
-            error.is_told_elsewhere = self.local_rank > 0 and not isinstance(error, PeerLost)
-            raise
 
     @contextmanager
     def connected(self, device: torch.device) -> Iterator[None]:
@@ -59,7 +38,7 @@ class Processes:
             return
         try:
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:  # ValueError: a variable of torchrun's is missing
             raise PeerLost(f"the processes of this job could not meet ({first_line(error)})") from None
         try:
             yield

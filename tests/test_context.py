@@ -20,7 +20,6 @@ from cvae.errors import DataError, PeerLost, UsageError
 from cvae.processes import Processes, exchange
 
 CPU = torch.device("cpu")
-MEETING = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
 def surroundings() -> list[Any]:
@@ -150,31 +149,18 @@ def test_seeds_are_those_of_all_versions() -> None:
 # Several processes
 
 
-@pytest.mark.parametrize(
-    ("variables", "expected"),
-    [
-        ({}, (0, 1, 0)),
-        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", **MEETING}, (3, 4, 1)),
-        ({"WORLD_SIZE": "4", **MEETING}, None),
-        ({"RANK": "0", "WORLD_SIZE": "2"}, None),
-        ({"RANK": "0", "WORLD_SIZE": "two"}, None),
-        ({"RANK": "2", "WORLD_SIZE": "2", **MEETING}, None),
-    ],
-    ids=str,
-)
-def test_processes_of_the_environment(
-    variables: dict[str, str], expected: tuple[int, int, int] | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in variables.items():
+def test_processes_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torchrun describes them; an environment that is not complete is told in one line."""
+    alone = Processes()
+    assert (alone.rank, alone.count, alone.local_rank, alone.local_count) == (0, 1, 0, 1)
+    for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    if expected:
-        assert (Processes().rank, Processes().count, Processes().local_rank) == expected
-        assert Processes().is_main == (expected[0] == 0)
-    else:
-        with pytest.raises(
-            UsageError, match=r"variables .*WORLD_SIZE=\w+ .*: several processes are started by torchrun;"
-        ):
-            Processes()
+    third = Processes()
+    assert (third.rank, third.count, third.local_rank, third.local_count) == (3, 4, 1, 2)
+    assert (alone.is_main, third.is_main) == (True, False)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(PeerLost, match=r"could not meet .*MASTER_ADDR expected"), third.connected(CPU):
+        pass
 
 
 LOST = {
