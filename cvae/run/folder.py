@@ -57,16 +57,7 @@ class Progress:
 
 
 class RunFolder:
-    """A run on the disk, as it is now. Whatever cannot be read raises DataError, naming the file.
-
-    Attributes:
-        config: All that `config.json` says, read once; `settings`, `record` and `precision` are parts of it.
-        record: What identifies the images that the run is trained on, as `data.sources.record` gives it.
-        task: What turns images into x and y.
-        precision: The precision that the run was begun in.
-        summary: What the run has come to; None as long as it is not finished.
-        is_passed_on: Whether it has published weights in the place of checkpoints, and so cannot go on.
-    """
+    """A run on the disk, as it is now. Whatever cannot be read raises DataError, naming the file."""
 
     def __init__(self, path: str | Path):
         self.path, file = Path(path), Path(path) / CONFIG
@@ -74,11 +65,13 @@ class RunFolder:
             raise DataError(f"{path} is no run folder: it has no {CONFIG}")
         self.config = read_json(file)
         with taken_for_damage(f"{file}: does not describe a run; train anew with this version", KeyError, TypeError):
-            self.settings, self.record = known_settings(self.config["settings"], file), dict(self.config["images"])
+            self.settings = known_settings(self.config["settings"], file)
+            self.record = dict(self.config["images"])  # what identifies them, as `data.sources.record` gives it
             height, width = int(self.record["height"]), int(self.record["width"])
         self.task = make_task(self.settings, height, width, picture=self.path / OBSERVED)
-        self.precision: str = self.config.get("precision", self.settings.precision)
-        self.summary = read_json(self.path / SUMMARY) if os.path.isfile(self.path / SUMMARY) else None
+        self.precision: str = self.config.get("precision", self.settings.precision)  # that it was begun in
+        self.summary = read_json(self.path / SUMMARY) if os.path.isfile(self.path / SUMMARY) else None  # if finished
+        # Published weights in the place of checkpoints can be evaluated, and cannot go on.
         self.is_passed_on = os.path.isfile(self.path / WEIGHTS) and not os.path.lexists(self.path / BEST)
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -175,11 +168,9 @@ def create(
 ) -> ExitStack:
     """Make a run folder, or with `overwrite` begin the one that is there anew, and hold it as `hold` does.
 
-    Nothing of an old run is removed before the new files are on the disk beside it. A process that is killed after that
-    leaves what cannot go on, or has not begun. What somebody else has put into the folder stays.
-
-    files: what writes the first files, by name; `config.json` is one of them. Raises UsageError if something is there
-    that must not be replaced, DiskError.
+    Nothing of an old run is removed before the new files are on the disk beside it; what is not a run's stays. files:
+    what writes the first ones, by name, `config.json` among them. Raises UsageError if the folder is not to be had,
+    DiskError.
     """
     with telling_of_disk(f"{path}: cannot be made"):
         path.mkdir(parents=True, exist_ok=True)

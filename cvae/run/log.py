@@ -5,7 +5,7 @@ import math
 import os
 import socket
 import time
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.utils.tensorboard import summary
 
 from cvae.errors import printable
-from cvae.run.checkpoint import telling_of_disk
 from cvae.run.folder import EVENTS, METRICS
 
 PICTURES, OURS = "/completions", ".train"
@@ -26,12 +25,12 @@ PICTURES, OURS = "/completions", ".train"
 class RunLog:
     """The log of the run in a folder, taken back to an earlier position: each epoch stands in it once.
 
-    position: the size of each file, by name, as a checkpoint keeps it, {} at the beginning. Methods raise DiskError.
+    position: the size of each file, by name, as a checkpoint keeps it, {} at the beginning. Methods raise OSError.
     """
 
     def __init__(self, folder: Path, position: dict[str, int], settings: dict[str, Any]):
-        self._folder, self._settings = folder, settings
-        with self._telling(), ExitStack() as stack:
+        self._folder = folder
+        with ExitStack() as stack:
             for path in self._files():
                 if path.name not in position:
                     path.unlink(missing_ok=True)
@@ -49,9 +48,8 @@ class RunLog:
         """Write an epoch of a phase: its numbers, and a picture, uint8 `[3, height, width]`."""
         numbers = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         line, step = {"phase": phase, **numbers}, record["epoch"]  # JSON has no NaN and no infinity
-        with self._telling():
-            self._metrics.write((json.dumps(line) + "\n").encode())
-            self._metrics.flush()
+        self._metrics.write((json.dumps(line) + "\n").encode())
+        self._metrics.flush()
         for key, value in line.items():
             if key not in ("phase", "epoch") and value is not None:
                 # "train_kl" becomes "cvae/kl/train", so that the two curves stand side by side.
@@ -60,30 +58,18 @@ class RunLog:
                 self._add(summary=summary.scalar(f"{phase}/{tag}", value), step=step)
         self._add(summary=summary.image(phase + PICTURES, picture, dataformats="CHW"), step=step)
 
-    def finish(self, results: dict[str, float]) -> None:
-        """Write the settings and the results as hyperparameters of one run."""
-        plain = {k: v if isinstance(v, int | float) else printable(str(v)) for k, v in self._settings.items()}
-        for part in (*summary.hparams(plain, results), *(summary.scalar(*item) for item in results.items())):
-            self._add(summary=part)
-
     def position(self) -> dict[str, int]:
         """Return the size of each file of the log, all of it being on the disk."""
-        with self._telling():
-            for file in (self._metrics, self._events):
-                file.flush()
-                os.fsync(file.fileno())
-            return {path.name: path.stat().st_size for path in self._files()}
+        for file in (self._metrics, self._events):
+            os.fsync(file.fileno())
+        return {path.name: path.stat().st_size for path in self._files()}
 
     def _files(self) -> list[Path]:
         return [self._folder / METRICS, *sorted(self._folder.glob(f"{EVENTS}*{OURS}"))]
 
     def _add(self, **content: Any) -> None:
-        with self._telling():
-            RecordWriter(self._events).write(Event(wall_time=time.time(), **content).SerializeToString())
-            self._events.flush()
-
-    def _telling(self) -> AbstractContextManager[None]:
-        return telling_of_disk(f"{self._folder}: the log cannot be written")
+        RecordWriter(self._events).write(Event(wall_time=time.time(), **content).SerializeToString())
+        self._events.flush()
 
 
 def read_pictures(folder: Path) -> dict[tuple[str, int], bytes]:

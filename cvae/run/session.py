@@ -29,7 +29,7 @@ from cvae.settings import Settings
 class Run:
     """A run that is trained. All processes call its methods; the main one alone reads and writes.
 
-    A folder that is resumed is not written into before the first epoch is over: all that can be wrong was seen by then.
+    A folder that is resumed is not written into before all that can be wrong was seen.
     """
 
     folder: Path
@@ -63,7 +63,7 @@ class Run:
             raise Interrupted(f"interrupted{way if self._is_begun else ' before the training began'}", number)
 
     def load_images(self) -> TrainImages:
-        """Return the images. Raises Interrupted, DataError, UsageError if the processes cannot share a batch."""
+        """Return the images. Raises Interrupted, DataError, UsageError."""
         processes, s = self.context.processes, self.settings
         images = processes.on_all(partial(load_train, s, processes.is_main))
         self.leave_if_interrupted()
@@ -86,9 +86,9 @@ class Run:
         processes.on_all(partial(self._refuse_others, recorded, images))
         make = partial(make_task, s, images["height"], images["width"])
         task = run.task if run else processes.on_main(make)
+        model = build(task, s)
         if task.about:
             say(task.about)
-        model = build(task, s)
         begin = partial(self._go_on, run, images) if run else partial(self._begin, model, images)
         last, weights = processes.on_main(begin)
         if weights is not None:
@@ -167,11 +167,11 @@ class Run:
         if self._log is None:
             if self.resume:
                 checkpoint.write_json(self.folder / CONFIG, self._config)
+            left = [path for name in FILES for path in self.folder.glob(f".*{name}*.tmp*")]  # by a killed process
             with checkpoint.telling_of_disk(f"{self.folder}: cannot be written to"):
-                left = [path for name in FILES for path in self.folder.glob(f".*{name}*.tmp*")]  # by a killed process
                 for path in [self.folder / SUMMARY, *left]:
                     path.unlink(missing_ok=True)
-            self._log = RunLog(self.folder, self._last.get("log", {}), self.settings.to_dict())
+                self._log = RunLog(self.folder, self._last.get("log", {}), self.settings.to_dict())
             self._held.callback(self._log.close)
         return self._log
 
@@ -186,10 +186,12 @@ class Run:
         """
 
         def save() -> None:
-            log = self._opened_log()
-            log.epoch(phase, record, picture(parts["average"]))
+            log, image = self._opened_log(), picture(parts["average"])
+            with checkpoint.telling_of_disk(f"{self.folder}: the log cannot be written"):
+                log.epoch(phase, record, image)
+                position = log.position()
             states = {name: part.state_dict() for name, part in parts.items()}
-            last = {"phase": phase, "progress": asdict(progress), **states, "log": log.position()}
+            last = {"phase": phase, "progress": asdict(progress), **states, "log": position}
             checkpoint.save(self.folder / LAST, last)
             self._save_best(last)
 
@@ -220,7 +222,7 @@ class Run:
                 draw(self.folder)
             except Exception as error:
                 self.warn(f"{self.folder}: its figures are not all drawn ({first_line(error)})")
-            self._opened_log().finish({"validation_loss": progress.best_loss, "seconds": progress.seconds})
+            self._opened_log()  # whatever an earlier process has left is gone
             checkpoint.write_json(self.folder / SUMMARY, asdict(progress))
 
         self.context.processes.on_main(write)

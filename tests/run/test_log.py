@@ -1,7 +1,6 @@
 """What a run writes as it goes: each epoch once, for TensorBoard and for programs; a full disk in one line."""
 
 import json
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -12,7 +11,6 @@ import pytest
 import torch
 from support.trainings import events, largest_file
 
-from cvae.errors import DiskError
 from cvae.run.log import RunLog, read_pictures
 
 SETTINGS = {"seed": 0, "data": "a\\b", "hidden": [8, 7]}
@@ -32,20 +30,17 @@ def log(tmp_path: Path) -> Iterator[RunLog]:
     """The log of a run, closed in the end as far as it can be."""
     log = RunLog(tmp_path, {}, SETTINGS)
     yield log
-    with suppress(DiskError):
+    with suppress(OSError):
         log.close()
 
 
 def test_what_is_logged(log: RunLog, tmp_path: Path) -> None:
     log.epoch("cvae", record(1), PICTURE)
-    log.finish({"validation_loss": 2.0})
     assert logged(tmp_path) == [{"phase": "cvae", **record(1), "validation_elbo": None}]
     view = events(tmp_path)
     assert view["scalars"]["cvae/elbo/train"] == [(1, -1.5)]
-    assert view["scalars"]["validation_loss"] == [(0, 2.0)]
     assert "cvae/elbo/validation" not in view["scalars"]
     assert b"| seed | 0 |" in view["texts"]["settings/text_summary"][0][1]
-    assert "hparams" in view["plugins"].values()
     assert read_pictures(tmp_path).keys() == {("cvae", 1)}
 
 
@@ -96,14 +91,8 @@ def test_events_that_are_lost_are_no_obstacle(log: RunLog, tmp_path: Path, spoil
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no limit for the size of files")
-@pytest.mark.parametrize("method", ["epoch", "finish"])
-def test_full_disk(log: RunLog, tmp_path: Path, method: str) -> None:
-    """One line with the folder in it, from each method by itself, and no sign of an epoch that was not written."""
+def test_full_disk(log: RunLog) -> None:
+    """No sign of an epoch that was not written."""
     log.epoch("cvae", record(1), PICTURE)
-    write = {
-        "epoch": lambda: log.epoch("cvae", record(2), PICTURE),
-        "finish": lambda: log.finish({"validation_elbo": -1.0}),
-    }[method]
-    expected = rf"{re.escape(str(tmp_path))}: the log cannot be written \([^\n]+\)\Z"
-    with largest_file(max(log.position().values())), pytest.raises(DiskError, match=expected):
-        write()
+    with largest_file(max(log.position().values())), pytest.raises(OSError, match="File too large"):
+        log.epoch("cvae", record(2), PICTURE)
