@@ -110,6 +110,7 @@ def test_samples_precision_and_seed_change_what_depends_on_them_alone() -> None:
     assert (several["samples"], list(several["by_samples"])) == (40, ["3", "40"])
     assert_agree([several["by_samples"]["3"]], [wide["by_samples"]["3"]])
     assert several["cvae_is_nll"]["mean"] < wide["cvae_is_nll"]["mean"], "the bound gets tighter"
+    assert several["gap"] == pytest.approx(several["nn_nll"]["mean"] - several["cvae_is_nll"]["mean"], abs=1e-9)
     assert 1 <= wide["ess"]["median"] <= 3 < several["ess"]["median"] <= 40
     assert (wide["precision"], half["precision"]) == ("fp32", "bf16")
     for key in ("nn_nll", "cvae_neg_elbo", "cvae_mc_nll", "cvae_is_nll"):
@@ -211,8 +212,7 @@ def test_unfinished_runs_and_published_weights(place: Path, table: list[dict[str
     assert "  q1 (1 quadrant, epoch 2 so far)\n" in call_eval("begun", "--unfinished").out
     assert call(export, "q1", "--to", "hub-folder", "published").code == 0
     before = contents(place / "published")
-    (record,) = records("published", "--data", "data")
-    assert record == {**table[0], "run": "published"}
+    assert records("published", "--data", "data") == [{**table[0], "run": "published"}]
     assert contents(place / "published") == before
 
 
@@ -229,27 +229,20 @@ def test_nothing_is_said_of_an_untrained_recognition_network(copied: Callable[..
     assert [line.endswith(" –") for line in lines] == [False, True, False, True, True, True, True]
 
 
-def test_images_that_have_moved(copied: Callable[..., Path], tmp_path: Path, table: list[dict[str, Any]]) -> None:
-    run = copied()
-    change(run, data=str(tmp_path / "gone"))
-    assert records(run, "--data", "data") == table[:1]
+def test_figures_and_samples_of_chosen_images(place: Path, copied: Callable[..., Path], tmp_path: Path) -> None:
+    """One figure and one folder for each run; of runs whose names are alike, under their folders' names too.
 
-
-def test_one_figure_and_one_folder_per_run(copied: Callable[..., Path], tmp_path: Path) -> None:
-    """Runs whose names are alike get their folders' names too."""
-    words = ["--figure", tmp_path / "f.png", "--samples-to", tmp_path / "s", "--digits", "1"]
-    ended = call_eval("q1", copied(), "q2", *words)
+    Each image once; what is given stays, and the noise is the image's own, whichever others are drawn beside it.
+    """
+    ended = call_eval(
+        "q1", copied(), "q3", "--figure", tmp_path / "f.png", "--samples-to", tmp_path, "--digits", "11,2,2"
+    )
     assert (ended.code, len(re.findall("^(figure|samples): ", ended.out, re.MULTILINE))) == (0, 6)
-    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["f-copies-q1.png", "f-q2.png", "f-runs-q1.png"]
-    assert sorted(path.name for path in (tmp_path / "s").iterdir()) == ["copies-q1", "q2", "runs-q1"]
-    assert len(np.unique(pixels(tmp_path / "f-q2.png").reshape(-1, 3), axis=0)) > 50, "there are many greys"
-
-
-def test_samples_of_chosen_images(place: Path, tmp_path: Path) -> None:
-    """Each image once; what is given stays, and the noise is the image's own, whichever others are drawn beside it."""
-    for digits, folder in (("11,2,2", "one"), ("2,5", "two")):
-        assert call_eval("q3", "--digits", digits, "--samples-to", tmp_path / folder).code == 0
-    files = {path.name: pixels(path) for path in (tmp_path / "one").iterdir()}
+    assert {path.name for path in tmp_path.glob("*q?*")} == {
+        "f-copies-q1.png", "f-runs-q1.png", "f-q3.png", "copies-q1", "runs-q1", "q3"
+    }  # fmt: skip
+    assert len(np.unique(pixels(tmp_path / "f-q3.png").reshape(-1, 3), axis=0)) > 50, "there are many greys"
+    files = {path.name: pixels(path) for path in (tmp_path / "q3").iterdir()}
     assert sorted(files) == [f"q3-image{i}-{part}.png" for i in (11, 2) for part in PARTS]
     image, observed = images_of(place)[2].numpy(), load("q3").task.observed.numpy()
     parts = {part: files[f"q3-image2-{part}.png"] for part in PARTS}
@@ -257,8 +250,9 @@ def test_samples_of_chosen_images(place: Path, tmp_path: Path) -> None:
     assert (parts["truth"] == image).all()
     assert all((sample[observed] == image[observed]).all() for sample in samples)
     assert len({sample.tobytes() for sample in samples}) == 10
+    assert call_eval("q3", "--digits", "2,5", "--samples-to", tmp_path / "more").code == 0
     for part, expected in parts.items():
-        again = pixels(tmp_path / f"two/q3-image2-{part}.png")
+        again = pixels(tmp_path / f"more/q3-image2-{part}.png")
         assert np.abs(again.astype(int) - expected).max() <= 1, "to rounding: products of other numbers of rows"
 
 
