@@ -1,6 +1,5 @@
 """A conditional VAE: a baseline, and draws of z with what follows from them."""
 
-import math
 import operator
 from collections.abc import Sequence
 from functools import reduce
@@ -12,7 +11,7 @@ from torch import Generator, Tensor, nn
 from cvae import context
 from cvae.data.pictures import Picture, as_images, as_pixels
 from cvae.data.tasks import Batch, Task, described
-from cvae.model.densities import Gaussian, bernoulli_log_prob, gaussian_kl, gaussian_log_prob, log_mean_exp, widen
+from cvae.model.densities import Gaussian, bernoulli_log_prob, gaussian_kl, log_mean_exp, widen
 
 Seed = int | Generator | None
 
@@ -46,7 +45,7 @@ class Draw(NamedTuple):
     @property
     def log_ratio(self) -> Tensor:
         """log p(z|x) − log q(z|x,y) at these z, nats `[L, B]`; zero where they come from the prior network."""
-        levels = (gaussian_log_prob(z, p) - gaussian_log_prob(z, q) for z, _, q, p in self.latents if q is not p)
+        levels = (p.log_prob(z) - q.log_prob(z) for z, _, q, p in self.latents if q is not p)
         return reduce(torch.add, levels, widen(self.logits).new_zeros(self.logits.shape[:-1]))
 
     @property
@@ -93,11 +92,11 @@ class CVAE(nn.Module):
         raise NotImplementedError
 
     def from_posterior(self, batch: Batch, eps: Tensor, detach_z: bool = False) -> Draw:
-        """Draw z from the recognition network, q(z|x,y), as `draw` does. Raises ValueError for other shapes."""
+        """Draw z from the recognition network, q(z|x,y), as `draw` does; raise ValueError for other shapes."""
         return self.draw(self._encode(batch, eps, True), eps, True, detach_z)
 
     def from_prior(self, batch: Batch, eps: Tensor) -> Draw:
-        """Draw z from the prior network, p(z|x), as `draw` does. Raises ValueError for other shapes."""
+        """Draw z from the prior network, p(z|x), as `draw` does; raise ValueError for other shapes."""
         return self.draw(self._encode(batch, eps, False), eps, False)
 
     def _encode(self, batch: Batch, eps: Tensor, recognise: bool) -> Any:
@@ -123,17 +122,11 @@ class CVAE(nn.Module):
         return self
 
     def completions(self, x: Tensor, eps: Tensor) -> Tensor:
-        """Return the pixel means of p(y|x,z) at z ~ p(z|x).
+        """Return the pixel means of p(y|x,z) at z ~ p(z|x), `[S, B, y_dim]` in [0, 1].
 
         Args:
             x: What is given, `[B, x_dim]` in [0, 1].
             eps: Noise, N(0, 1), `[S, B, latent_dim]`, or `[S, 1, latent_dim]` to use one noise for all images.
-
-        Returns:
-            `[S, B, y_dim]` in [0, 1].
-
-        Raises:
-            ValueError: For tensors of other shapes.
         """
         return self.from_prior(Batch(x, x.new_empty(x.shape[0], self.task.y_dim)), eps).logits.sigmoid()
 
@@ -158,11 +151,9 @@ class CVAE(nn.Module):
             ValueError: For what is of another size, type or range.
             DataError: For a file that cannot be read.
         """
-        if not 0 <= temperature < math.inf:
-            raise ValueError(f"temperature has to be a number from 0 on, not {temperature}")
         batch = self.task.batch(self.task.rows(as_images(picture, self.task), labels))
         x = as_pixels("the observed part of a picture", batch.x, like=next(self.parameters()))
-        eps = noise(_positive(samples), len(x), self, _generator(seed, x.device)).to(x)
+        eps = noise(samples, len(x), self, _generator(seed, x.device)).to(x)
         return self.task.compose(x, self.completions(x, temperature * eps))
 
     @torch.no_grad()
@@ -176,20 +167,17 @@ class CVAE(nn.Module):
         Args:
             picture: B pictures, as in `complete`; all their pixels count.
             samples: The number of samples of z ~ q(z|x,y).
-            seed, labels: As in `complete`.
+            seed, labels: As in `complete`, and so are the errors.
 
         Returns:
             Nats per image, `[B]`, float64; higher is more likely.
-
-        Raises:
-            ValueError, DataError: As in `complete`.
         """
         like, estimates = next(self.parameters()), []
         random = _generator(seed, like.device)
         for rows in self.task.rows(as_images(picture, self.task), labels).split(NOISE_IMAGES):
             batch = self.task.batch(rows)
             batch = batch._replace(x=as_pixels("a picture", batch.x, like), y=as_pixels("a picture", batch.y, like))
-            (log_w,) = log_weights(self, batch, _positive(samples), [random])
+            (log_w,) = log_weights(self, batch, samples, [random])
             estimates.append(log_mean_exp(log_w))
         return torch.cat(estimates)
 
@@ -202,8 +190,9 @@ def log_weights(
     The noise of SAMPLES_AT_ONCE samples is drawn at a time: the first ones do not depend on their number.
     random: As in `noise`. recognise: As in `draw`, for each of the results, which are of the same noise.
     """
-    encoded = model.encode(batch, model.guess(batch), True)
-    portions = []
+    if samples < 1:
+        raise ValueError(f"samples has to be a number from 1 on, not {samples}")
+    encoded, portions = model.encode(batch, model.guess(batch), True), []
     for first in range(0, samples, SAMPLES_AT_ONCE):
         eps = noise(SAMPLES_AT_ONCE, len(batch.x), model, *random)[: samples - first].to(batch.x)
         portions.append([model.draw(encoded, eps, by_q).log_weights(batch) for by_q in recognise])
@@ -229,9 +218,3 @@ def _generator(seed: Seed, device: torch.device) -> Generator:
         return seed
     number = int(torch.randint(1 << 62, ())) if seed is None else operator.index(seed)
     return context.generator(device, number, "pictures")
-
-
-def _positive(samples: int) -> int:
-    if operator.index(samples) < 1:
-        raise ValueError(f"samples has to be a number from 1 on, not {samples}")
-    return samples

@@ -9,17 +9,13 @@ from torch.nn.functional import pad, silu
 from cvae.data.tasks import Batch, Task
 from cvae.model.cvae import CVAE, Draw, Latent
 from cvae.model.densities import Gaussian, widen
-from cvae.model.layers import dense, mlp
+from cvae.model.layers import MLP, dense, mlp
 from cvae.settings import Settings
 
-LARGEST = 4.0
-"""The bound of a level's log-scales, and of the recognition network's above the prior network's: e⁴ = 55."""
-FIRST_LOG_RATIO = -1.0
-"""log(q's scale / p's), before any training: each z tells something of y from the first step, and is made use of."""
-SMALL = 0.1
-"""The scale of last layers at first: residual blocks are nearly the identity then."""
-PATCH = 4
-"""The convolutions see patches of 4×4 pixels as channels, so that MNIST's 28×28 are 7×7 places."""
+LARGEST = 4.0  # bounds the log of p's scale, and of q's scale above p's: e⁴ = 55
+FIRST_LOG_RATIO = -1.0  # log(q's scale / p's) at first: each z tells something of y from the first step, and is used
+SMALL = 0.1  # the scale of last layers at first: residual blocks are nearly the identity then
+PATCH = 4  # patches of 4×4 pixels are the channels of a place: MNIST's 28×28 pixels are 7×7 places
 BLOCKS_IN, BLOCKS_OUT = 2, 3
 
 Features = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
@@ -33,11 +29,8 @@ class Deep(CVAE):
     it and features of x and ŷ; the recognition network sees features of x and y too, and says how q differs from p.
     The logits follow from the last state, which has x by z alone.
     Source: Sønderby et al. 2016 (ladder VAE) and Vahdat and Kautz 2020 (q relative to p), here conditional on x.
-
-    Args:
-        task: What turns images into x and y.
-        s: `hidden` are the baseline's layers, and the last of them is the width of the state and of the features;
-            `latent_dim` are the dimensions of all `levels` together; `channels` those of the convolutions.
+    Of the settings, `hidden` are the baseline's layers, and the last of them is the width of the state and of the
+    features; `latent_dim` are the dimensions of all `levels` together.
     """
 
     def __init__(self, task: Task, s: Settings):
@@ -62,9 +55,7 @@ class Deep(CVAE):
             p = q = level.prior(state, features[2 * i])
             if recognise:
                 q = level.posterior(p, state, features[2 * i + 1] + truth[i])
-            z = q.sample(noise)
-            if detach_z:
-                z = z.detach().requires_grad_()
+            z = q.sample(noise, detach_z)
             latents.append(Latent(z, noise, q, p))
             state = level.next_state(state, z)
         return Draw(self.logits(state), tuple(latents))
@@ -92,13 +83,11 @@ class Level(nn.Module):
         return Gaussian(torch.addcmul(p.loc, p.log_scale.exp(), shift), p.log_scale + bounded(log_ratio))
 
     def next_state(self, state: Tensor | None, z: Tensor) -> Tensor:
-        seen: Tensor = self.of_z(z)
-        if state is not None:
-            seen = seen + state
-        return seen + self.block_last(silu(self.block_first(silu(seen))))  # type: ignore[no-any-return]
+        seen = self.of_z(z) if state is None else self.of_z(z) + state
+        return seen + self.block_last(silu(self.block_first(silu(seen))))
 
 
-def _added(layer: nn.Module | None, state: Tensor | None, features: Tensor) -> Tensor:
+def _added(layer: MLP | None, state: Tensor | None, features: Tensor) -> Tensor:
     """Return the features `[B, width]` with what a layer makes of the state above, if there is one."""
     return features if layer is None or state is None else features + layer(silu(state))
 
@@ -121,14 +110,10 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
         picture, (rows, columns) = self.task.picture(x, y), grid(self.task)
         whole = pad(picture, (0, columns * PATCH - self.task.width, 0, rows * PATCH - self.task.height))
-        patches = (
-            whole.unflatten(-1, (columns, PATCH)).unflatten(-3, (rows, PATCH)).permute(0, 2, 4, 1, 3, 5).flatten(3)
-        )
-        places = silu(self.blocks(self.first(patches.permute(0, 3, 1, 2)))).permute(
-            0, 2, 3, 1
-        )  # channels last: fastest
-        features: Tensor = self.last(silu(self.second(places.flatten(1))))
-        return features.chunk(self.count, dim=-1)
+        patches = whole.unflatten(3, (columns, PATCH)).unflatten(2, (rows, PATCH))  # [B, planes, rows, 4, columns, 4]
+        places = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).permute(0, 3, 1, 2)  # channels last in memory: fastest
+        features = silu(self.blocks(self.first(places))).permute(0, 2, 3, 1).flatten(1)
+        return self.last(silu(self.second(features))).chunk(self.count, dim=-1)
 
 
 class Decoder(nn.Module):

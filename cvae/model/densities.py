@@ -18,26 +18,22 @@ class Gaussian(NamedTuple):
     loc: Tensor
     log_scale: Tensor
 
-    def sample(self, eps: Tensor) -> Tensor:
-        """Return z = loc + scale · eps, reparameterized; eps ~ N(0, 1) broadcasts against `[..., Z]`."""
-        return torch.addcmul(widen(self.loc), widen(self.log_scale).exp(), eps)
+    def sample(self, eps: Tensor, detach: bool = False) -> Tensor:
+        """Return z = loc + scale · eps, reparameterized, or as a constant that has a gradient of its own."""
+        loc, log_scale = map(widen, self)
+        z = torch.addcmul(loc, log_scale.exp(), eps)
+        return z.detach().requires_grad_() if detach else z
 
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Return log N(z; loc, scale²) summed over the last dimension: z `[..., Z]` → nats `[...]`."""
+        loc, log_scale = map(widen, self)
+        standard = (z - loc) * (-log_scale).exp()
+        return (-0.5 * standard.square() - log_scale - 0.5 * LOG_2PI).sum(-1)
 
-def widen(tensor: Tensor) -> Tensor:
-    """Return the tensor in float32 where it is of half precision, else as it is."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-
-
-def gaussian_log_prob(z: Tensor, gaussian: Gaussian) -> Tensor:
-    """Return log N(z; loc, scale²) summed over the last dimension: z `[..., Z]` → nats `[...]`."""
-    loc, log_scale = widen(gaussian.loc), widen(gaussian.log_scale)
-    standard = (z - loc) * (-log_scale).exp()
-    return (-0.5 * standard.square() - log_scale - 0.5 * LOG_2PI).sum(-1)
-
-
-def gaussian_score(z: Tensor, gaussian: Gaussian) -> Tensor:
-    """Return the derivative of `gaussian_log_prob` with respect to z, −(z − loc) / scale²: `[..., Z]`."""
-    return (widen(gaussian.loc) - z) * (-2.0 * widen(gaussian.log_scale)).exp()
+    def score(self, z: Tensor) -> Tensor:
+        """Return the derivative of `log_prob` with respect to z, −(z − loc) / scale²: `[..., Z]`."""
+        loc, log_scale = map(widen, self)
+        return (loc - z) * (-2.0 * log_scale).exp()
 
 
 def gaussian_kl(q: Gaussian, p: Gaussian) -> Tensor:
@@ -51,8 +47,13 @@ def gaussian_kl(q: Gaussian, p: Gaussian) -> Tensor:
     return 0.5 * ((2.0 * log_ratio).exp() + shift.square() - 1.0 - 2.0 * log_ratio).sum(-1)
 
 
+def widen(tensor: Tensor) -> Tensor:
+    """Return the tensor in float32 where it is of half precision, else as it is."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
 def bernoulli_log_prob(y: Tensor, logits: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Return Σ w · (y·l − log(1 + eˡ)) over the last dimension.
+    """Return Σ w · (y·l − log(1 + eˡ)) over the last dimension: nats `[...]`, ≤ 0.
 
     For grey levels, 0 < y < 1, this is minus the cross-entropy, the tutorial's convention: not the logarithm of a
     normalised density, and never above minus the entropy of the grey levels. Differentiable in the logits alone, once.
@@ -61,12 +62,8 @@ def bernoulli_log_prob(y: Tensor, logits: Tensor, weight: Tensor | None = None) 
         y: Targets in [0, 1], `[..., D]`; broadcasts against the logits.
         logits: l, `[..., D]`.
         weight: w, which broadcasts against the logits too: 1 where a pixel counts, 0 where not; None where all count.
-
-    Returns:
-        Nats `[...]`, ≤ 0.
     """
-    log_prob: Tensor = _BernoulliLogProb.apply(y, widen(logits), weight)
-    return log_prob
+    return _BernoulliLogProb.apply(y, widen(logits), weight)  # type: ignore[no-any-return]
 
 
 class _BernoulliLogProb(torch.autograd.Function):

@@ -1,5 +1,6 @@
 """Fully connected networks."""
 
+from collections.abc import Callable
 from itertools import pairwise
 
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ class Hidden(nn.Linear):
 
 class MLP(nn.Module):
     """Linear layers with a ReLU between each two: `[..., inputs]` → `[..., outputs]` in float32 or wider."""
+
+    __call__: Callable[..., Tensor]
 
     def __init__(self, *layers: nn.Linear):
         super().__init__()

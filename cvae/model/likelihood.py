@@ -55,24 +55,18 @@ def estimate(values: Tensor) -> Estimate:
 def evaluate(
     model: CVAE, images: ImageSet, samples: Sequence[int], seed: int, context: Context
 ) -> Iterator[Likelihoods]:
-    """Yield the likelihoods of this process's share of the images, a portion at a time and in order.
+    """Yield the likelihoods of this process's share of the images, a portion at a time; of no image if it has none.
 
     All estimates of an image come from the same draws, of which each takes the first S: it is the same whatever other
     numbers there are. Source: Sohn et al. 2015, the two estimates of the conditional log-likelihood; Burda et al. 2016
     for the second.
 
     Args:
-        model: The CVAE.
-        images: The images, of the model's task and on its device.
+        model, images: The CVAE, and images of its task and on its device.
         samples: The numbers of samples S.
         seed: The seed of the noise.
         context: Says where the images are, the precision of the products, and which portions this process takes.
-
-    Yields:
-        Portions of images; one of no image if this process has none.
     """
-    if min(samples, default=0) < 1:
-        raise ValueError(f"at least one sample is needed, not {list(samples)}")
     size = NOISE_IMAGES * (2 if context.half else 1)  # more rows fill half-precision products better
     for start in context.processes.portions(len(images), size):
         batch = images.batch(slice(start, start + size))
@@ -94,28 +88,18 @@ def evaluate(
 
 
 def effective_sample_size(log_weights: Tensor) -> Tensor:
-    """Return (Σw)² / Σw² over the first dimension, from log w `[S, B]`: `[B]`, from 1 (one weight alone) to S.
-
-    Source: Kong 1992.
-    """
+    """Return (Σw)² / Σw² over the first dimension, from log w `[S, B]`: `[B]`, from 1 to S. Source: Kong 1992."""
     return (2 * log_weights.logsumexp(0) - (2 * log_weights).logsumexp(0)).exp()
 
 
 @torch.no_grad()
 def active_units(model: CVAE, images: ImageSet, seed: int, context: Context) -> list[tuple[int, int]]:
-    """Count the active dimensions of z on the first `ACTIVITY_IMAGES` images.
+    """Return for each level of z, from top to bottom, how many dimensions are active, and how many there are.
 
-    A dimension is active where the mean of its q(z|x,y), given the image, has a variance over the images above
-    `LEAST_VARIANCE`. Source: Burda et al. 2016, section 5.1, with their threshold.
+    A dimension is active where the mean of its q(z|x,y), given the image, has a variance over the first
+    `ACTIVITY_IMAGES` images above `LEAST_VARIANCE`. Source: Burda et al. 2016, section 5.1, with their threshold.
 
-    Args:
-        model: The CVAE, in evaluation mode.
-        images: The images, of the model's task and on its device.
-        seed: The seed of the noise, on which the levels below the first depend.
-        context: Says where the images are, and the precision of the products.
-
-    Returns:
-        For each level, from top to bottom: how many dimensions are active, and how many there are.
+    Args: as in `evaluate`; the levels below the first depend on the noise.
     """
     count, portions = min(len(images), ACTIVITY_IMAGES), []
     for start in range(0, count, ACTIVITY_AT_ONCE):
@@ -133,12 +117,9 @@ def active_units(model: CVAE, images: ImageSet, seed: int, context: Context) -> 
 def variance_of_means(loc: Tensor) -> Tensor:
     """Return the variance over images of E[loc | image], without bias: `[Z]` float64, zero for a single image.
 
-    Args:
-        loc: `[B, Z]`, or `[L, B, Z]` for L draws of what lies above, of which the expectation is taken. The mean of L
-            draws varies by itself too, by 1/L of the variance among them, which is taken off.
+    loc: `[B, Z]`, or `[L, B, Z]` for L draws of what lies above, of which the expectation is taken. The mean of L draws
+    varies by itself too, by 1/L of the variance among them, which is taken off.
     """
-    loc = widen(loc).double()
-    correction = min(1, loc.shape[-2] - 1)
-    if loc.dim() == 2:
-        return loc.var(0, correction=correction)
-    return loc.mean(0).var(0, correction=correction) - loc.var(0).mean(0) / len(loc)
+    loc = widen(loc).double().view(-1, *loc.shape[-2:])
+    of_draws, of_images = (min(1, count - 1) for count in loc.shape[:2])
+    return loc.mean(0).var(0, correction=of_images) - loc.var(0, correction=of_draws).mean(0) / len(loc)

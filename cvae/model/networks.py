@@ -47,9 +47,7 @@ class OneLevel(CVAE):
 
     def draw(self, encoded: Encoded, eps: Tensor, recognise: bool, detach_z: bool = False) -> Draw:
         source = encoded.q if recognise and encoded.q is not None else encoded.p
-        z = source.sample(eps)
-        if detach_z:
-            z = z.detach().requires_grad_()
+        z = source.sample(eps, detach_z)
         return Draw(self.generation(z, encoded), (Latent(z, eps, source, encoded.p),))
 
     def generation(self, z: Tensor, encoded: Encoded) -> Tensor:
@@ -60,9 +58,8 @@ class OneLevel(CVAE):
 class Tutorial(OneLevel):
     """The tutorial's networks, whose generation network sees z alone.
 
-    The tutorial shows its baseline −1 in the place of each hidden pixel. Those inputs add a constant to each unit of
-    the first layer, which its bias can hold as well: they are left out, and so are all outputs for observed pixels,
-    which nothing uses.
+    The tutorial shows its baseline −1 in the place of each hidden pixel, which adds a constant to each unit of the
+    first layer, as its bias can: these inputs are left out, and so are outputs for observed pixels, which nothing uses.
     """
 
     def __init__(self, task: Task, s: Settings):
@@ -70,15 +67,11 @@ class Tutorial(OneLevel):
         self.generation_net = mlp(s.latent_dim, *s.hidden, task.y_dim)
 
     def generation(self, z: Tensor, encoded: Encoded) -> Tensor:
-        logits: Tensor = self.generation_net(z)
-        return logits
+        return self.generation_net(z)
 
 
 class Paper(OneLevel):
-    """The paper's p(y|x,z): the generation network sees z, x and ŷ, and its logits are added to the baseline's.
-
-    Source: Sohn et al. 2015, and its authors' code for the sum.
-    """
+    """The paper's p(y|x,z), which sees z, x and ŷ; its logits are added to those of ŷ, as in its authors' code."""
 
     def __init__(self, task: Task, s: Settings):
         super().__init__(task, s)
@@ -92,8 +85,7 @@ class Paper(OneLevel):
 
     def generation(self, z: Tensor, encoded: Encoded) -> Tensor:
         hidden = self.generation_of_z(z) + self.generation_of_x(encoded.guessed)
-        logits: Tensor = self.generation_net(hidden.relu())
-        return logits + encoded.guess
+        return self.generation_net(hidden.relu()) + encoded.guess
 
 
 NETWORKS: dict[str, Callable[[Task, Settings], CVAE]] = {"tutorial": Tutorial, "paper": Paper, "deep": Deep}
@@ -113,9 +105,7 @@ def upgraded(state: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in state.items():
         if ".layers." not in name or tensor.dim() == (2 if name.endswith("weight") else 1):
             renamed[name] = tensor
-        elif name.startswith("encoders."):
-            renamed[name.replace("encoders", "prior_net")] = tensor[0].clone()
-            renamed[name.replace("encoders", "recognition_net")] = tensor[1].clone()
         else:
-            renamed[name] = tensor[0].clone()
+            for layer, network in zip(tensor, ("prior_net", "recognition_net"), strict=False):  # one layer, or two
+                renamed[name.replace("encoders", network)] = layer.clone()
     return renamed

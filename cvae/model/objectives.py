@@ -18,16 +18,13 @@ from torch import Tensor, nn
 
 from cvae.data.tasks import Batch
 from cvae.model.cvae import CVAE, Draw
-from cvae.model.densities import bernoulli_log_prob, gaussian_score, log_mean_exp
+from cvae.model.densities import bernoulli_log_prob, log_mean_exp
 from cvae.settings import Settings
 
 Value = TypeVar("Value", Tensor, float)
 
-Terms = dict[str, Tensor]
-"""Nats per image, `[B]`, higher is better but for `kl` and `kl_1`, …; the first is what is maximised."""
-
-Objective = Callable[..., Terms]
-"""A function of a model, a batch, and noise if it takes any."""
+Terms = dict[str, Tensor]  # nats per image, [B]; higher is better but for `kl` and `kl_1`, …
+Objective = Callable[..., Terms]  # of a model, a batch, and noise if it takes any
 
 
 def log_likelihood(baseline: nn.Module, batch: Batch) -> Terms:
@@ -108,7 +105,7 @@ def doubly_reparameterized(draw: Draw, log_likelihood: Tensor, log_weights: Tens
         total = total + (by_z * q.sample(eps)).sum()  # how z itself depends on what was drawn above it
         with torch.no_grad():
             for_q = weights.square() * by_z
-            for_p = weights * (gaussian_score(z, q) - gaussian_score(z, p) + (1 - weights) * by_z)
+            for_p = weights * (q.score(z) - p.score(z) + (1 - weights) * by_z)
             eps_of_p = (z - p.loc) * (-p.log_scale).exp()
         surrogate = surrogate + (for_q * q.sample(eps) + for_p * p.sample(eps_of_p)).sum(-1).sum(0)
     return surrogate
@@ -131,17 +128,12 @@ def maximised(terms: dict[str, Value]) -> Value:
 
 
 def with_free_nats(terms: Terms, free_nats: Tensor | None) -> Tensor:
-    """Return the first term, with the KL of each level floored at `free_nats` where that term is the elbo.
+    """Return the first term, with the KL of each level floored at `free_nats` where that term is the elbo: nats `[B]`.
 
     A smaller KL has no gradient, which helps levels to come to be used; all terms stay as they are.
     Source: the free bits of Kingma et al. 2016, here for each image.
 
-    Args:
-        terms: As an objective returned them.
-        free_nats: The nats of each level and image, a scalar; None: none are free.
-
-    Returns:
-        Nats per image to be maximised, `[B]`.
+    free_nats: The nats of each level and image, a scalar; None: none are free.
     """
     name, gain = next(iter(terms.items()))
     if free_nats is None or name != "elbo":
@@ -149,12 +141,9 @@ def with_free_nats(terms: Terms, free_nats: Tensor | None) -> Tensor:
     return gain - reduce(add, ((free_nats - kl).relu() for kl in kl_levels(terms)))
 
 
-OBJECTIVES: dict[str, Objective] = {
-    "elbo": elbo, "iwae": iwae, "gsnn": gsnn, "hybrid": hybrid, "multisample": multisample,
-}  # fmt: skip
+OBJECTIVES: dict[str, Objective] = {f.__name__: f for f in (elbo, iwae, gsnn, hybrid, multisample)}
 
-OF_PRIOR = ("gsnn", "multisample")
-"""Objectives that take z from the prior network alone. The recognition network has no gradient, and is decayed only."""
+OF_PRIOR = ("gsnn", "multisample")  # take z from the prior network alone; the recognition network is decayed only
 
 
 def trains_recognition(s: Settings) -> bool:
@@ -173,7 +162,6 @@ class Totals:
     """Sums of an objective's terms over images, in float64 on the device, to be divided once (`means`)."""
 
     def __init__(self, device: torch.device | str = "cpu"):
-        self.device = device
         self.names: list[str] = []
         self.sums = torch.zeros(0, dtype=torch.float64, device=device)  # of each term, and of the images
 
@@ -181,7 +169,7 @@ class Totals:
         """Add the terms of a batch; skipped: a bool scalar, on the device, with which nothing is added."""
         if not self.names:
             self.names = list(terms)
-            self.sums = torch.zeros(len(terms) + 1, dtype=torch.float64, device=self.device)
+            self.sums = self.sums.new_zeros(len(terms) + 1)
         values = [term.detach() for term in terms.values()]
         added = torch.stack([*values, torch.ones_like(values[0])]).sum(1, dtype=torch.float64)
         self.sums += added if skipped is None else added.masked_fill_(skipped, 0.0)

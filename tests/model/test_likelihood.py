@@ -123,12 +123,6 @@ def test_each_number_of_samples_takes_the_first_draws(make):
     assert (together.cvae_is_nll[1:].mean(1) < together.cvae_is_nll[0].mean()).all()
 
 
-@pytest.mark.parametrize("samples", [[], [0], [2, 0], [-1]])
-def test_no_samples_are_refused(make, samples):
-    with pytest.raises(ValueError, match="at least one sample is needed"):
-        likelihoods(*make(), samples)
-
-
 @pytest.mark.parametrize("count", [2, 3, 6])
 def test_shares_of_processes_are_the_whole(make, monkeypatch, count):
     """Bit for bit, with more processes than there are portions too."""

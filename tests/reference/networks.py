@@ -44,8 +44,7 @@ class Levels(CVAE):
             p = q = self.gaussian(self.prior_nets[i], above, encoded[0])
             if recognise:
                 q = self.gaussian(self.recognition_nets[i], above, encoded[1])
-            z = q.sample(noise)
-            latents.append(Latent(z.detach().requires_grad_() if detach_z else z, noise, q, p))
+            latents.append(Latent(q.sample(noise, detach_z), noise, q, p))
         return Draw(self.generation_net(torch.cat([latent.z for latent in latents], dim=-1)), tuple(latents))
 
     def gaussian(self, net: nn.Module, above: list[Tensor], pixels: Tensor) -> Gaussian:
