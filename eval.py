@@ -138,7 +138,8 @@ def draw_all(runs: dict[str, Subject], options: argparse.Namespace, context: Con
         digits = options.digits or list(range(min(NUM_DIGITS, count)))
         if not 0 <= min(digits) <= max(digits) < count:
             raise UsageError(f"--digits: the test images of {run.folder} are numbered 0 to {count - 1}")
-        pieces = figures.name_pieces(folder, name, digits, NUM_SAMPLES) if folder else []
+        parts = ["input", "truth", "nn", *(f"sample{i:02d}" for i in range(1, NUM_SAMPLES + 1))]
+        pieces = [folder / f"{name}-image{digit}-{part}.png" for part in parts for digit in digits] if folder else []
         figures.refuse_to_replace(pieces)
         images = run.test.images[digits]
         random = [context.generator(options.seed, "figure", digit) for digit in digits]  # whatever is drawn beside it

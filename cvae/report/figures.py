@@ -127,9 +127,3 @@ def refuse_to_replace(paths: Sequence[Path]) -> None:
     """Raise UsageError if there is something already where one of these files is to be written."""
     if there := [path for path in paths if os.path.lexists(path)]:
         raise UsageError(f"{there[0]} exists already and is left as it is; choose another folder")
-
-
-def name_pieces(folder: Path, run: str, numbers: Sequence[int], samples: int) -> list[Path]:
-    """Return the files for the images of these numbers in `completion_rows`, row by row: `RUN-imageN-PART.png`."""
-    parts = ["input", "truth", "nn", *(f"sample{i:02d}" for i in range(1, samples + 1))]
-    return [folder / f"{run}-image{number}-{part}.png" for part in parts for number in numbers]
