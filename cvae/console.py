@@ -1,6 +1,5 @@
 """Everything between a script and its user: output, failures in one line, Ctrl-C, commands. Does not import PyTorch."""
 
-import codecs
 import os
 import signal
 import sys
@@ -19,16 +18,13 @@ from tqdm import tqdm
 from cvae.errors import CvaeError, DiskError, PeerLost, UsageError, is_text, telling_of_memory
 
 BAR_AFTER_S, LINE_EVERY_S = 2, 60
-ASCII = dict(zip("±−–─×→≤≥…ŷ▀▄█", ["+-", "-", "-", "-", "x", "->", "<=", ">=", "...", "y", '"', "_", "#"], strict=True))
-# Replacements for characters that a terminal cannot show; any other one is written by its number.
 
 
 def before_torch() -> None:
     """Prepare the process of a script for PyTorch: what Ctrl-C does while it is imported, and how its threads wait.
 
-    Ctrl-C simply ends the process until a handler is installed. Waiting threads spin before they sleep; beside other
-    programs, where that takes the time of those that they wait for, they sleep at once (measured in docs/speed.md).
-    Variables that the user has set stay. A process that goes on after the script, as a notebook's, is left alone.
+    Ctrl-C simply ends the process until a handler is installed. Beside other programs, threads that wait sleep at once
+    in place of spinning (docs/speed.md), unless the user has chosen. A notebook's process goes on, and stays as it is.
     """
     goes_on = hasattr(sys, "ps1") or sys.flags.interactive or threading.current_thread() is not threading.main_thread()
     if goes_on or "torch" in sys.modules:
@@ -79,7 +75,7 @@ def command(script: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
         def safe_main(argv: Sequence[str] | None = None) -> int:
             for stream in (sys.stdout, sys.stderr):
                 if isinstance(stream, TextIOWrapper):  # neither closed nor a notebook's
-                    stream.reconfigure(errors="cvae.ascii")
+                    stream.reconfigure(encoding="utf-8", errors="backslashreplace")
             try:
                 for word in sys.argv[1:] if argv is None else argv:
                     if not is_text(word):  # no JSON file and no log could hold it
@@ -94,14 +90,6 @@ def command(script: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
         return safe_main
 
     return decorate
-
-
-def _in_ascii(error: Any) -> tuple[str | bytes, int]:
-    character = error.object[error.start]
-    return (ASCII[character], error.start + 1) if character in ASCII else codecs.backslashreplace_errors(error)
-
-
-codecs.register_error("cvae.ascii", _in_ascii)
 
 
 @contextmanager

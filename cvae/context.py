@@ -28,16 +28,14 @@ def resolve_device(name: str, local_rank: int = 0, local_count: int = 1) -> torc
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
         return torch.device("cpu")
-    kind, colon, number = name.partition(":")
-    if kind != "cuda" or (colon and not number.isdecimal()):
+    kind, _, number = name.partition(":")
+    if kind != "cuda" or not (name == "cuda" or number.isdecimal()):
         raise UsageError(f"there is no device {name!r}; choose auto, cpu, cuda or cuda:n")
-    if not torch.cuda.is_available():
-        raise UsageError("CUDA is not available here (no GPU, no driver, or a PyTorch without CUDA); use --device cpu")
     if number and local_count > 1:
         raise UsageError(f"{local_count} processes cannot share {name}; say --device cuda, and each takes its own")
-    needed = int(number) + 1 if number else local_count
-    if needed > torch.cuda.device_count():
-        raise UsageError(f"--device {name} needs {needed} GPUs; {torch.cuda.device_count()} are visible")
+    needed, visible = int(number) + 1 if number else local_count, torch.cuda.device_count()
+    if needed > visible:
+        raise UsageError(f"--device {name} needs {needed} GPUs, and PyTorch finds {visible}; --device cpu needs none")
     return torch.device("cuda", int(number) if number else local_rank)
 
 

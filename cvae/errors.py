@@ -9,6 +9,9 @@ class CvaeError(Exception):
 
     exit_code = 1
 
+    def __init_subclass__(cls, exit_code: int = 1) -> None:
+        cls.exit_code = exit_code
+
     def __init__(self, message: str = ""):
         super().__init__(printable(message))  # the names of files may hold anything
 
@@ -17,28 +20,20 @@ class PeerLost(CvaeError):
     """Another of the processes that train together is gone, or they could not meet."""
 
 
-class UsageError(CvaeError):
+class UsageError(CvaeError, exit_code=2):
     """The request cannot be served as it was made: a flag, a device, a folder that is taken, too little memory."""
 
-    exit_code = 2
 
-
-class DataError(CvaeError):
+class DataError(CvaeError, exit_code=3):
     """A file that was to be read (data, checkpoint, settings) is missing, damaged or not what it should be."""
 
-    exit_code = 3
 
-
-class NonFiniteError(CvaeError):
+class NonFiniteError(CvaeError, exit_code=4):
     """Training produces NaN or infinity step after step; the weights never took them."""
 
-    exit_code = 4
 
-
-class DiskError(CvaeError):
+class DiskError(CvaeError, exit_code=5):
     """A file could not be written; what stood there before is intact."""
-
-    exit_code = 5
 
 
 class Interrupted(CvaeError):
@@ -72,8 +67,8 @@ def telling_of_memory() -> Iterator[None]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        problem = f"the memory does not suffice ({first_line(error).removesuffix('.')[:200]})"
-        raise UsageError(f"{problem}. Smaller batches and networks, and fewer samples, need less") from None
+        problem = f"the memory does not suffice ({first_line(error)[:200]})"
+        raise UsageError(f"{problem}: smaller batches and networks, and fewer samples, need less") from None
 
 
 @contextmanager

@@ -87,12 +87,12 @@ def test_streams_that_cannot_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert command("train.py")(lambda argv: say("line") or 0)([]) == 0
 
 
-def test_terminal_without_unicode(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What has a likeness is replaced by it, all else is numbered."""
+def test_output_is_utf_8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is given UTF-8, as whoever reads a file of it expects."""
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", stream)
     assert command("eval.py")(lambda argv: say("−1 ± 2 → ŷ é") or 0)([]) == 0
-    assert stream.buffer.getvalue() == b"-1 +- 2 -> y \\xe9\n"
+    assert stream.buffer.getvalue() == "−1 ± 2 → ŷ é\n".encode()
 
 
 def fail(error: Exception) -> int:
@@ -103,7 +103,7 @@ def fail(error: Exception) -> int:
     ("error", "code", "line"),
     [
         (DataError("a.png: is damaged"), 3, "a.png: is damaged"),
-        (MemoryError(), 2, "the memory does not suffice (MemoryError). "),
+        (MemoryError(), 2, "the memory does not suffice (MemoryError): "),
         (RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory"), 2, "the memory does not suffice ("),
         (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), 2, "the memory does not suffice ("),
     ],
