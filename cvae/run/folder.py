@@ -19,8 +19,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from cvae.console import complain
 from cvae.data.masks import make_task
-from cvae.errors import DataError, UsageError, taken_for_damage
+from cvae.errors import DataError, UsageError, first_line, taken_for_damage
 from cvae.model.networks import NETWORKS
 from cvae.model.objectives import OBJECTIVES
 from cvae.run import checkpoint
@@ -131,23 +132,20 @@ def known_settings(values: object, file: Path) -> Settings:
 
 def refuse_existing(path: Path, overwrite: bool) -> None:
     """Raise UsageError if there is something at `path` that a new run must not replace; hidden files count as none."""
-    if not os.path.lexists(path) or (os.path.isdir(path) and all(name.startswith(".") for name in os.listdir(path))):
+    if not os.path.lexists(path) or (path.is_dir() and not any(path.glob("[!.]*"))):
         return
     try:
-        is_run = "settings" in read_json(path / CONFIG)
-    except (DataError, TypeError):
-        is_run = False
-    if not is_run:
-        raise UsageError(f"{path} is no run folder and is left as it is; choose another --name")
+        read_json(path / CONFIG)["settings"]
+    except (DataError, KeyError, TypeError):
+        raise UsageError(f"{path} is no run folder and is left as it is; choose another --name") from None
     if not overwrite:
         raise UsageError(f"{path} exists already: --resume {quoted(path)} goes on with it, --overwrite starts it anew")
 
 
-def hold(folder: Path, warn: Callable[[str], None]) -> AbstractContextManager[Any]:
-    """Lock a folder until the end of the returned context or of the process, however it ends.
+def hold(folder: Path) -> AbstractContextManager[Any]:
+    """Lock a folder until the returned context or the process ends; a line says so if the file system has no locks.
 
-    Where the file system has no locks, `warn` is told in one line. The file of the lock stays where it is. Raises
-    UsageError if another process holds the folder, DiskError if it is not writable.
+    Raises UsageError if another process holds the folder, DiskError if it is not writable.
     """
     with telling_of_disk(f"{folder}: cannot be written to"):
         open(folder / ".lock", "a").close()
@@ -158,14 +156,11 @@ def hold(folder: Path, warn: Callable[[str], None]) -> AbstractContextManager[An
     except Timeout:
         raise UsageError(f"{folder} is held by another training; wait for it, or choose another --name") from None
     except (OSError, NotImplementedError) as error:
-        reason = getattr(error, "strerror", None) or error
-        warn(f"{folder} cannot be locked on this file system ({reason}): see that no other training uses it")
+        complain(f"{folder} cannot be locked here ({first_line(error)}): see that no other training uses it")
         return nullcontext()
 
 
-def create(
-    path: Path, files: Mapping[str, Callable[[Path], None]], overwrite: bool, warn: Callable[[str], None]
-) -> ExitStack:
+def create(path: Path, files: Mapping[str, Callable[[Path], None]], overwrite: bool) -> ExitStack:
     """Make a run folder, or with `overwrite` begin the one that is there anew, and hold it as `hold` does.
 
     Nothing of an old run is removed before the new files are on the disk beside it; what is not a run's stays. files:
@@ -175,7 +170,7 @@ def create(
     with telling_of_disk(f"{path}: cannot be made"):
         path.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:
-        held.enter_context(hold(path, warn))
+        held.enter_context(hold(path))
         refuse_existing(path, overwrite)
         staged = {name: path / f".{name}.new.tmp" for name in reversed(FILES) if name in files}  # `config.json` first
         for name, file in staged.items():

@@ -14,10 +14,13 @@ from cvae.context import Context
 
 def describe_machine(context: Context, words: Sequence[str]) -> dict[str, Any]:
     """Return what a run's numbers and times may depend on beside its settings; words: the command's arguments."""
-    device, count = context.device, context.processes.count
+    device, count, revision = context.device, context.processes.count, None
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
+    with suppress(OSError, subprocess.SubprocessError):  # there may be no git, or no repository
+        revision = subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip() or None
     return {
-        "git_revision": _git_revision(),
+        "git_revision": revision,  # `+` behind it where the source was changed since
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "device": {"type": device.type, "name": name, "threads": torch.get_num_threads(), "processes": count},
         "precision": context.precision,
@@ -32,12 +35,3 @@ def processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.machine()
-
-
-def _git_revision() -> str | None:
-    """Return the commit of the source, `+` behind it where the source was changed since; None without git."""
-    here = str(Path(__file__).resolve().parent)
-    git = ["git", "-C", here, "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
-    with suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip() or None
-    return None

@@ -89,11 +89,9 @@ class Run:
         model = build(task, s)
         if task.about:
             say(task.about)
-        begin = partial(self._go_on, run, images) if run else partial(self._begin, model, images)
-        last, weights = processes.on_main(begin)
-        if weights is not None:
-            with self._left_as_it_is():
-                model.load_state_dict(weights)
+        begin = partial(self._go_on, run, model, images) if run else partial(self._begin, model, images)
+        last = processes.on_main(begin)
+        model.load_state_dict(processes.on_main(model.state_dict))
         self._is_begun = True
         return model, last
 
@@ -101,48 +99,47 @@ class Run:
         if differs := difference(recorded, images):
             raise DataError(f"{self.folder}: was begun on {differs}; --data says where its own are")
 
-    def _begin(self, model: CVAE, images: dict[str, Any]) -> tuple[dict[str, Any], Any]:
-        """Make the folder; return no checkpoint, and the weights that the run begins with, if they are another's."""
-        config = {"settings": self.settings.to_dict(), "images": images}
-        config |= describe_machine(self.context, self.words)
+    def _begin(self, model: CVAE, images: dict[str, Any]) -> dict[str, Any]:
+        """Make the folder, and give the model another run's weights if it begins with these; return no checkpoint."""
+        machine = describe_machine(self.context, self.words)
+        config = {"settings": self.settings.to_dict(), "images": images, **machine}
         files: dict[str, Callable[[Path], None]] = {CONFIG: partial(checkpoint.write_json, value=config)}
-        weights = None
         if self.init is not None:
             line, config["init"] = start_from(self.init, model)
             say(line)
-            weights = model.state_dict()
-            files[INIT] = partial(checkpoint.save, content={"model": weights})
+            files[INIT] = partial(checkpoint.save, content={"model": model.state_dict()})
         if is_picture(self.settings) and isinstance(model.task, FixedMask):
             files[OBSERVED] = partial(checkpoint.write_atomically, content=mask_png(model.task.observed))
-        self._held.enter_context(folder.create(self.folder, files, self.overwrite, self.warn))
-        return {}, weights
+        self._held.enter_context(folder.create(self.folder, files, self.overwrite))
+        return {}
 
-    def _go_on(self, run: RunFolder, images: dict[str, Any]) -> tuple[dict[str, Any] | None, Any]:
-        """Return the checkpoint and the weights that a run goes on from; None if it is finished."""
+    def _go_on(self, run: RunFolder, model: CVAE, images: dict[str, Any]) -> dict[str, Any] | None:
+        """Give the model the weights that the run goes on from; return its checkpoint, None if it is finished."""
         s = self.settings
-        self._held.enter_context(folder.hold(self.folder, self.warn))
+        self._held.enter_context(folder.hold(self.folder))
         with self._left_as_it_is():
             last = run.last()
             is_cvae, progress = last.get("phase") == "cvae", Progress(**last.get("progress", {}))
-            begun = checkpoint.load(self.folder / INIT) if "init" in run.config and not is_cvae else {}
+            if is_cvae or "init" in run.config:
+                model.load_state_dict((last if is_cvae else checkpoint.load(self.folder / INIT))["model"])
         if is_cvae and progress.epoch > s.epochs:
             raise UsageError(f"{self.folder} has had {progress.epoch} epochs; --epochs cannot be less")
         is_finished = is_cvae and progress.is_over(s.epochs, s.patience, s.unbent_epochs)
         if is_finished and run.summary is not None and (self.folder / BEST).is_file():
             say(f"{self.folder} is finished: nothing is left to do")
-            return None, None
-        begun_with, now = run.settings.to_dict(), s.to_dict()
+            return None
+        before, now = run.settings.to_dict(), s.to_dict()
         machine = describe_machine(self.context, self.words)
-        changed = {name: [begun_with[name], value] for name, value in now.items() if value != begun_with[name]}
+        changed = {name: [before[name], value] for name, value in now.items() if value != before[name]}
         resumed = {"phase": last.get("phase", "baseline"), "epoch": progress.epoch, "changed": changed, **machine}
         known = {part: recorded for part, recorded in run.record.items() if recorded is not None}
         history = run.config.get("resumed", [])
         self._config = {**run.config, "settings": now, "images": {**images, **known}, "resumed": [*history, resumed]}
         self._last = last
-        before, here = ({**each["device"], **each["versions"]} for each in ([run.config, *history][-1], machine))
-        if changes := [f"{k} {here[k]} in place of {before.get(k)}" for k in here if here[k] != before.get(k)]:
+        there, here = ({**each["device"], **each["versions"]} for each in ([run.config, *history][-1], machine))
+        if changes := [f"{k} {here[k]} in place of {there.get(k)}" for k in here if here[k] != there.get(k)]:
             say(f"{self.folder}: from here on not bit for bit as it began: {', '.join(changes)}")
-        return last, (last if is_cvae else begun).get("model")
+        return last
 
     def restore(self, last: dict[str, Any], parts: Mapping[str, Any]) -> Progress:
         """Put a checkpoint's states into models and optimizer, by name. Raises DataError if they do not fit."""
