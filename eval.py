@@ -120,7 +120,7 @@ def open_runs(options: argparse.Namespace, context: Context) -> tuple[dict[str, 
             return {}, [*problems, f"--against {options.against}: cannot be evaluated"]
         asked = runs[base].model.task.asked(runs[base].test.images)
         for name, run in runs.items():
-            if run.test.record == runs[base].test.record and torch.equal(run.model.task.asked(run.test.images), asked):
+            if torch.equal(run.model.task.asked(run.test.images), asked):  # the images and the mask are the same then
                 runs[name] = run._replace(against=base)
             else:
                 problems.append(f"{run.folder}: cannot be compared with {against}: the test images or masks differ")
@@ -131,17 +131,17 @@ def draw_all(runs: dict[str, Subject], options: argparse.Namespace, context: Con
     """Write the figures and samples that are asked for, and return a line about each."""
     lines = []
     for name, run in runs.items() if options.figure or options.samples_to else ():
-        figure, folder, model, name = options.figure, options.samples_to, run.model, name.replace("/", "-")
+        model, images, name = run.model, run.test.images, name.replace("/", "-")
+        figure, folder = options.figure, options.samples_to
         if len(runs) > 1:
             figure, folder = figure and figure.with_stem(f"{figure.stem}-{name}"), folder and folder / name
-        count = len(run.test.images)
-        digits = options.digits or list(range(min(NUM_DIGITS, count)))
-        if not 0 <= min(digits) <= max(digits) < count:
-            raise UsageError(f"--digits: the test images of {run.folder} are numbered 0 to {count - 1}")
+        digits = options.digits or list(range(min(NUM_DIGITS, len(images))))
+        if not 0 <= min(digits) <= max(digits) < len(images):
+            raise UsageError(f"--digits: the test images of {run.folder} are numbered 0 to {len(images) - 1}")
         parts = ["input", "truth", "nn", *(f"sample{i:02d}" for i in range(1, NUM_SAMPLES + 1))]
         pieces = [folder / f"{name}-image{digit}-{part}.png" for part in parts for digit in digits] if folder else []
         figures.refuse_to_replace(pieces)
-        images = run.test.images[digits]
+        images = images[digits]
         random = [context.generator(options.seed, "figure", digit) for digit in digits]  # whatever is drawn beside it
         samples = torch.cat(list(map(model.complete, images, [NUM_SAMPLES] * len(digits), random)), dim=1)
         guess = model.guess(model.task.batch(model.task.rows(images.to(context.device)))).sigmoid()

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -206,9 +206,7 @@ def _heading(record: Record) -> str:
     return f"{printable(record['run'])} ({', '.join(filter(None, marks))})"
 
 
-def rows(
-    records: Sequence[Record], samples: Sequence[int], keys: Sequence[str] = (*LABELS,), form: str = ".2f"
-) -> Cells:
+def rows(records: Sequence[Record], samples: Sequence[int], keys: Iterable[str] = LABELS, form: str = ".2f") -> Cells:
     """Return the rows of these quantities, a cell for each record; its `seeds`, if any, are those it is the mean of."""
     places = [(key, s) for key in keys for s in (samples if key in SAMPLED else (0,))]
     return [[LABELS[key].format(s), *(_cell(each, key, str(s), form) for each in records)] for key, s in places]
