@@ -132,11 +132,8 @@ def permutation(length: int, *key: object) -> Tensor:
 
 
 def seed_dropout(*key: object) -> None:
-    """Seed what draws random numbers without being given a generator, as dropout does, on the CPU and its GPU."""
-    seed = derive_seed(*key, "dropout")
-    torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_initialized():
-        torch.cuda.manual_seed(seed)
+    """Seed what draws random numbers without being given a generator, as dropout does."""
+    torch.manual_seed(derive_seed(*key, "dropout"))
 
 
 class Interruption:

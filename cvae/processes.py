@@ -20,15 +20,11 @@ class Processes:
     """The processes of this job: this one's `rank`, and how many there are, `count`; on this machine, with `local_`."""
 
     def __init__(self) -> None:
-        given = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+        names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
         self.rank, self.count, self.local_rank, self.local_count = (
-            int(os.environ.get(name) or default) for name, default in given.items()
+            int(os.environ.get(name) or default) for name, default in names.items()
         )
-
-    @property
-    def is_main(self) -> bool:
-        """True in the process that writes and prints."""
-        return self.rank == 0
+        self.is_main = self.rank == 0  # the one that writes and prints
 
     @contextmanager
     def connected(self, device: torch.device) -> Iterator[None]:
@@ -101,17 +97,20 @@ class Processes:
 
     def on_all(self, action: Callable[[], T]) -> T:
         """Return the result of `action` in each process, its own. An expected failure in one is raised in all."""
-        result, failure = _tried(action)
-        for error in filter(None, self._all(failure)):
-            raise error
-        return result  # type: ignore[return-value]
+        failure = None
+        try:
+            with telling_of_memory():
+                result = action()
+        except CvaeError as error:
+            failure = error
+        for first in filter(None, self._all(failure)):
+            raise first
+        return result
 
     def on_main(self, action: Callable[[], T]) -> T:
         """Return the result of `action` in the main process to all. An expected failure is raised in all."""
-        result, failure = self._all(_tried(action) if self.is_main else (None, None))[0]
-        if failure:
-            raise failure
-        return result  # type: ignore[return-value]
+        result = self.on_all(action if self.is_main else lambda: None)
+        return self._all(result)[0]  # type: ignore[return-value]
 
     def _all(self, value: T) -> list[T]:
         """Return one object of each process, in the order of their ranks, by gloo."""
@@ -120,15 +119,6 @@ class Processes:
             with exchange():
                 dist.all_gather_object(objects, value)
         return objects
-
-
-def _tried(action: Callable[[], T]) -> tuple[T | None, CvaeError | None]:
-    """Return the result of an action, or its expected failure."""
-    try:
-        with telling_of_memory():
-            return action(), None
-    except CvaeError as error:
-        return None, error
 
 
 @contextmanager
