@@ -110,11 +110,9 @@ def test_formats(tmp_path: Path, ending: str) -> None:
 def test_pictures_that_cannot_be_written(tmp_path: Path) -> None:
     """By their format, their name, or their folder, which is a file; nothing is left behind."""
     (tmp_path / "file").touch()
-    forms = ("webp", "jpg", "gif", "pdf")
-    unfit = [(f"wide.{form}", UsageError, f"wide.{form}: cannot hold 70000×1 pixels") for form in forms]
-    unknown = ("a.xyz", UsageError, "a.xyz: pictures are written as ")
-    no_folder = ("file/a.png", DiskError, "file: cannot be made")
-    for name, error, problem in (*unfit, unknown, no_folder):
+    unfit = [(f"wide.{form}", UsageError, "cannot hold 70000×1 pixels") for form in ("webp", "jpg", "gif", "pdf")]
+    unnamed, no_folder = ("a.xyz", UsageError, "pictures are written as"), ("file/a.png", DiskError, "cannot be made")
+    for name, error, problem in (*unfit, unnamed, no_folder):
         with pytest.raises(error, match=problem):
             figures.write_picture(tmp_path / name, Image.new("RGB", (70_000, 1)))
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -105,10 +105,9 @@ def test_events_that_are_cut(done: Path, tmp_path: Path) -> None:
         [path] = run.glob("events.*")
         path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
         pictures = list(logged(run).values())
-        assert len(pictures) in ((3, 4) if share else (0,))
         with pytest.raises(DataError, match=f"the events have pictures of {len(pictures)} of 5 epochs"):
             replay.draw_all(run)
-        assert (run / "completions.png").exists() == (run / "learning.gif").exists() == bool(share)
+        assert (run / "completions.png").exists() == (run / "learning.gif").exists() == bool(pictures) == bool(share)
         frames = shown(run) if share else []
         assert all(is_shown(picture, frame) for picture, frame in zip(pictures, frames, strict=True))
 
