@@ -32,7 +32,7 @@ from cvae.model.cvae import CVAE
 from cvae.report import figures
 from cvae.run.checkpoint import atomic_file, telling_of_disk, write_atomically, write_json
 from cvae.run.folder import CONFIG, OBSERVED, WEIGHTS, quoted
-from cvae.run.load import Trained, as_safetensors, description, load_trained, passed_on, read_trained
+from cvae.run.load import Trained, as_safetensors, description, load_trained, passed_on
 from cvae.run.plan import user_path
 from cvae.settings import VERSION
 
@@ -98,7 +98,7 @@ def as_pt2(trained: Trained) -> bytes:
 FORMATS: dict[str, tuple[Callable[[Trained], bytes], Callable[[Path], Function]]] = {
     ".onnx": (as_onnx, from_onnx),
     ".pt2": (as_pt2, lambda path: torch.export.load(io.BytesIO(path.read_bytes())).module()),
-    ".safetensors": (as_safetensors, lambda path: Completion(read_trained(path).model)),
+    ".safetensors": (as_safetensors, lambda path: Completion(load_trained(path).model)),
 }
 
 

@@ -59,27 +59,20 @@ def load(run: str | Path, device: torch.device | str = "cpu", runs: str | Path =
 def load_trained(run: str | Path, device: torch.device | str = "cpu", runs: str | Path = "runs") -> Trained:
     """Return the model as `load` does, with the settings and what identifies the images."""
     path = Path(run)
-    if path.suffix == SUFFIX and not path.is_dir():
-        return read_trained(path, device)
-    folder = RunFolder(find_run(run, runs))
-    if folder.is_passed_on:
-        return read_trained(folder.path / WEIGHTS, device)
-    content, state = read_weights(folder.path / BEST)
-    if content.get("phase") != "cvae":
-        resume = f"{called('train.py')} --resume {quoted(folder.path)}"
-        raise DataError(f"{folder.path}: only its baseline is trained so far; go on with {resume}")
-    model = assembled(folder.path / BEST, folder.settings, folder.task, state)
-    return Trained(model.to(device), folder.settings, folder.record)
-
-
-def read_trained(path: Path, device: torch.device | str = "cpu") -> Trained:
-    """Return what is in a file that `save_safetensors` wrote, the weights in float32. Raises DataError."""
-    metadata, state = read_weights(path)
-    with taken_for_damage(f"{path}: holds no CVAE of this program, by its metadata", *MISFITS):
-        settings = known_settings(json.loads(metadata["settings"]), path)
-        images = json.loads(metadata["images"])
-        rows = [[{"0": False, "1": True}[letter] for letter in row] for row in metadata["observed"].split("\n")]
-        task = FixedMask(torch.tensor(rows), mask_name(settings))
+    if path.suffix != SUFFIX or path.is_dir():
+        folder = RunFolder(find_run(run, runs))
+        path = folder.path / (WEIGHTS if folder.is_passed_on else BEST)
+    content, state = read_weights(path)
+    if path.suffix == SUFFIX:
+        with taken_for_damage(f"{path}: holds no CVAE of this program, by its metadata", *MISFITS):
+            settings, images = known_settings(json.loads(content["settings"]), path), json.loads(content["images"])
+            rows = [[{"0": False, "1": True}[letter] for letter in row] for row in content["observed"].split("\n")]
+            task = FixedMask(torch.tensor(rows), mask_name(settings))
+    else:
+        settings, images, task = folder.settings, folder.record, folder.task
+        if content.get("phase") != "cvae":
+            resume = f"{called('train.py')} --resume {quoted(folder.path)}"
+            raise DataError(f"{folder.path}: only its baseline is trained so far; go on with {resume}")
     return Trained(assembled(path, settings, task, state).to(device), settings, images)
 
 

@@ -22,7 +22,7 @@ from cvae.errors import DataError
 from cvae.model.networks import NETWORKS, build
 from cvae.run import checkpoint
 from cvae.run.folder import RunFolder
-from cvae.run.load import as_safetensors, load, load_trained, read_trained, save_safetensors, start_from
+from cvae.run.load import as_safetensors, load, load_trained, save_safetensors, start_from
 from cvae.settings import Settings
 
 SMALL = Settings(hidden=(8, 7), latent_dim=4)
@@ -143,7 +143,7 @@ def test_nothing_of_the_machine_is_passed_on(tmp_path: Path, folder: str) -> Non
     path = tmp_path / "m.safetensors"
     save_safetensors(build(task, settings), settings, path)
     assert b"somebody" not in path.read_bytes()
-    model, read, images = read_trained(path)
+    model, read, images = load_trained(path)
     assert torch.equal(model.task.observed, task.observed)
     assert (model.task.name, read.data, images) == ("my mask", "faces", {"height": 10, "width": 9})
 
