@@ -104,10 +104,8 @@ def test_log_likelihood_matches_quadrature(make_toy):
     ("picture", "line"),
     [
         (torch.full((6, 5), 0.5), "are [6, 6] or [B, 6, 6], uint8 or floats in [0, 1], not float32 [6, 5] from 0.5"),
-        (torch.full((2, 2, 6, 6), 0.5), "not float32 [2, 2, 6, 6] from 0.5 to 0.5"),
         (NUMBERS.numpy(), "not int64 [6, 6] from 0 to 35"),
         (NUMBERS.float(), "the observed part of a picture has to be uint8, or floats in [0, 1], not float32 [1, 9]"),
-        (torch.full((6, 6), float("nan")), "not float32 [1, 9] from nan to nan"),
         ([[0.5]], "a picture is a tensor, a numpy array, a Pillow image or the path of a file, not: list"),
         (Image.new("L", (5, 6)), "not uint8 [6, 5] from 0 to 0; cvae.as_digit finds the digit in a photograph"),
     ],
@@ -116,7 +114,6 @@ def test_what_is_no_picture_for_the_model(toy, picture, line):
     with pytest.raises(ValueError) as error:  # noqa: PT011  # the line is looked at below
         toy.cvae.complete(picture)
     assert line in str(error.value)
-    assert "\n" not in str(error.value)
 
 
 def test_other_mistakes(toy, tmp_path):

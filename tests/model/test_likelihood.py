@@ -62,9 +62,6 @@ def assert_equal(ours, theirs):
         assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
 
 
-# Values
-
-
 @pytest.mark.parametrize("task", [FixedMask, Weighted])
 @pytest.mark.parametrize("network", ["tutorial", "paper"])
 def test_values_match_quadrature(make, network, task):
@@ -103,9 +100,6 @@ def test_several_levels_match_quadrature(make):
     active = active_units(model, images, 0, CONTEXT)
     assert [count for _, count in active] == [1, 1]
     assert active_units(model, images, 0, CONTEXT) == active
-
-
-# What they depend on
 
 
 def test_each_number_of_samples_takes_the_first_draws(make):
@@ -164,9 +158,6 @@ def test_half_precision_takes_the_same_noise(make):
         assert 0 < rounding < 0.1 * noise
 
 
-# Formulas
-
-
 def test_effective_sample_size():
     """The size of an unweighted sample with the same variance: S for equal weights, 1 for a single one."""
     columns = [0.0, 0.0, 0.0], [-3e4, -3e4 - 800, -4e4], [5.0, 5 + math.log(3), 5.0], [0.0, 1.0, 2.0]
@@ -184,9 +175,6 @@ def test_estimates_are_means_with_standard_errors():
     single = estimate(torch.tensor([2.5], dtype=torch.float64))
     assert single.mean == 2.5
     assert math.isnan(single.stderr)
-
-
-# Active units
 
 
 class Linear(CVAE):

@@ -39,9 +39,6 @@ def same(draw, other):
     return all(torch.equal(*pair) for pair in zip(tensors(draw), tensors(other), strict=True))
 
 
-# Every network
-
-
 def test_draws_are_what_they_say(toy):
     """Shapes; z = loc + scale · eps; log-ratio, KL and weights as PyTorch's distributions have them; no KL at p."""
     model, batch, count = toy.cvae, toy.batch, len(toy.images)
@@ -152,9 +149,6 @@ def test_weights_come_from_the_seed_alone(monkeypatch, network):
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in states[0].items())
     with pytest.raises(ValueError, match=r"^network has to be one of tutorial, paper, deep"):
         build(task, Settings(network="none"))
-
-
-# Every network with every objective
 
 
 def gradients(value, model):

@@ -9,11 +9,8 @@ from reference.quadrature import formula, integrate, noise_grid
 from torch import Tensor
 
 from cvae.data.tasks import Batch
-from cvae.model import objectives
 from cvae.model.objectives import OBJECTIVES, Totals, elbo, iwae, maximised, multisample, objective, with_free_nats
 from cvae.settings import Settings
-
-# Values in expectation
 
 
 def expectation(function, model, batch, particles, points) -> dict[str, Tensor]:
@@ -42,9 +39,6 @@ def test_bounds_tighten(make_toy, network, function, lowest):
     stderr = ((exact.is_variance if function is iwae else exact.mc_variance) / len(eps)).sqrt()
     assert ((many - exact.log_evidence).abs() < 5 * stderr).all()
     assert (stderr < 0.02).all()
-
-
-# The gradient of iwae
 
 
 def plain_iwae(model, batch, eps):
@@ -90,9 +84,6 @@ def test_gradient_of_iwae_varies_less_than_the_plain_one(make_toy):
     assert ratios[1] < 0.5 * ratios[0]
 
 
-# Terms and limits
-
-
 @pytest.mark.parametrize("network", ["tutorial", "two levels"])
 def test_terms(make_toy, network):
     """Their names and order, the elbo's parts, the KL of each level; bounds of several samples report constants."""
@@ -109,9 +100,6 @@ def test_terms(make_toy, network):
         torch.testing.assert_close(terms["elbo"], found["elbo"]["elbo"], rtol=1e-12, atol=1e-12)
         if levels:
             torch.testing.assert_close(terms["kl"], terms["kl_1"] + terms["kl_2"], rtol=1e-12, atol=0)
-    kls = toy.cvae.from_posterior(toy.batch, toy.eps).kl_of_levels
-    for ours, theirs in zip(objectives.kl_levels(found["elbo"]), kls, strict=True):
-        assert torch.equal(ours, theirs)
     torch.testing.assert_close(found["multisample"]["gsnn"], found["gsnn"]["gsnn"], rtol=1e-12, atol=0)
     for name in ("iwae", "multisample"):
         assert [other for other, term in found[name].items() if term.requires_grad] == [name]
@@ -149,9 +137,6 @@ def test_new_objective_is_a_function_and_a_name(make_toy, monkeypatch):
             objective(Settings(objective=name))
 
 
-# Sums
-
-
 def test_sums_are_divided_once():
     """Uneven batches, an empty one included, give the mean over all images; skipped ones do not count, NaN or not."""
     random, totals = torch.Generator().manual_seed(0), Totals()
@@ -178,5 +163,3 @@ def test_sums_are_exact_and_stay_where_they_are():
         totals.add({"elbo": torch.ones(3)})
     assert totals.sums is sums
     assert sums.tolist() == [2.0**25 + 33, 34]
-    sums.zero_()
-    assert list(totals.means()) == ["elbo"]
