@@ -15,8 +15,7 @@ from cvae.model.densities import Gaussian, bernoulli_log_prob, gaussian_kl, log_
 
 Seed = int | Generator | None
 
-NOISE_IMAGES, SAMPLES_AT_ONCE = 10, 100
-"""The images and samples of one portion of noise in an estimate; they bound the memory too."""
+NOISE_IMAGES, SAMPLES_AT_ONCE = 10, 100  # of one portion of noise in an estimate; they bound the memory too
 
 
 class Latent(NamedTuple):
@@ -185,10 +184,10 @@ class CVAE(nn.Module):
 def log_weights(
     model: CVAE, batch: Batch, samples: int, random: Sequence[Generator], recognise: Sequence[bool] = (True,)
 ) -> list[Tensor]:
-    """Draw so many z for each image, and return their `Draw.log_weights`, nats `[samples, B]`, float64.
+    """Draw so many z for each image, and return the log of their importance weights, nats `[samples, B]`, float64.
 
     The noise of SAMPLES_AT_ONCE samples is drawn at a time: the first ones do not depend on their number.
-    random: As in `noise`. recognise: As in `draw`, for each of the results, which are of the same noise.
+    random: As in `noise`. recognise: Where z comes from, as in `draw`; one result for each, all from the same noise.
     """
     if samples < 1:
         raise ValueError(f"samples has to be a number from 1 on, not {samples}")

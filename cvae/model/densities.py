@@ -19,7 +19,7 @@ class Gaussian(NamedTuple):
     log_scale: Tensor
 
     def sample(self, eps: Tensor, detach: bool = False) -> Tensor:
-        """Return z = loc + scale · eps, reparameterized, or as a constant that has a gradient of its own."""
+        """Return z = loc + scale · eps, reparameterized; detach: as a constant that has a gradient of its own."""
         loc, log_scale = map(widen, self)
         z = torch.addcmul(loc, log_scale.exp(), eps)
         return z.detach().requires_grad_() if detach else z

@@ -55,7 +55,7 @@ def estimate(values: Tensor) -> Estimate:
 def evaluate(
     model: CVAE, images: ImageSet, samples: Sequence[int], seed: int, context: Context
 ) -> Iterator[Likelihoods]:
-    """Yield the likelihoods of this process's share of the images, a portion at a time; of no image if it has none.
+    """Yield the likelihoods of this process's images, a portion at a time; an empty portion if it has no images.
 
     All estimates of an image come from the same draws, of which each takes the first S: it is the same whatever other
     numbers there are. Source: Sohn et al. 2015, the two estimates of the conditional log-likelihood; Burda et al. 2016
@@ -99,7 +99,7 @@ def active_units(model: CVAE, images: ImageSet, seed: int, context: Context) -> 
     A dimension is active where the mean of its q(z|x,y), given the image, has a variance over the first
     `ACTIVITY_IMAGES` images above `LEAST_VARIANCE`. Source: Burda et al. 2016, section 5.1, with their threshold.
 
-    Args: as in `evaluate`; the levels below the first depend on the noise.
+    The arguments are those of `evaluate`; levels below the first depend on the noise.
     """
     count, portions = min(len(images), ACTIVITY_IMAGES), []
     for start in range(0, count, ACTIVITY_AT_ONCE):
