@@ -129,13 +129,10 @@ def passed_on(s: Settings) -> Settings:
 
 
 def start_from(folder: Path, model: CVAE) -> tuple[str, dict[str, Any]]:
-    """Put the best weights of a run into a model, or the last ones if it has no best, as far as name and shape fit.
+    """Put the best weights of a run into a model, or the last ones, as far as name and shape fit; of a baseline too.
 
-    Weights that face pixels, by their size, do not fit either if the runs' masks differ: each stands for one pixel. If
-    the baseline alone is trained so far, the weights go into the baseline. Raises DataError if none fit.
-
-    Returns:
-        A line for the user, and what `config.json` is to say: the folder, the file, its SHA-256, and what did not fit.
+    Weights that face pixels, by their size, do not fit if the runs' masks differ: each stands for one pixel. Return a
+    line for the user, and what `config.json` is to say of it. Raises DataError if none fit.
     """
     path = next((folder / name for name in (BEST, LAST, WEIGHTS) if os.path.lexists(folder / name)), folder / BEST)
     content, state = read_weights(path)
@@ -169,7 +166,6 @@ def load_tutorial(path: str | Path, quadrants: int = 1, device: torch.device | s
 
     Raises:
         DataError: It is no such file.
-        ValueError: For another number.
     """
     settings, path, state = Settings(quadrants=quadrants), Path(path), dict[str, Tensor]()
     task = make_task(settings, SIDE, SIDE)

@@ -15,15 +15,11 @@ from cvae.errors import DataError, UsageError
 from cvae.run.folder import CHOICES, RunFolder, find_run
 from cvae.settings import PRESETS, Settings, add_flags, flag, with_preset
 
-MOVABLE = ("epochs", "data", "data_root", "device")
-"""What may change when a run is resumed: how long it goes on, and where."""
+MOVABLE = ("epochs", "data", "data_root", "device")  # what may change when a run is resumed
 
 
 def parse(argv: Sequence[str] | None, manual: str | None) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """Return the command line, its words among it, and the settings given on it, by name; `quadrants` is a list still.
-
-    manual: What --help prints.
-    """
+    """Return the command line, and the settings given on it, by name; manual: what --help prints."""
     parser = argparse.ArgumentParser(description=manual, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser, {**CHOICES, "observed": MASKS, "preset": PRESETS})
     add = partial(parser.add_argument, metavar="RUN")

@@ -27,10 +27,7 @@ from cvae.settings import Settings
 
 @dataclass
 class Run:
-    """A run that is trained. All processes call its methods; the main one alone reads and writes.
-
-    A folder that is resumed is not written into before all that can be wrong was seen.
-    """
+    """A run that is trained. All processes call its methods; the main one alone reads and writes."""
 
     folder: Path
     settings: Settings
@@ -160,7 +157,7 @@ class Run:
             raise DataError(f"{error}. The run cannot go on and is left as it is: {ways}") from None
 
     def _opened_log(self) -> RunLog:
-        """Return the log; the run begins to write when it is first asked for."""
+        """Return the log. When it is first asked for, all that can be wrong was seen, and the run begins to write."""
         if self._log is None:
             if self.resume:
                 checkpoint.write_json(self.folder / CONFIG, self._config)
@@ -176,10 +173,9 @@ class Run:
         self, phase: str, progress: Progress, parts: Mapping[str, Any], record: dict[str, Any],
         picture: Callable[[Any], Tensor],
     ) -> None:  # fmt: skip
-        """Write an epoch: the log first, so that `last.pt` can say how much of it there is, and `best.pt` after that.
+        """Write an epoch: the log, `last.pt`, which says how much of the log there is, and `best.pt`, in this order.
 
-        Whatever moment the process is killed in, `last.pt` is whole, what the log has beyond it can be dropped, and a
-        `best.pt` that it is ahead of can be made from it. Arguments as `restore` and `Phase` have them.
+        Whenever the process is killed, what the log has beyond `last.pt` can be dropped, and `best.pt` made from it.
         """
 
         def save() -> None:
@@ -209,10 +205,7 @@ class Run:
         model.load_state_dict(self.context.processes.on_main(lambda: checkpoint.load(self.folder / BEST)["model"]))
 
     def finish(self, progress: Progress, draw: Callable[[Path], None]) -> None:
-        """Have the run's figures drawn, and write `summary.json`, by which `eval.py` knows a finished run.
-
-        draw: draws into a folder; if it fails, that is told.
-        """
+        """Draw the run's figures, or warn of what fails; write `summary.json`, by which a finished run is known."""
 
         def write() -> None:
             try:

@@ -255,7 +255,7 @@ def test_another_machine(copied: Callable[[str], Path]) -> None:
 
     run = configured(copied("cvae"), elsewhere)
     if not torch.cuda.is_available():
-        assert_refused(run, "use --device cpu", code=2)
+        assert_refused(run, "--device cpu", code=2)
     line = f"{run}: from here on not bit for bit as it began: type cpu in place of cuda, name "
     assert line in resume(run, "--device", "cpu").out
     assert line not in resume(run, "--epochs", "4").out
