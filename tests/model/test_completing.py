@@ -1,5 +1,7 @@
 """A model takes pictures as people have them, and completes them or says how likely they are; slips are refused."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -117,31 +119,30 @@ def test_what_is_no_picture_for_the_model(toy, picture, line):
 
 
 def test_other_mistakes(toy, tmp_path):
-    (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(ValueError, match=r"^samples has to be a number from 1 on, not 0$"):
         toy.cvae.log_likelihood(toy.images, 0)
     for call in (toy.cvae.complete, toy.cvae.log_likelihood):
-        for name in ("none.png", "text.png"):
-            with pytest.raises(DataError, match=f"{name}: cannot be read as a picture"):
-                call(tmp_path / name)
+        with pytest.raises(DataError, match=r"none.png: cannot be read as a picture"):
+            call(tmp_path / "none.png")
 
 
-@pytest.mark.parametrize("network", NETWORKS)
-def test_shapes_that_would_broadcast_are_refused(make_toy, network):
+def test_shapes_that_would_broadcast_are_refused(toy):
     """They would be wrong without a word; a model's methods say which tensor has which shape."""
-    toy = make_toy(network=network, dtype=torch.float32)
     x, y, eps = toy.x, toy.y, toy.eps
-    wrong = [
-        ("x", {"x": x[:, :1]}, "[5, 9], not float32 [5, 1]"), ("x", {"x": (x * 255).byte()}, "not uint8 [5, 9]"),
-        ("y", {"y": y[:1]}, "[5, 27], not float32 [1, 27]"), ("y", {"y": y[0]}, "not float32 [27]"),
-        ("weight", {"weight": y[:, :1]}, "[5, 27], not float32 [5, 1]"), ("guess", {"guess": y[:, :9]}, "[5, 27]"),
-        ("eps", {"eps": eps[..., :1]}, "[1, 5, 4], not float32 [1, 5, 1]"), ("eps", {"eps": eps[0]}, "not float32 [5"),
-    ]  # fmt: skip
-    for name, change, line in wrong:
-        batch = toy.batch._replace(**{key: value for key, value in change.items() if key != "eps"})
+    wrong = {
+        "x has to be floats [5, 9], not float32 [5, 1]": {"x": x[:, :1]},
+        "x has to be floats [5, 9], not uint8 [5, 9]": {"x": (x * 255).byte()},
+        "y has to be floats [5, 27], not float32 [1, 27]": {"y": y[:1]},
+        "y has to be floats [5, 27], not float32 [27]": {"y": y[0]},
+        "weight has to be floats [5, 27], not float32 [5, 1]": {"weight": y[:, :1]},
+        "guess has to be floats [5, 27], not float32 [5, 9]": {"guess": y[:, :9]},
+        "eps has to be floats [1, 5, 4], not float32 [1, 5, 1]": {"eps": eps[..., :1]},
+        "eps has to be floats [5, 5, 4], not float32 [5, 4]": {"eps": eps[0]},
+    }
+    for line, change in wrong.items():
+        noise, batch = change.pop("eps", eps), toy.batch._replace(**change)
         for call in (toy.cvae.from_posterior, toy.cvae.from_prior):
-            with pytest.raises(ValueError, match=f"^{name} has to be floats") as error:
-                call(batch, change.get("eps", eps))
-            assert line in str(error.value)
+            with pytest.raises(ValueError, match=f"^{re.escape(line)}"):
+                call(batch, noise)
     with pytest.raises(ValueError, match=r"are uint8 \[N, height, width\], 0 to 255, not float32"):
         ImageSet(toy.images, toy.task)

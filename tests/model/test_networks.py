@@ -198,17 +198,3 @@ def test_images_and_samples_do_not_see_each_other(toy, name):
     draw, one = (toy.cvae.from_posterior(toy.batch, eps) for eps in (toy.eps, toy.eps[1:2]))
     torch.testing.assert_close(one.logits[0], draw.logits[1], **EXACT)
     torch.testing.assert_close(one.log_ratio[0], draw.log_ratio[1], **EXACT)
-
-
-@pytest.mark.parametrize("name", ["gsnn", "multisample"])
-def test_unweighted_pixels_change_nothing(toy, name):
-    """Not the images', each of which has pixels of its own that count, nor the baseline's; not even their gradient."""
-    weight = torch.zeros_like(toy.y)
-    for image, row in enumerate(weight):
-        row[image :: image + 2] = 1
-    spoilt = torch.where(weight > 0, toy.y, 1 - toy.y)
-    batches = [toy.batch._replace(y=y, weight=weight) for y in (toy.y, spoilt)]
-    values = [maximised(objective(Settings(objective=name))(toy.cvae, batch, toy.eps)) for batch in batches]
-    assert torch.equal(*values)
-    found, wanted = (gradients(value, toy.cvae) for value in values)
-    assert all(torch.equal(found[parameter], gradient) for parameter, gradient in wanted.items())
