@@ -130,8 +130,6 @@ def to_images(array: Array, name: str, notes: list[str]) -> Tensor:
     if pixels.ndim != 4 or pixels.shape[3] not in (1, 3) or not pixels.size:
         wanted = "images are [N, height, width], or with 1 or 3 channels; images.reshape(-1, height, width) helps"
         raise DataError(f"{name}: has the shape {list(array.shape)}; {wanted}")
-    if pixels.dtype.kind not in "buif":
-        raise DataError(f"{name}: is of type {str(pixels.dtype)[:40]}; images are bytes, whole numbers or floats")
     most = 1 if pixels.dtype.kind in "bf" else 255 if pixels.dtype == np.uint8 or pixels.max() < 256 else 65535
     if pixels.dtype not in (np.uint8, np.bool_):
         notes.append(f"{pixels.dtype.name} taken as levels from 0 to {most}")

@@ -86,8 +86,7 @@ def load_labels(s: Settings, part: str) -> Tensor:
 
 def _load(s: Settings, wanted: tuple[str, ...], show: bool) -> tuple[dict[str, Tensor], str]:
     """Return the images of the wanted parts, of which the first has to be there, and the line about them."""
-    source = _read(s, wanted, "images", show)
-    form, place, _, notes = source
+    form, place, _, notes = source = _read(s, wanted, "images", show)
     images = {part: pixels for part, pixels in _divided(source, s.seed).items() if part in wanted}
     if wanted[0] not in images:
         raise DataError(f"{place}: has no {WORDS[wanted[0]]} images")
@@ -102,8 +101,7 @@ def _load(s: Settings, wanted: tuple[str, ...], show: bool) -> tuple[dict[str, T
         images[part] = binarized(pixels, "targets", part) if part in DRAWN_ONCE[s.targets] else pixels
     sizes = {part: f"{pixels.shape[1]}×{pixels.shape[2]}" for part, pixels in images.items()}
     if len(set(sizes.values())) > 1:
-        words = " and ".join(f"{part} images of {size} pixels" for part, size in sizes.items())
-        raise DataError(f"{place}: has {words}; --size N scales them all")
+        raise DataError(f"{place}: has images of {' and '.join(sizes.values())} pixels; --size N scales them all")
     if "emnist" in place.lower() and not s.transpose:
         notes.append("EMNIST's files hold them transposed: --transpose turns them upright")
     if "train" in images and "test" not in images:

@@ -1,12 +1,8 @@
 """What several test files share: writing IDX files, and running the scripts as a user does."""
 
-import gzip
-import lzma
 import os
-import struct
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,17 +10,12 @@ from torch import Tensor
 
 from cvae.data.sources import load_train
 from cvae.settings import Settings
-from support.images import mnist
+from support.images import PACKERS, mnist
+from support.images import idx as idx_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = {part: (f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte") for part in ("train", "t10k")}
 PATIENCE = 300  # seconds for a script that takes three: beyond them it hangs, however busy the machine is
-PACKERS: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}
-
-
-def idx_bytes(array: Tensor) -> bytes:
-    """An IDX file of unsigned bytes, written after the description of the format."""
-    return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.contiguous().numpy().tobytes()
 
 
 def write_data(folder: Path, train: Tensor, test: Tensor, suffix: str = "") -> Path:
