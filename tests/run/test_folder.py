@@ -170,6 +170,8 @@ def test_overwrite_that_ends_amid_it(done: Path, tmp_path: Path) -> None:
             assert files(run).keys() == NEW.keys()
             assert RunFolder(run).config == NEW_CONFIG
         assert fatal > least
+    with pytest.raises(UsageError, match="exists already"):
+        create(run, NEW, False)
 
 
 def test_folders_that_cannot_be_made(words: list[str | Path], tmp_path: Path) -> None:
