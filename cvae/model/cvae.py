@@ -175,8 +175,10 @@ class CVAE(nn.Module):
         random = _generator(seed, like.device)
         for rows in self.task.rows(as_images(picture, self.task), labels).split(NOISE_IMAGES):
             batch = self.task.batch(rows)
-            batch = batch._replace(x=as_pixels("a picture", batch.x, like), y=as_pixels("a picture", batch.y, like))
-            (log_w,) = log_weights(self, batch, samples, [random])
+            parts = {
+                key: as_pixels("a picture", part, like) for key, part in batch._asdict().items() if part is not None
+            }
+            (log_w,) = log_weights(self, batch._replace(**parts), samples, [random])
             estimates.append(log_mean_exp(log_w))
         return torch.cat(estimates)
 

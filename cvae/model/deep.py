@@ -27,10 +27,9 @@ class Deep(CVAE):
 
     A state goes from level to level: the sum of what each z adds to it and of residual blocks. The prior network sees
     it and features of x and ŷ; the recognition network sees features of x and y too, and says how q differs from p.
-    The logits follow from the last state, which has x by z alone.
+    The logits follow from the last state, which has x by z alone. Of the settings, `hidden` are the baseline's layers,
+    the last of them is the width of the state and of the features; `latent_dim` is that of all `levels` together.
     Source: Sønderby et al. 2016 (ladder VAE) and Vahdat and Kautz 2020 (q relative to p), here conditional on x.
-    Of the settings, `hidden` are the baseline's layers, and the last of them is the width of the state and of the
-    features; `latent_dim` are the dimensions of all `levels` together.
     """
 
     def __init__(self, task: Task, s: Settings):
