@@ -175,10 +175,9 @@ class CVAE(nn.Module):
         random = _generator(seed, like.device)
         for rows in self.task.rows(as_images(picture, self.task), labels).split(NOISE_IMAGES):
             batch = self.task.batch(rows)
-            parts = {
-                key: as_pixels("a picture", part, like) for key, part in batch._asdict().items() if part is not None
-            }
-            (log_w,) = log_weights(self, batch._replace(**parts), samples, [random])
+            known = {name: part for name, part in batch._asdict().items() if part is not None}
+            moved = {name: as_pixels("a picture", part, like) for name, part in known.items()}
+            (log_w,) = log_weights(self, batch._replace(**moved), samples, [random])
             estimates.append(log_mean_exp(log_w))
         return torch.cat(estimates)
 

@@ -66,7 +66,7 @@ def test_draws_are_what_they_say(toy):
 
 
 def test_both_draws_see_one_generation_network_and_one_prior(toy):
-    """What follows from a z of the recognition network follows from it as one of the prior network, which runs alone."""
+    """What follows from a z is the same, whichever network it comes from; the prior network runs alone."""
     draw, calls = toy.cvae.from_posterior(toy.batch, toy.eps), []
     for name, module in toy.cvae.named_modules():
         if name.startswith("recognition"):
