@@ -113,11 +113,11 @@ class Settings:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     @classmethod
-    def from_dict(cls, values: object) -> "Settings":
+    def from_dict(cls, values: Mapping[str, Any]) -> "Settings":
         """Return the settings that `to_dict` gave; one that is missing, as in older runs, has its default."""
-        if not isinstance(values, dict):
-            raise ValueError("the settings are missing")
-        kept: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in values.items()}
+        kept: dict[str, Any] = {
+            k: tuple(value) if isinstance(value, list) else value for k, value in dict(values).items()
+        }
         kept.pop("compile", None)  # in runs of older versions, and without an effect on the numbers
         if unknown := kept.keys() - {each.name for each in fields(cls)}:
             raise ValueError(f"this version knows no setting {reprlib.repr(min(unknown))}; was a later one here?")

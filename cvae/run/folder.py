@@ -119,7 +119,7 @@ def quoted(path: Path) -> str:
     return shlex.quote(str(path))
 
 
-def known_settings(values: object, file: Path) -> Settings:
+def known_settings(values: Any, file: Path) -> Settings:
     """Return the settings that a file holds, as `Settings.to_dict` gives them. Raises DataError."""
     try:
         settings = Settings.from_dict(values)
