@@ -1,18 +1,25 @@
-"""What a finished training leaves to look at: how it has learned, an epoch a frame, and what it has come to."""
+"""Draw how runs have learned, an epoch a frame, and what they have come to; a finished training does it by itself.
 
+python -m cvae.report.replay q1     # anew, or as far as an unfinished run has come; RUN: a path or a name below runs/
+"""
+
+import argparse
 import io
 import math
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from cvae.console import command, say
 from cvae.errors import DataError
 from cvae.report.figures import FONT_SIZE, INK, NOT_GIVEN, PAPER, write_picture
 from cvae.run.checkpoint import write_atomically
-from cvae.run.folder import COMPLETIONS, LEARNING, RunFolder
+from cvae.run.folder import COMPLETIONS, LEARNING, METRICS, RunFolder, find_run
 from cvae.run.log import read_pictures
+from cvae.run.plan import user_path
 
 WIDTH, HEADER = 560, 28  # the least of a frame, so that the longest line fits; the height of that line: screen pixels
 FRAME_MS, LAST_FRAME_MS = 250, 4000
@@ -26,7 +33,7 @@ def draw_all(folder: Path) -> None:
     """Write the figures of a run from TensorBoard's events and `metrics.jsonl`.
 
     `learning.gif`: the same validation images with the same noise after each epoch. `completions.png`: the images after
-    the best epoch. Raises DataError if a picture is missing in the events, once the others are drawn; DiskError.
+    the best epoch of the last phase. Raises DataError if a picture is missing, once the others are drawn; DiskError.
     """
     losses, pictures, logged = {}, {}, read_pictures(folder)
     for record in RunFolder(folder).metrics():
@@ -35,16 +42,19 @@ def draw_all(folder: Path) -> None:
         losses[epoch] = name.removeprefix("validation_").replace("_", " "), math.inf if value is None else -value
         with suppress(Exception):  # a damaged picture may fail anywhere in the reader
             pictures[epoch] = Image.open(io.BytesIO(logged[epoch]), formats=("PNG",)).convert("RGB")
+    if not losses:
+        raise DataError(f"{folder / METRICS}: has no epoch yet, of which there would be something to draw")
     if pictures:
         first, *rest = frames(losses, pictures)
         buffer, durations = io.BytesIO(), [FRAME_MS] * len(rest) + [LAST_FRAME_MS]
         first.save(buffer, "GIF", save_all=True, append_images=rest, duration=durations, loop=0)
         write_atomically(folder / LEARNING, buffer.getvalue())
-    best = min((epoch for epoch in losses if epoch[0] == "cvae"), key=lambda epoch: losses[epoch][1])
+    phase, _ = max(losses)
+    best = min((epoch for epoch in losses if epoch[0] == phase), key=lambda epoch: losses[epoch][1])
     if best in pictures:
         write_picture(folder / COMPLETIONS, pictures[best])
     if len(pictures) < len(losses):
-        raise DataError(f"the events have pictures of {len(pictures)} of {len(losses)} epochs")
+        raise DataError(f"{folder}: the events have pictures of {len(pictures)} of {len(losses)} epochs")
 
 
 def frames(losses: Mapping[Epoch, tuple[str, float]], pictures: Mapping[Epoch, Image.Image]) -> Iterator[Image.Image]:
@@ -64,3 +74,19 @@ def frames(losses: Mapping[Epoch, tuple[str, float]], pictures: Mapping[Epoch, I
         draw.line([(0, HEADER - 4), (width * i / len(shown), HEADER - 4)], fill=BLUE, width=2)
         frame.paste(pictures[phase, epoch], (0, HEADER))
         yield frame.quantize(palette=palette, dither=Image.Dither.NONE)
+
+
+@command("cvae.report.replay")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m cvae.report.replay", description=__doc__, formatter_class=raw)
+    parser.add_argument("runs", nargs="+", type=user_path, metavar="RUN")
+    for folder in (find_run(word, "runs") for word in parser.parse_args(argv).runs):
+        draw_all(folder)
+        say(f"{folder}: drawn")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

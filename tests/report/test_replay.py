@@ -98,6 +98,25 @@ def test_failure_to_draw_is_a_warning(tmp_path: Path) -> None:
     assert (run / "summary.json").exists()
 
 
+def test_command_draws_anew_and_as_far_as_a_run_has_come(
+    done: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """A finished run as at its end, one that has its baseline only, and one without an epoch."""
+    run = Path(shutil.copytree(done, tmp_path / "run", ignore=lambda *_: {"learning.gif", "completions.png"}))
+    assert replay.main([str(run)]) == 0
+    assert all((run / name).read_bytes() == (done / name).read_bytes() for name in ("learning.gif", "completions.png"))
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:2]))
+    best = 1 + (json.loads(lines[0])["validation_log_likelihood"] < json.loads(lines[1])["validation_log_likelihood"])
+    assert replay.main([str(run)]) == 0
+    assert torch.equal(pixels(run / "completions.png"), logged(run)["baseline", best])
+    (run / "metrics.jsonl").write_text("")
+    assert replay.main([str(run)]) == 3
+    out, err = capsys.readouterr()
+    assert out == 2 * f"{run}: drawn\n"
+    assert err.endswith("has no epoch yet, of which there would be something to draw\n")
+
+
 def test_events_that_are_cut(done: Path, tmp_path: Path) -> None:
     """What can be read is drawn, and what is missing is said."""
     for share in (0, 0.8):
