@@ -110,8 +110,8 @@ def find_run(run: str | Path, runs: str | Path) -> Path:
     """
     path, below = Path(run), Path(runs) / run
     known = [place / path for place in COME_WITH] if path.parts[:1] == (REFERENCE,) else []
-    default = below if len(path.parts) <= 1 else path
-    return next((folder for folder in (path, below, *known) if os.path.isdir(folder)), default)
+    places = (place for place in (path, below, *known) if os.path.isdir(place))
+    return next(places, below if len(path.parts) <= 1 else path)
 
 
 def quoted(path: Path) -> str:

@@ -65,7 +65,7 @@ class Run:
         images = processes.on_all(partial(load_train, s, processes.is_main))
         self.leave_if_interrupted()
         say(images.about)
-        processes.share_of_batch(min(s.batch_size, len(images.train[: s.train_limit])))
+        processes.share_of_batch(min(s.batch_size, len(images.train[: s.train_limit])))  # before a folder is made
         return images._replace(train=images.train[: s.train_limit])
 
     def open(self, images: dict[str, Any]) -> tuple[CVAE, dict[str, Any] | None]:
@@ -77,7 +77,7 @@ class Run:
             The model; the checkpoint to go on from, {} at the beginning, None if nothing is left to do.
         """
         processes, s = self.context.processes, self.settings
-        run = processes.on_main(lambda: RunFolder(self.folder)) if self.resume else None
+        run = processes.on_main(self._held_folder) if self.resume else None
         # Other machines may see neither the folder nor the picture of a mask, and need the same images.
         recorded = run.record if run else processes.on_main(lambda: images)
         processes.on_all(partial(self._refuse_others, recorded, images))
@@ -91,6 +91,10 @@ class Run:
         model.load_state_dict(processes.on_main(model.state_dict))
         self._is_begun = True
         return model, last
+
+    def _held_folder(self) -> RunFolder:
+        self._held.enter_context(folder.hold(self.folder))
+        return RunFolder(self.folder)
 
     def _refuse_others(self, recorded: dict[str, Any], images: dict[str, Any]) -> None:
         if differs := difference(recorded, images):
@@ -113,7 +117,6 @@ class Run:
     def _go_on(self, run: RunFolder, model: CVAE, images: dict[str, Any]) -> dict[str, Any] | None:
         """Give the model the weights that the run goes on from; return its checkpoint, None if it is finished."""
         s = self.settings
-        self._held.enter_context(folder.hold(self.folder))
         with self._left_as_it_is():
             last = run.last()
             is_cvae, progress = last.get("phase") == "cvae", Progress(**last.get("progress", {}))
