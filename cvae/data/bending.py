@@ -53,13 +53,13 @@ def warped(images: Tensor, matrices: Tensor, pushed: Tensor) -> Tensor:
     return seen.squeeze(1).clamp(0, 255).round().to(torch.uint8)
 
 
-def with_levels_of(images: Tensor, others: Tensor) -> Tensor:
-    """Return the others with each grey level replaced so that the levels are distributed as those of the images.
+def with_levels_of(images: Tensor, softened: Tensor) -> Tensor:
+    """Return softened images with each grey level replaced so that the levels are distributed as those of the images.
 
     Interpolation softens edges, and soft edges have more entropy under a Bernoulli: of MNIST's digits 56 nats in place
     of 46. Higher levels stay the higher ones. Both uint8; source: histogram matching, Gonzalez and Woods, section 3.3.
     """
-    wanted, found = (torch.bincount(each.flatten(), minlength=256).double() for each in (images, others))
-    wanted, found = wanted / wanted.sum(), found / found.sum()
-    levels = torch.searchsorted(wanted.cumsum(0), found.cumsum(0) - found / 2).clamp(max=255).to(torch.uint8)
-    return levels[others.int()]
+    counts = (torch.bincount(pixels.flatten(), minlength=256).double() for pixels in (images, softened))
+    wanted, present = (count / count.sum() for count in counts)
+    levels = torch.searchsorted(wanted.cumsum(0), present.cumsum(0) - present / 2).clamp(max=255).to(torch.uint8)
+    return levels[softened.int()]

@@ -89,7 +89,7 @@ def make_task(s: Settings, height: int, width: int, picture: Path | None = None)
 
 
 def read_mask(path: Path, height: int, width: int) -> tuple[Tensor, str]:
-    """Read a picture as a mask of this size, white = given, and return in one line how it was read too.
+    """Return a picture as a mask of this size, bool `[height, width]`, white = given, and how it was read, in one line.
 
     A picture of another size is scaled, each pixel from the nearest one. If there are two levels, of which one is 0,
     the other one is given; else the grey levels from 128 on. DataError: for a picture that cannot be read, or where

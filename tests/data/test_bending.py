@@ -7,8 +7,6 @@ from torch import Tensor
 
 from cvae.data import bending
 from cvae.data.bending import KNOTS, bent, warped, with_levels_of
-from cvae.data.masks import quadrants
-from cvae.data.tasks import FixedMask, ImageSet
 from cvae.model.densities import bernoulli_entropy
 
 IMAGES = mnist("train")[:400]
@@ -89,18 +87,3 @@ def test_share_key_and_amount(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("DEGREES", "STRETCH", "SHEAR", "PUSH"):
         monkeypatch.setattr(bending, name, 0.0)
     assert torch.equal(bent(IMAGES, 1.0, 3), IMAGES)
-
-
-@pytest.mark.parametrize("binary", [False, True])
-def test_redrawn_from_the_stored_images(binary: bool) -> None:
-    """Whatever the epochs before were; without a share the stored images are back."""
-    task = FixedMask(quadrants(1))
-    images, fresh = ImageSet(IMAGES, task), ImageSet(IMAGES, task)
-    for bend in (0.7, 0.3):
-        images.redraw(5, 1, binary=binary, bend=bend)
-    fresh.redraw(5, 1, binary=binary, bend=0.3)
-    assert torch.equal(images.rows, fresh.rows)
-    if not binary:
-        assert torch.equal(images.rows, task.rows(bent(IMAGES, 0.3, 5, 1, 0)))
-        images.redraw(5, 2, binary=False)
-        assert torch.equal(images.rows, task.rows(IMAGES))

@@ -100,7 +100,9 @@ def test_order_is_that_of_the_names(tmp_path: Path) -> None:
     for name in ("b/2.png", "a.png", "b/1.png", "a/3.png"):
         (tmp_path / "x" / name).parent.mkdir(parents=True, exist_ok=True)
         PICTURE.save(tmp_path / "x" / name)
-    (tmp_path / "y").symlink_to("x")
+    (tmp_path / "y").mkdir()
+    for place in (tmp_path / "x").iterdir():
+        (tmp_path / "y" / place.name).symlink_to(place)
     assert pictures_below(tmp_path / "x") == (["a/3.png", "a.png", "b/1.png", "b/2.png"], 0)
     assert pictures_below(tmp_path / "y") == pictures_below(tmp_path / "x")
 
