@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -158,19 +157,12 @@ def refused(path: Path) -> str:
 
 def test_files_that_are_refused(path: Path) -> None:
     """Damage, another program's weights, and metadata that does not suit the tensors: one line that names the file."""
-    content, dice = path.read_bytes(), random.Random(0)
+    content = path.read_bytes()
     metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
     tensors = safetensors.torch.load(content)
     for length in (0, 7, len(content) - 1):
         path.write_bytes(content[:length])
         refused(path)
-    for _ in range(50):  # in the header
-        at = dice.randrange(2000)
-        path.write_bytes(content[:at] + bytes([content[at] ^ 1 << dice.randrange(8)]) + content[at + 1 :])
-        try:
-            load(path)
-        except DataError:
-            refused(path)
     cases: list[tuple[dict[str, Tensor], dict[str, str], str]] = [
         (tensors, {}, "holds no CVAE of this program, by its metadata (KeyError)"),
         (tensors, {**metadata, "observed": "01\n1"}, "by its metadata"),

@@ -71,22 +71,17 @@ def test_taken_back_to_a_position(log: RunLog, tmp_path: Path) -> None:
     assert [step for step, _ in events(tmp_path)["scalars"]["cvae/elbo/train"]] == [1, 2]
 
 
-@pytest.mark.parametrize("spoil", ["unlink", "cut"])
-def test_events_that_are_lost_are_no_obstacle(log: RunLog, tmp_path: Path, spoil: str) -> None:
+def test_events_that_are_lost_are_no_obstacle(log: RunLog, tmp_path: Path) -> None:
     """What follows goes into a file of its own, which TensorBoard can read."""
     log.epoch("cvae", record(1), PICTURE)
     position = log.position()
     log.close()
     [path] = tmp_path.glob("events.*")
     path.unlink()
-    if spoil == "cut":
-        position[f"{path.name}.train"] = 1000
-        path.with_name(f"{path.name}.train").write_bytes(b"cut off")
     again = RunLog(tmp_path, position, SETTINGS)
     again.epoch("cvae", record(2), PICTURE)
     again.close()
-    new = [p for p in tmp_path.glob("events.*") if p.stat().st_size > 100]
-    assert len(new) == 1
+    assert read_pictures(tmp_path).keys() == {("cvae", 2)}
     assert [line["epoch"] for line in logged(tmp_path)] == [1, 2]
 
 
