@@ -33,9 +33,8 @@ def resolve_device(name: str, local_rank: int = 0, local_count: int = 1) -> torc
         raise UsageError(f"there is no device {name!r}; choose auto, cpu, cuda or cuda:n")
     if number and local_count > 1:
         raise UsageError(f"{local_count} processes cannot share {name}; say --device cuda, and each takes its own")
-    needed, visible = int(number) + 1 if number else local_count, torch.cuda.device_count()
-    if needed > visible:
-        raise UsageError(f"--device {name} needs {needed} GPUs, and PyTorch finds {visible}; --device cpu needs none")
+    if (needed := int(number) + 1 if number else local_count) > torch.cuda.device_count():
+        raise UsageError(f"--device {name} needs {needed} GPUs, and PyTorch finds {torch.cuda.device_count()}")
     return torch.device("cuda", int(number) if number else local_rank)
 
 

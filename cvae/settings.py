@@ -115,9 +115,7 @@ class Settings:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Settings":
         """Return the settings that `to_dict` gave; one that is missing, as in older runs, has its default."""
-        kept: dict[str, Any] = {
-            k: tuple(value) if isinstance(value, list) else value for k, value in dict(values).items()
-        }
+        kept: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in dict(values).items()}
         kept.pop("compile", None)  # in runs of older versions, and without an effect on the numbers
         if unknown := kept.keys() - {each.name for each in fields(cls)}:
             raise ValueError(f"this version knows no setting {reprlib.repr(min(unknown))}; was a later one here?")

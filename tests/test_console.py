@@ -12,7 +12,7 @@ import pytest
 from support.scripts import PATIENCE, ROOT
 
 from cvae import console
-from cvae.console import command, complain, say
+from cvae.console import command, complain, say, silence
 from cvae.errors import DataError, DiskError
 
 BAR = """
@@ -119,6 +119,14 @@ def test_fault_of_the_program_is_not_hidden() -> None:
         command("eval.py")(lambda argv: fail(RuntimeError("shapes")))([])
 
 
+def test_silence(capsys: pytest.CaptureFixture[str]) -> None:
+    with silence(), console.Bar("pictures", 4000, "img") as bar:
+        say("nothing")
+        assert bar.disable
+    say("something")
+    assert capsys.readouterr().out == "something\n"
+
+
 # Before PyTorch is loaded
 
 
@@ -145,14 +153,7 @@ def test_threads_sleep_at_once_beside_other_programs() -> None:
 
 @pytest.mark.parametrize(
     ("running", "cores", "usable", "others"),
-    [
-        ("1", 2, 2, False),
-        ("2", 2, 2, True),
-        ("5", 8, 4, False),
-        ("6", 8, 4, True),
-        ("3", 1, 1, True),
-        ("x", 1, 1, False),
-    ],
+    [("1", 2, 2, False), ("2", 2, 2, True), ("5", 8, 4, False), ("6", 8, 4, True), ("x", 1, 1, False)],
 )
 def test_idle_processors_are_counted(
     monkeypatch: pytest.MonkeyPatch, running: str, cores: int, usable: int, others: bool

@@ -11,7 +11,7 @@ import pytest
 import torch
 from support.inprocess import TINY, call_eval, call_train, make_tiny_data
 from support.scripts import NAMES, run_script
-from support.trainings import epochs_logged, fork_script, running, train_command, wait_until
+from support.trainings import fork_script
 
 import train
 from cvae.run import checkpoint
@@ -182,15 +182,3 @@ def test_too_little_memory(folder: Path, tmp_path: Path) -> None:
         assert_baseline_intact(tmp_path / "q1")
         reached = reached or (tmp_path / "q1/last.pt").read_bytes()
     assert (tmp_path / "q1/last.pt").read_bytes() == reached
-
-
-def test_folder_that_is_moved_away_while_training(folder: Path, tmp_path: Path) -> None:
-    words = ["--data", "data", "--runs", tmp_path, *TINY, "--epochs", "100000", "--patience", "100000", "--quiet"]
-    with running(*train_command(*words), cwd=folder) as process:
-        wait_until(lambda: ("cvae", 2) in epochs_logged(tmp_path / "q1"), process)
-        (tmp_path / "q1").rename(tmp_path / "away")
-        assert process.stderr is not None
-        line = process.stderr.read()
-        assert process.wait() == 5
-    assert re.fullmatch(rf"train.py: {tmp_path / 'q1'}[^\n]+\n", line)
-    assert checkpoint.load(tmp_path / "away/last.pt")["phase"] in ("baseline", "cvae")
