@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.fuzzing import Damage, fuzz, outcome
 from support.images import in_order, random_images, refusal, training, write_idx, write_pictures
 
 import train
@@ -133,20 +132,6 @@ def test_picture_that_is_refused(tmp_path: Path, content: Any, words: str) -> No
     path = write_pictures(tmp_path / "train", IMAGES) / "0013\n\x1b.tif"
     path.write_bytes(content) if isinstance(content, bytes) else content.save(path)
     assert refusal(tmp_path).startswith(f"{tmp_path}/train/0013\\n\\x1b.tif: {words}")
-
-
-def test_mutated_pictures() -> None:
-    """They are grey levels, or refused."""
-
-    def check(folder: Path, form: str, damage: Damage) -> bool:
-        path = folder / "picture"
-        PICTURE.convert("RGB" if form == "JPEG" else "L").save(path, form)
-        path.write_bytes(damage(path.read_bytes()))
-        levels = outcome(lambda: read_picture(path), path)
-        assert levels is None or (levels.dtype, levels.ndim) == (np.uint8, 2)
-        return levels is not None
-
-    fuzz(200, ["PNG", "JPEG", "GIF", "BMP", "PPM", "WEBP", "TIFF"], check)
 
 
 def test_signal_while_pictures_are_read(
