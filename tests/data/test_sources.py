@@ -222,5 +222,5 @@ def test_scripts_say_what_they_take(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert evaluation.main([str(runs / "q1"), "--samples", "3", "--device", "cpu"]) == 0
     assert capsys.readouterr().out.startswith(f"pictures below {data}: 10 test images of 6×5 pixels")
     assert train.main(["--data", "s\udcff", *words, "--name", "new"]) == 2
-    assert capsys.readouterr().err.startswith("train.py: s\\xff: is no text in UTF-8")
+    assert "is no text in UTF-8" in capsys.readouterr().err
     assert not (runs / "new").exists()
