@@ -58,6 +58,12 @@ class RunLog:
                 self._add(summary=summary.scalar(f"{phase}/{tag}", value), step=step)
         self._add(summary=summary.image(phase + PICTURES, picture, dataformats="CHW"), step=step)
 
+    def finish(self, settings: dict[str, Any], results: dict[str, float]) -> None:
+        """Write the settings and the results as hyperparameters of one run."""
+        plain = {k: v if isinstance(v, int | float) else printable(str(v)) for k, v in settings.items()}
+        for part in (*summary.hparams(plain, results), *(summary.scalar(*item) for item in results.items())):
+            self._add(summary=part)
+
     def position(self) -> dict[str, int]:
         """Return the size of each file of the log, all of it being on the disk."""
         for file in (self._metrics, self._events):

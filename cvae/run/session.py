@@ -215,7 +215,9 @@ class Run:
                 draw(self.folder)
             except Exception as error:
                 self.warn(f"{self.folder}: its figures are not all drawn ({first_line(error)})")
-            self._opened_log()  # whatever an earlier process has left is gone
+            results = {"validation_loss": progress.best_loss, "seconds": progress.seconds}
+            with checkpoint.telling_of_disk(f"{self.folder}: the log cannot be written"):
+                self._opened_log().finish(self.settings.to_dict(), results)
             checkpoint.write_json(self.folder / SUMMARY, asdict(progress))
 
         self.context.processes.on_main(write)

@@ -36,11 +36,14 @@ def log(tmp_path: Path) -> Iterator[RunLog]:
 
 def test_what_is_logged(log: RunLog, tmp_path: Path) -> None:
     log.epoch("cvae", record(1), PICTURE)
+    log.finish({"seed": 0, "hidden": [8, 7]}, {"validation_loss": 2.0})
     assert logged(tmp_path) == [{"phase": "cvae", **record(1), "validation_elbo": None}]
     view = events(tmp_path)
     assert view["scalars"]["cvae/elbo/train"] == [(1, -1.5)]
     assert "cvae/elbo/validation" not in view["scalars"]
     assert b"| seed | 0 |" in view["texts"]["settings/text_summary"][0][1]
+    assert "hparams" in view["plugins"].values()
+    assert view["scalars"]["validation_loss"] == [(0, 2.0)]
     assert read_pictures(tmp_path).keys() == {("cvae", 1)}
 
 
