@@ -34,7 +34,8 @@ def resolve_device(name: str, local_rank: int = 0, local_count: int = 1) -> torc
     if number and local_count > 1:
         raise UsageError(f"{local_count} processes cannot share {name}; say --device cuda, and each takes its own")
     if (needed := int(number) + 1 if number else local_count) > torch.cuda.device_count():
-        raise UsageError(f"--device {name} needs {needed} GPUs, and PyTorch finds {torch.cuda.device_count()}")
+        there = torch.cuda.device_count()
+        raise UsageError(f"--device {name} needs {needed} GPUs, and PyTorch finds {there}; --device cpu needs none")
     return torch.device("cuda", int(number) if number else local_rank)
 
 
