@@ -33,7 +33,8 @@ from cvae.console import Bar, called, command, say, silence
 from cvae.context import Context, Interruption, opened, permutation, seed_dropout
 from cvae.data.tasks import ImageSet
 from cvae.model.cvae import noise
-from cvae.model.objectives import Totals, log_likelihood, maximised, objective, with_free_nats
+from cvae.model.likelihood import active_units
+from cvae.model.objectives import Totals, by_level, log_likelihood, maximised, objective, with_free_nats
 from cvae.report.figures import completions
 from cvae.report.replay import draw_all
 from cvae.run.folder import Progress, RunFolder, find_run, quoted, refuse_existing
@@ -67,7 +68,7 @@ class Step:
     def __call__(self, rows: Tensor, *eps: Tensor) -> None:
         """Take the step; rows: this process's images of the batch, int64 `[B]`; eps: the noise for them."""
         batch = self.images.batch(rows)
-        self.optimizer.zero_grad()
+        self.model.zero_grad()
         with self.context.autocast():
             terms = self.objective(self.model, batch, *eps)  # draws z; nats per image, by name
         loss = with_free_nats(terms, self.free_nats).sum() / -self.batch_size
@@ -102,7 +103,9 @@ def fit(phase: Phase, run: Run, last: dict[str, Any]) -> Progress:
         with Bar(f"{phase.name}, validation", len(phase.validation) // processes.count, "img") as bar:
             totals = phase.validate(average.model, s.seed, context, bar.update)
         train, validation = step.totals.means(), totals.means()
-        validation |= phase.active_units(average.model, s.seed, context) if "kl" in validation else {}
+        if "kl" in validation:
+            units = active_units(average.model, phase.validation, s.seed, context)
+            validation |= by_level("active_units", [float(active) for active, _ in units])
         train_loss, validation_loss = -maximised(train), -maximised(validation)
         if validation_loss < progress.best_loss:
             progress.best_loss, progress.best_epoch = validation_loss, progress.epoch

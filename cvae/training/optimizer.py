@@ -53,11 +53,6 @@ class GuardedAdam:
         """Return what the gradient is to be taken of: the loss, times the scale if there is one."""
         return loss if self.scale is None else loss * self.scale
 
-    def zero_grad(self) -> None:
-        """Drop the gradients of the step before."""
-        for parameter in self.parameters:
-            parameter.grad = None
-
     def gradients(self) -> list[Tensor]:
         """Return the gradient of each parameter; zeros where the loss does not depend on it."""
         return [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from cvae.context import Context
 from cvae.data.tasks import ImageSet
-from cvae.model.likelihood import active_units
-from cvae.model.objectives import Objective, Totals, by_level
+from cvae.model.objectives import Objective, Totals
 from cvae.settings import Settings
 
 VALIDATION_IMAGES, VALIDATION_ROWS = 1000, 20_000  # of a portion, at most: images, and images times samples of z
@@ -54,11 +53,6 @@ class Phase(NamedTuple):
             done(len(batch.x))
         context.processes.sum_on_host_(totals.sums)
         return totals
-
-    def active_units(self, model: Any, seed: int, context: Context) -> dict[str, float]:
-        """Return how many dimensions of z are active on the validation images, in all and by level, for the log."""
-        units = active_units(model, self.validation, seed, context)
-        return by_level("active_units", [float(active) for active, _ in units])
 
     def bend(self, s: Settings, epoch: int) -> float:
         """Return the share of images bent in an epoch: none for the baseline, which hardly overfits, nor at the end."""
