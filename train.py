@@ -120,7 +120,7 @@ def fit(phase: Phase, run: Run, last: dict[str, Any]) -> Progress:
             "seconds": time.perf_counter() - started,
             **optimizer.skipped(),
         }
-        run.save_epoch(phase.name, progress, parts, record, phase.picture)
+        run.save_epoch(phase, progress, parts, record)
         best = ", the best so far" if progress.epoch == progress.best_epoch else ""
         say(
             f"{phase.where(progress.epoch)}: loss {train_loss:.2f}, on validation images {validation_loss:.2f} "

@@ -144,7 +144,7 @@ def machine() -> dict[str, Any]:
     """Return the hardware, versions and settings that the numbers depend on."""
     import torch
 
-    from cvae.run.machine import processor
+    from cvae.run.session import processor
 
     versions = {"python": platform.python_version()}
     for name in ("torch", "pyro-ppl", "numpyro", "jax"):

@@ -1,13 +1,16 @@
-"""One training as it runs: what it goes on from, and what it leaves after each epoch."""
+"""One training as it runs: where, what it goes on from, and what it leaves after each epoch."""
 
+import platform
+import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from cvae.console import called, complain, program, say
 from cvae.context import Context, Interruption
@@ -21,12 +24,21 @@ from cvae.run import checkpoint, folder
 from cvae.run.folder import BEST, CONFIG, FILES, INIT, LAST, OBSERVED, SUMMARY, Progress, RunFolder, quoted
 from cvae.run.load import MISFITS, start_from
 from cvae.run.log import RunLog
-from cvae.run.machine import describe_machine
 from cvae.settings import Settings
+from cvae.training.phase import Phase
+
+
+def processor() -> str:
+    """Return the processor's name, where Linux tells it."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
 
 
 @dataclass
-class Run:
+class Run(AbstractContextManager["Run"]):
     """A run that is trained. All processes call its methods; the main one alone reads and writes."""
 
     folder: Path
@@ -38,13 +50,9 @@ class Run:
     init: Path | None = None  # the run whose weights it begins with
     words: Sequence[str] = ()  # of the command line
     _held: ExitStack = field(default_factory=ExitStack)  # the lock and the log
-    _log: RunLog | None = None
     _last: dict[str, Any] = field(default_factory=dict)  # the checkpoint that it goes on from
     _config: dict[str, Any] = field(default_factory=dict)  # what `config.json` is to say of a run that goes on
     _is_begun: bool = False
-
-    def __enter__(self) -> "Run":
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self._held.close()
@@ -69,20 +77,17 @@ class Run:
         return images._replace(train=images.train[: s.train_limit])
 
     def open(self, images: dict[str, Any]) -> tuple[CVAE, dict[str, Any] | None]:
-        """Hold the folder, made now unless it is resumed, and build the model, with the weights that it goes on from.
+        """Return the model and the checkpoint to go on from, {} at the beginning, None if nothing is left to do.
 
-        images: what identifies them, as `data.sources.record` gives it. Raises UsageError, DataError, DiskError.
-
-        Returns:
-            The model; the checkpoint to go on from, {} at the beginning, None if nothing is left to do.
+        The folder is held from now on, and made unless it is resumed. images: what identifies them, as
+        `data.sources.record` gives it. Raises UsageError, DataError, DiskError.
         """
         processes, s = self.context.processes, self.settings
         run = processes.on_main(self._held_folder) if self.resume else None
         # Other machines may see neither the folder nor the picture of a mask, and need the same images.
         recorded = run.record if run else processes.on_main(lambda: images)
         processes.on_all(partial(self._refuse_others, recorded, images))
-        make = partial(make_task, s, images["height"], images["width"])
-        task = run.task if run else processes.on_main(make)
+        task = run.task if run else processes.on_main(partial(make_task, s, images["height"], images["width"]))
         model = build(task, s)
         if task.about:
             say(task.about)
@@ -91,6 +96,23 @@ class Run:
         model.load_state_dict(processes.on_main(model.state_dict))
         self._is_begun = True
         return model, last
+
+    def _machine(self) -> dict[str, Any]:
+        """Return what a run's numbers and times may depend on beside its settings: versions, revision, hardware."""
+        device, count, revision = self.context.device, self.context.processes.count, None
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+        git = ["git", "-C", str(folder.PACKAGE), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
+        with suppress(OSError, subprocess.SubprocessError):  # there may be no git, or no repository
+            revision = (
+                subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip() or None
+            )
+        return {
+            "git_revision": revision,  # `+` behind it where the source was changed since
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "device": {"type": device.type, "name": name, "threads": torch.get_num_threads(), "processes": count},
+            "precision": self.context.precision,
+            "command": ["train.py", *self.words],
+        }
 
     def _held_folder(self) -> RunFolder:
         self._held.enter_context(folder.hold(self.folder))
@@ -102,8 +124,7 @@ class Run:
 
     def _begin(self, model: CVAE, images: dict[str, Any]) -> dict[str, Any]:
         """Make the folder, and give the model another run's weights if it begins with these; return no checkpoint."""
-        machine = describe_machine(self.context, self.words)
-        config = {"settings": self.settings.to_dict(), "images": images, **machine}
+        config = {"settings": self.settings.to_dict(), "images": images, **self._machine()}
         files: dict[str, Callable[[Path], None]] = {CONFIG: partial(checkpoint.write_json, value=config)}
         if self.init is not None:
             line, config["init"] = start_from(self.init, model)
@@ -129,7 +150,7 @@ class Run:
             say(f"{self.folder} is finished: nothing is left to do")
             return None
         before, now = run.settings.to_dict(), s.to_dict()
-        machine = describe_machine(self.context, self.words)
+        machine = self._machine()
         changed = {name: [before[name], value] for name, value in now.items() if value != before[name]}
         resumed = {"phase": last.get("phase", "baseline"), "epoch": progress.epoch, "changed": changed, **machine}
         known = {part: recorded for part, recorded in run.record.items() if recorded is not None}
@@ -159,35 +180,32 @@ class Run:
             ways = "--init begins a new one with its weights, --overwrite begins it anew"
             raise DataError(f"{error}. The run cannot go on and is left as it is: {ways}") from None
 
-    def _opened_log(self) -> RunLog:
-        """Return the log. When it is first asked for, all that can be wrong was seen, and the run begins to write."""
-        if self._log is None:
-            if self.resume:
-                checkpoint.write_json(self.folder / CONFIG, self._config)
-            left = [path for name in FILES for path in self.folder.glob(f".*{name}*.tmp*")]  # by a killed process
-            with checkpoint.telling_of_disk(f"{self.folder}: cannot be written to"):
-                for path in [self.folder / SUMMARY, *left]:
-                    path.unlink(missing_ok=True)
-                self._log = RunLog(self.folder, self._last.get("log", {}), self.settings.to_dict())
-            self._held.callback(self._log.close)
-        return self._log
+    @cached_property
+    def _log(self) -> RunLog:
+        """The log. When it is first asked for, all that can be wrong was seen, and the run begins to write."""
+        if self.resume:
+            checkpoint.write_json(self.folder / CONFIG, self._config)
+        left = [path for name in FILES for path in self.folder.glob(f".*{name}*.tmp*")]  # by a killed process
+        with checkpoint.telling_of_disk(f"{self.folder}: cannot be written to"):
+            for path in [self.folder / SUMMARY, *left]:
+                path.unlink(missing_ok=True)
+            log = RunLog(self.folder, self._last.get("log", {}), self.settings.to_dict())
+        self._held.callback(log.close)
+        return log
 
-    def save_epoch(
-        self, phase: str, progress: Progress, parts: Mapping[str, Any], record: dict[str, Any],
-        picture: Callable[[Any], Tensor],
-    ) -> None:  # fmt: skip
+    def save_epoch(self, phase: Phase, progress: Progress, parts: Mapping[str, Any], record: dict[str, Any]) -> None:
         """Write an epoch: the log, `last.pt`, which says how much of the log there is, and `best.pt`, in this order.
 
         Whenever the process is killed, what the log has beyond `last.pt` can be dropped, and `best.pt` made from it.
         """
 
         def save() -> None:
-            log, image = self._opened_log(), picture(parts["average"])
+            log, picture = self._log, phase.picture(parts["average"])
             with checkpoint.telling_of_disk(f"{self.folder}: the log cannot be written"):
-                log.epoch(phase, record, image)
+                log.epoch(phase.name, record, picture)
                 position = log.position()
             states = {name: part.state_dict() for name, part in parts.items()}
-            last = {"phase": phase, "progress": asdict(progress), **states, "log": position}
+            last = {"phase": phase.name, "progress": asdict(progress), **states, "log": position}
             checkpoint.save(self.folder / LAST, last)
             self._save_best(last)
 
@@ -217,7 +235,7 @@ class Run:
                 self.warn(f"{self.folder}: its figures are not all drawn ({first_line(error)})")
             results = {"validation_loss": progress.best_loss, "seconds": progress.seconds}
             with checkpoint.telling_of_disk(f"{self.folder}: the log cannot be written"):
-                self._opened_log().finish(self.settings.to_dict(), results)
+                self._log.finish(self.settings.to_dict(), results)
             checkpoint.write_json(self.folder / SUMMARY, asdict(progress))
 
         self.context.processes.on_main(write)

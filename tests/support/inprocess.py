@@ -14,6 +14,7 @@ import train
 from cvae.errors import Interrupted
 from cvae.run.folder import RunFolder
 from cvae.run.session import Run
+from cvae.training.phase import Phase
 from support.scripts import write_contrary, write_data
 from support.trainings import checkpoints, untimed
 
@@ -69,9 +70,9 @@ def interrupted_after(phase: str, epoch: int) -> Iterator[None]:
     """A training within it ends as by SIGTERM, once it has written this epoch."""
     save_epoch = Run.save_epoch
 
-    def save_and_end(self: Run, name: str, progress: Any, *more: Any) -> None:
-        save_epoch(self, name, progress, *more)
-        if (name, progress.epoch) == (phase, epoch):
+    def save_and_end(self: Run, trained: Phase, progress: Any, *more: Any) -> None:
+        save_epoch(self, trained, progress, *more)
+        if (trained.name, progress.epoch) == (phase, epoch):
             raise Interrupted("interrupted", 15)
 
     with pytest.MonkeyPatch.context() as patch:
