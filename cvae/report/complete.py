@@ -17,13 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from cvae import context
 from cvae.console import command, complain, program, say
 from cvae.data.digits import as_digit
 from cvae.data.pictures import as_images, pictures_below
-from cvae.data.tasks import Task
 from cvae.errors import DataError, UsageError
 from cvae.report import figures
 from cvae.run.load import load
@@ -52,17 +50,6 @@ def plan(path: Path, output: Path, separate: int) -> dict[Path, list[Path]]:
     files = [[output / f"{stem}{part}.png" for part in parts] for stem in stems]
     figures.refuse_to_replace([file for of_picture in files for file in of_picture])
     return {folder / name: of_picture for name, of_picture in zip(names, files, strict=True)}
-
-
-def write(files: Sequence[Path], picture: Tensor, completions: Tensor, task: Task) -> None:
-    """Write the picture, what is given of it, and its completions: as a grid to the one file, or each to its own."""
-    given = figures.as_given(picture[None] / 255, task)
-    first = torch.cat([(picture / 255).expand_as(given), given])
-    labels = ["picture", "samples", *[""] * len(completions)]
-    rows = list(zip(labels, [first, *completions.split(IN_A_ROW)], strict=False))
-    images = [figures.draw_rows(rows)] if len(files) == 1 else list(map(figures.as_picture, [*first, *completions]))
-    for file, image in zip(files, images, strict=True):
-        figures.write_picture(file, image)
 
 
 @command("complete.py")
@@ -95,8 +82,16 @@ def main(argv: Sequence[str] | None = None) -> int:
                 code = DataError.exit_code
                 continue
             completions = model.complete(picture, options.samples, options.seed, options.temperature)[:, 0].cpu()
-            write(files, picture, completions, task)
-            where = files[0] if len(files) == 1 else f"{files[0].parent} ({len(files)} files)"
+            given = figures.as_given(picture[None] / 255, task)
+            first = torch.cat([(picture / 255).expand_as(given), given])
+            if options.separate:
+                images = [figures.as_picture(image) for image in (*first, *completions)]
+            else:
+                labels = ["picture", "samples", *[""] * len(completions)]
+                images = [figures.draw_rows([*zip(labels, [first, *completions.split(IN_A_ROW)], strict=False)])]
+            for file, image in zip(files, images, strict=True):
+                figures.write_picture(file, image)
+            where = f"{files[0].parent} ({len(files)} files)" if options.separate else files[0]
             say(f"{path}: {options.samples} completions in {where}")
     return code
 

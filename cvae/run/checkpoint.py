@@ -35,10 +35,8 @@ def load(path: Path) -> dict[str, Any]:
 
 def read(path: Path) -> bytes:
     """Return the content of a file. Raises DataError, naming it."""
-    try:
+    with taken_for_damage(f"{path}: cannot be read", OSError):
         return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
 @contextmanager

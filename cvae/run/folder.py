@@ -35,11 +35,8 @@ FILES = (SUMMARY, COMPLETIONS, LEARNING, CURVES, LAST, BEST, WEIGHTS, METRICS, I
 """The files of a run but its events, in the order in which `create` removes them."""
 
 REFERENCE, PACKAGE = "reference", Path(__file__).resolve().parents[1]
-COME_WITH = (PACKAGE.parent / "runs", PACKAGE)
-"""Where the folder of the runs that come with the program may be: in a clone, in the installed package."""
-
-CHOICES: dict[str, Mapping[str, Any]] = {"network": NETWORKS, "objective": OBJECTIVES}
-"""Settings that are names of something in the code, each with the table in which it is found."""
+COME_WITH = (PACKAGE.parent / "runs", PACKAGE)  # where the folder of the reference runs is: in a clone, if installed
+CHOICES: dict[str, Mapping[str, Any]] = {"network": NETWORKS, "objective": OBJECTIVES}  # settings that name an item
 
 
 @dataclass
@@ -87,13 +84,11 @@ class RunFolder:
         `best.pt` may be missing where the last weights are the best, and an epoch may be logged that is not saved yet.
         """
         path, log = self.path / LAST, self.path / METRICS
-        if not os.path.lexists(path):
-            logged = checkpoint.read(log) if os.path.lexists(log) else b""
-            if logged.count(b"\n") > 1 or any(os.path.lexists(self.path / name) for name in (BEST, SUMMARY, WEIGHTS)):
-                raise DataError(f"{path}: is missing, and the run is past its first epoch")
-            return {}
-        last, logged = checkpoint.load(path), checkpoint.read(log)
-        progress, size = Progress(**last["progress"]), last["log"][METRICS]
+        last = checkpoint.load(path) if os.path.lexists(path) else {}
+        if not last and any(os.path.lexists(self.path / name) for name in (BEST, SUMMARY, WEIGHTS)):
+            raise DataError(f"{path}: is missing, and the run is past its first epoch")
+        progress, size = Progress(**last.get("progress", {})), last["log"][METRICS] if last else 0
+        logged = checkpoint.read(log) if last or os.path.lexists(log) else b""
         if len(logged) < size or logged[size:].count(b"\n") > 1:
             raise DataError(f"{log}: has other epochs than {LAST}")
         if progress.best_epoch not in (0, progress.epoch):

@@ -29,8 +29,7 @@ from cvae.settings import VERSION, Settings
 
 MISFITS = (KeyError, TypeError, ValueError, AttributeError, RuntimeError)  # what weights of another model raise
 SUFFIX = Path(WEIGHTS).suffix
-LAYERS = ("baseline_net.layers.0", "baseline_net.layers.1", "prior_net.layers.2")  # tell the sizes of Pyro's example
-SIDE, MASKED = 28, -1.0  # in it: the images' size, and what the baseline sees of a hidden pixel
+SIDE, MASKED = 28, -1.0  # in Pyro's example: the images' size, and what the baseline sees of a hidden pixel
 
 
 class Trained(NamedTuple):
@@ -103,10 +102,9 @@ def save_safetensors(model: CVAE, settings: Settings, path: Path, half: bool = F
 
 def as_safetensors(trained: Trained, half: bool = False) -> bytes:
     """Return what the file of a trained model holds; half: weights in float16."""
-    state = {name: tensor.cpu() for name, tensor in trained.model.state_dict().items()}
-    if half:
-        state = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
-    return safetensors.torch.save(state, description(trained))
+    state = trained.model.state_dict().items()
+    stored = {name: (t.half() if half and t.is_floating_point() else t).cpu() for name, t in state}
+    return safetensors.torch.save(stored, description(trained))
 
 
 def description(trained: Trained) -> dict[str, str]:
@@ -167,8 +165,7 @@ def load_tutorial(path: str | Path, quadrants: int = 1, device: torch.device | s
     Raises:
         DataError: It is no such file.
     """
-    settings, path, state = Settings(quadrants=quadrants), Path(path), dict[str, Tensor]()
-    task = make_task(settings, SIDE, SIDE)
+    path, state, task = Path(path), dict[str, Tensor](), make_task(Settings(quadrants=quadrants), SIDE, SIDE)
     with taken_for_damage(f"{path}: is no state_dict of the CVAE of Pyro's example", Exception):
         weights = torch.load(path, map_location="cpu", weights_only=True)
         for network in ("baseline_net", "prior_net", "recognition_net", "generation_net"):
@@ -182,6 +179,6 @@ def load_tutorial(path: str | Path, quadrants: int = 1, device: torch.device | s
         given, masked = state["baseline_net.layers.0.weight"].split([task.x_dim, task.y_dim], dim=1)
         state["baseline_net.layers.0.weight"] = given
         state["baseline_net.layers.0.bias"] += MASKED * masked.sum(1)
-        first, second, z = (len(state[f"{name}.bias"]) for name in LAYERS)
-        settings = replace(settings, hidden=(first, second), latent_dim=z // 2)
+        *hidden, latent_dim = (len(weights[f"prior_net.{layer}.bias"]) for layer in ("fc1", "fc2", "fc31"))
+        settings = Settings(quadrants=quadrants, hidden=tuple(hidden), latent_dim=latent_dim)
     return assembled(path, settings, task, state).to(device)

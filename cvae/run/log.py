@@ -18,40 +18,38 @@ from torch.utils.tensorboard import summary
 from cvae.errors import printable
 from cvae.run.folder import EVENTS, METRICS
 
-PICTURES, OURS = "/completions", ".train"
-"""The ends of the pictures' tags, after the phase, and of our event files' names."""
+PICTURES, OURS = "/completions", ".train"  # ends of the pictures' tags, and of the names of our files of events
 
 
-class RunLog:
+class RunLog(ExitStack):
     """The log of the run in a folder, taken back to an earlier position: each epoch stands in it once.
 
     position: the size of each file, by name, as a checkpoint keeps it, {} at the beginning. Methods raise OSError.
     """
 
     def __init__(self, folder: Path, position: dict[str, int], settings: dict[str, Any]):
+        super().__init__()
         self._folder = folder
-        with ExitStack() as stack:
-            for path in self._files():
-                if path.name not in position:
-                    path.unlink(missing_ok=True)
-                elif path.stat().st_size > position[path.name]:  # at most an epoch, which the run takes once more
-                    os.truncate(path, position[path.name])
-            name = f"{EVENTS}{time.time():.0f}.{socket.gethostname()}.{os.getpid()}{OURS}"
-            self._metrics, self._events = (stack.enter_context(open(folder / file, "ab")) for file in (METRICS, name))
-            self.close = stack.pop_all().close
+        for path in self._files():
+            if path.name not in position:
+                path.unlink(missing_ok=True)
+            elif path.stat().st_size > position[path.name]:  # at most an epoch, which the run takes once more
+                os.truncate(path, position[path.name])
+        paths = folder / METRICS, folder / f"{EVENTS}{time.time():.0f}.{socket.gethostname()}.{os.getpid()}{OURS}"
+        self._metrics, self._events = (self.enter_context(open(path, "ab")) for path in paths)  # noqa: SIM115
         self._add(file_version="brain.Event:2")
         if not position:
             rows = "".join(f"| {name} | {printable(str(value))} |\n" for name, value in settings.items())
             self._add(summary=summary.text("settings", "| setting | value |\n|---|---|\n" + rows), step=0)
 
     def epoch(self, phase: str, record: dict[str, Any], picture: Tensor) -> None:
-        """Write an epoch of a phase: its numbers, and a picture, uint8 `[3, height, width]`."""
+        """Write an epoch of a phase: its numbers (null for NaN, as JSON), and a picture, uint8 `[3, height, width]`."""
         numbers = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        line, step = {"phase": phase, **numbers}, record["epoch"]  # JSON has no NaN and no infinity
-        self._metrics.write((json.dumps(line) + "\n").encode())
+        self._metrics.write((json.dumps({"phase": phase, **numbers}) + "\n").encode())
         self._metrics.flush()
-        for key, value in line.items():
-            if key not in ("phase", "epoch") and value is not None:
+        step = numbers.pop("epoch")
+        for key, value in numbers.items():
+            if value is not None:
                 # "train_kl" becomes "cvae/kl/train", so that the two curves stand side by side.
                 part, _, quantity = key.partition("_")
                 tag = f"{quantity}/{part}" if part in ("train", "validation") else key

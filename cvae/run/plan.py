@@ -5,7 +5,6 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,13 @@ def parse(argv: Sequence[str] | None, manual: str | None) -> tuple[argparse.Name
     """Return the command line, and the settings given on it, by name; manual: what --help prints."""
     parser = argparse.ArgumentParser(description=manual, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser, {**CHOICES, "observed": MASKS, "preset": PRESETS})
-    add = partial(parser.add_argument, metavar="RUN")
+    add = parser.add_argument
     add("--runs", type=user_path, default=Path("runs"), metavar="DIR", help="folder of runs (default: %(default)s)")
-    name = "name of the run's folder (default: q1, q2, q3 or the mask's name); with several runs, -q1, … is added"
-    add("--name", metavar="NAME", help=name)
-    add("--resume", type=user_path, help="name or folder of a run to go on with")
-    add("--init", type=user_path, help="name or folder of a run with whose weights the new one begins")
-    parser.add_argument("--overwrite", action="store_true", help="replace the run's folder if it exists")
-    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    add("--name", help="the folder's name (default: q1, q2, q3 or the mask's name); with several runs, -q1, … is added")
+    add("--resume", type=user_path, metavar="RUN", help="name or folder of a run to go on with")
+    add("--init", type=user_path, metavar="RUN", help="name or folder of a run with whose weights the new one begins")
+    add("--overwrite", action="store_true", help="replace the run's folder if it exists")
+    add("--quiet", action="store_true", help="print nothing but errors")
     words = sys.argv[1:] if argv is None else argv
     options = parser.parse_args(words, argparse.Namespace(words=words))
     if options.resume is not None and (options.name is not None or options.overwrite or options.init is not None):
@@ -75,8 +73,8 @@ def plan(options: argparse.Namespace, given: dict[str, Any]) -> list[tuple[Path,
             raise DataError(f"{run.path}: has published weights, for eval.py and --init; it cannot be resumed")
         for name, value in [*given.items(), *(("quadrants", count) for count in quadrants)]:
             if name not in MOVABLE and value != (begun := getattr(settings, name)):
-                words = f"without {flag(name)}" if begun is None else f"with {flag(name)} {begun}"
-                raise UsageError(f"{run.path} was begun {words}, which cannot change now; leave the flag out")
+                words = f"{run.path} was begun with {flag(name)} {begun}"
+                raise UsageError(f"{words}, which cannot change now; leave the flag out")
         return [(run.path, replace(settings, **{name: given[name] for name in MOVABLE if name in given}))]
     name, mask = options.name, given.get("observed")
     if name is not None and (not name or name.startswith(".") or Path(name).name != name):

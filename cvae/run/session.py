@@ -103,11 +103,9 @@ class Run(AbstractContextManager["Run"]):
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
         git = ["git", "-C", str(folder.PACKAGE), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
         with suppress(OSError, subprocess.SubprocessError):  # there may be no git, or no repository
-            revision = (
-                subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip() or None
-            )
+            revision = subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
         return {
-            "git_revision": revision,  # `+` behind it where the source was changed since
+            "git_revision": revision or None,  # `+` behind it where the source was changed since
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "device": {"type": device.type, "name": name, "threads": torch.get_num_threads(), "processes": count},
             "precision": self.context.precision,
@@ -150,11 +148,10 @@ class Run(AbstractContextManager["Run"]):
             say(f"{self.folder} is finished: nothing is left to do")
             return None
         before, now = run.settings.to_dict(), s.to_dict()
-        machine = self._machine()
+        machine, history = self._machine(), run.config.get("resumed", [])
         changed = {name: [before[name], value] for name, value in now.items() if value != before[name]}
         resumed = {"phase": last.get("phase", "baseline"), "epoch": progress.epoch, "changed": changed, **machine}
         known = {part: recorded for part, recorded in run.record.items() if recorded is not None}
-        history = run.config.get("resumed", [])
         self._config = {**run.config, "settings": now, "images": {**images, **known}, "resumed": [*history, resumed]}
         self._last = last
         there, here = ({**each["device"], **each["versions"]} for each in ([run.config, *history][-1], machine))
@@ -189,9 +186,7 @@ class Run(AbstractContextManager["Run"]):
         with checkpoint.telling_of_disk(f"{self.folder}: cannot be written to"):
             for path in [self.folder / SUMMARY, *left]:
                 path.unlink(missing_ok=True)
-            log = RunLog(self.folder, self._last.get("log", {}), self.settings.to_dict())
-        self._held.callback(log.close)
-        return log
+            return self._held.enter_context(RunLog(self.folder, self._last.get("log", {}), self.settings.to_dict()))
 
     def save_epoch(self, phase: Phase, progress: Progress, parts: Mapping[str, Any], record: dict[str, Any]) -> None:
         """Write an epoch: the log, `last.pt`, which says how much of the log there is, and `best.pt`, in this order.
