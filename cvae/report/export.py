@@ -37,14 +37,14 @@ from cvae.run.plan import user_path
 from cvae.settings import VERSION
 
 TOLERANCE, HALF_TOLERANCE = 1e-5, 0.05  # of a pixel in [0, 1]; float16 has 11 bits, and errors add up over the layers
-HUB_FOLDER, HALVES = "hub-folder", ".safetensors"  # HALVES: the format that has weights in half precision
+FORMATS = ONNX, PT2, HALVES = ".onnx", ".pt2", ".safetensors"  # the last one alone has weights in half precision
+HUB_FOLDER = "hub-folder"
 SAMPLES, BATCH = torch.export.Dim("samples", min=1), torch.export.Dim("batch", min=1)
 FREE: Any = {"dynamic_shapes": {"x": {0: BATCH}, "eps": {0: SAMPLES, 1: BATCH}}}  # the sizes that a graph leaves open
-Function = Callable[[Tensor, Tensor], Tensor]
 
 
 class Completion(nn.Module):
-    """The exported function: pictures with a hidden part and noise → completed pictures, as `traced` says it."""
+    """The exported function: pictures with a hidden part and noise → completed pictures, as `content` says it."""
 
     def __init__(self, model: CVAE):
         super().__init__()
@@ -55,8 +55,10 @@ class Completion(nn.Module):
         return self.model.task.compose(given, self.model.completions(given, eps))
 
 
-def traced(trained: Trained) -> tuple[torch.export.ExportedProgram, dict[str, str]]:
-    """Return the function as a graph, for any numbers of samples and pictures, and the metadata of its file."""
+def content(trained: Trained, suffix: str, half: bool = False) -> bytes:
+    """Return a file of this format: weights, or the function as a graph, for any numbers of samples and pictures."""
+    if suffix == HALVES:
+        return as_safetensors(trained, half)
     function, task, z = Completion(trained.model), trained.model.task, trained.model.latent_dim
     example = torch.zeros(2, task.height, task.width), torch.zeros(3, 2, z)
     function(*example)  # what the task keeps for later calls is there before
@@ -64,16 +66,14 @@ def traced(trained: Trained) -> tuple[torch.export.ExportedProgram, dict[str, st
     for node in graph.graph.nodes:
         node.meta.pop("stack_trace", None)  # where the source code lies on this machine
     size = f"{task.height}, {task.width}"
-    return graph, description(trained) | {
+    metadata = description(trained) | {
         "x": f"float32 [batch, {size}]: pictures, grey levels in [0, 1]; hidden pixels may hold anything",
         "eps": f"float32 [samples, batch, {z}]: noise, N(0, 1), other noise for other samples",
         "completed": f"float32 [samples, batch, {size}]: x where it is observed, else pixel means in [0, 1]",
     }
-
-
-def as_onnx(trained: Trained) -> bytes:
-    """Return the ONNX file of a model."""
-    graph, metadata = traced(trained)
+    if suffix == PT2:
+        torch.export.save(graph, buffer := io.BytesIO(), extra_files={"metadata.json": json.dumps(metadata, indent=2)})
+        return buffer.getvalue()
     names: Any = {"input_names": ["x", "eps"], "output_names": ["completed"], "external_data": False}
     program: Any = torch.onnx.export(graph, **FREE, **names, verbose=False)
     proto = program.model_proto  # made anew at each look
@@ -81,41 +81,29 @@ def as_onnx(trained: Trained) -> bytes:
     return bytes(proto.SerializeToString())
 
 
-def from_onnx(path: Path) -> Function:
-    """Return the function in an ONNX file, as onnxruntime computes it."""
+def function_in(path: Path) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the function in a file, as the readers of its format compute it."""
+    if path.suffix == HALVES:
+        return Completion(load_trained(path).model)
+    if path.suffix == PT2:
+        return torch.export.load(io.BytesIO(path.read_bytes())).module()
     session = import_module("onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda x, eps: torch.from_numpy(session.run(None, {"x": x.numpy(), "eps": eps.numpy()})[0])
-
-
-def as_pt2(trained: Trained) -> bytes:
-    """Return the file of `torch.export` of a model; `metadata.json` is among its extra files."""
-    buffer, (graph, metadata) = io.BytesIO(), traced(trained)
-    torch.export.save(graph, buffer, extra_files={"metadata.json": json.dumps(metadata, indent=2)})
-    return buffer.getvalue()
-
-
-# What makes a file and what reads it, by the ending of its name
-FORMATS: dict[str, tuple[Callable[[Trained], bytes], Callable[[Path], Function]]] = {
-    ".onnx": (as_onnx, from_onnx),
-    ".pt2": (as_pt2, lambda path: torch.export.load(io.BytesIO(path.read_bytes())).module()),
-    ".safetensors": (as_safetensors, lambda path: Completion(load_trained(path).model)),
-}
 
 
 def export(path: Path, trained: Trained, half: bool = False) -> str:
     """Write a file once what is read from it does what the model does; returns what there is to say of it.
 
-    half: Weights in float16. Raises DataError if a pixel differs by more than the tolerance, and DiskError: what stood
-    there is intact.
+    Raises DataError if a pixel differs by more than the tolerance, and DiskError: what stood there is intact.
     """
-    (make, read), task, random = FORMATS[path.suffix], trained.model.task, torch.Generator().manual_seed(0)
+    task, random = trained.model.task, torch.Generator().manual_seed(0)
     x = torch.rand(3, task.height, task.width, generator=random)
     eps = torch.randn(1, 3, trained.model.latent_dim, generator=random)
     with torch.no_grad(), warnings.catch_warnings(), atomic_file(path) as file:
         warnings.simplefilter("ignore")  # about how an export is done
-        file.write(as_safetensors(trained, half) if half else make(trained))
+        file.write(content(trained, path.suffix, half))
         file.flush()
-        difference = float((read(Path(file.name))(x, eps) - Completion(trained.model)(x, eps)).abs().max())
+        difference = float((function_in(Path(file.name))(x, eps) - Completion(trained.model)(x, eps)).abs().max())
         if not difference <= (HALF_TOLERANCE if half else TOLERANCE):  # so that NaN is more
             raise DataError(f"{path}: is not written, for its completions differ from the model's by {difference:.1e}")
     size = path.stat().st_size / 1e6
@@ -191,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if suffix not in FORMATS or len(words) > is_folder or (options.half and suffix != HALVES):
         parser.error(f"--to takes {places}, with --half {HALVES} or {HUB_FOLDER}, not {' '.join(options.to)}")
     packages = "onnx", "onnxscript", "onnxruntime"
-    if suffix == ".onnx" and not all(map(find_spec, packages)):
+    if suffix == ONNX and not all(map(find_spec, packages)):
         raise UsageError(f"{suffix} needs more packages: pip install {' '.join(packages)}")
     say((export_folder if is_folder else export)(path, load_trained(options.run), options.half))
     return 0

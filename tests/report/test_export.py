@@ -146,10 +146,11 @@ def test_file_that_does_something_else_is_not_written(tmp_path: Path, monkeypatc
     """What stood there before is intact."""
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"before")
-    _, read = export.FORMATS[".safetensors"]
-    monkeypatch.setitem(export.FORMATS, ".safetensors", (lambda _: as_safetensors(trained(seed=1)), read))
-    with pytest.raises(DataError, match="is not written, for its completions differ from the model's by"):
-        export.export(path, trained())
+    other = as_safetensors(trained(seed=1))
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "content", lambda *_: other)
+        with pytest.raises(DataError, match="is not written, for its completions differ from the model's by"):
+            export.export(path, trained())
     broken = trained()
     next(iter(broken.model.baseline_net.parameters())).fill_(torch.nan)
     with pytest.raises(DataError, match="differ from the model's by nan"):
