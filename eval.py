@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 
-from cvae.console import command, complain, program, say
+from cvae.console import command, complain, say, silence
 from cvae.context import Context, opened
 from cvae.data.sources import TestImages, difference, load_test, named
 from cvae.errors import DataError, UsageError
@@ -107,7 +107,7 @@ def open_runs(options: argparse.Namespace, context: Context) -> tuple[dict[str, 
     folders, problems = processes.on_main(partial(find_runs, options.named + options.runs, RUNS))
     if against and against.resolve() not in map(Path.resolve, folders):
         folders.insert(0, against)
-    load = cache(partial(load_test, show=processes.is_main))
+    load = cache(load_test)
     for folder in folders:
         try:
             found.append(processes.on_all(partial(open_run, folder, options, context.device, load)))
@@ -160,7 +160,7 @@ def draw_all(runs: dict[str, Subject], options: argparse.Namespace, context: Con
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate runs and print their table; return the exit code."""
     options = parse(argv)
-    with opened(options.device, "fp32") as context:
+    with opened(options.device, "fp32") as context, silence(not context.processes.is_main):
         if options.precision != "auto" or context.device.type == "cpu":
             context = context.with_precision(options.precision)
         is_main, is_text = context.processes.is_main, options.format == "text"
@@ -168,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         cases, more = realism.open_cases(runs if options.realism else {}, options.realism_images, context)
         if is_main:
             for line in problems + more:
-                complain(f"{program('eval.py')}: {line}")
+                complain(line, "eval.py")
             for line in dict.fromkeys(run.test.about for run in runs.values() if is_text):
                 say(line)
         drawn = context.processes.on_main(partial(draw_all, runs, options, context))

@@ -62,11 +62,6 @@ def called(script: str) -> str:
     return f"cvae-{Path(script).stem}" if Path(sys.argv[0]).stem.startswith("cvae-") else f"python {script}"
 
 
-def program(script: str) -> str:
-    """Return the name by which a script speaks of itself: `train.py` or `cvae-train`."""
-    return called(script).removeprefix("python ")
-
-
 def command(script: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
     """Decorate the `main` of a script: an expected failure is one line and the exit code that `main` returns."""
 
@@ -84,7 +79,7 @@ def command(script: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
                     return main(argv)
             except CvaeError as error:
                 if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, PeerLost):  # once on each machine
-                    complain(f"{program(script)}: {error}")
+                    complain(str(error), script)
                 return error.exit_code
 
         return safe_main
@@ -109,9 +104,9 @@ def say(text: str, end: str = "\n") -> None:
         raise DiskError(f"standard output: cannot be written ({error.strerror or error})")
 
 
-def complain(line: str) -> None:
-    """Print a line on standard error at once, if it can be written."""
-    _print(line, "\n", sys.stderr)
+def complain(line: str, script: str = "") -> None:
+    """Print a line on standard error at once, if it can be written, behind the name of the script that speaks."""
+    _print(f"{called(script).removeprefix('python ')}: {line}" if script else line, "\n", sys.stderr)
 
 
 def _print(text: str, end: str, stream: TextIO) -> OSError | None:
@@ -128,18 +123,18 @@ def _print(text: str, end: str, stream: TextIO) -> OSError | None:
 class Bar(tqdm):  # type: ignore[misc]
     """A progress bar with rate and time left on a terminal, a line a minute elsewhere; `update` counts.
 
-    It appears after two seconds, and is wiped away at the end of its `with` block; `show=False` shows nothing.
+    It appears after two seconds, and is wiped away at the end of its `with` block.
     """
 
     monitor_interval = 0  # no thread of its own
     is_silent = False
 
-    def __init__(self, title: str, total: int, unit: str, show: bool = True):
+    def __init__(self, title: str, total: int, unit: str):
         line = "{desc}: {n_fmt} of {total_fmt} {unit}, {rate_fmt}, {remaining} left{postfix}"
         kind: dict[str, Any] = {"delay": BAR_AFTER_S}
         if not (sys.stderr and sys.stderr.isatty()):
             kind = {"delay": LINE_EVERY_S, "mininterval": LINE_EVERY_S, "bar_format": line, "file": StringIO()}
-        options = {"unit_scale": True, "miniters": 1, "leave": False, "disable": self.is_silent or not show, **kind}
+        options = {"unit_scale": True, "miniters": 1, "leave": False, "disable": self.is_silent, **kind}
         super().__init__(desc=title, total=total, unit=unit, **options)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:

@@ -19,7 +19,7 @@ BAR = """
 import time
 from cvae import console
 console.BAR_AFTER_S, console.LINE_EVERY_S = SECONDS
-with console.Bar("pictures", 4000, "img", SHOWN) as bar:
+with console.silence(SILENT), console.Bar("pictures", 4000, "img") as bar:
     for i in range(40):
         time.sleep(0.01)
         bar.update(100)
@@ -27,9 +27,9 @@ with console.Bar("pictures", 4000, "img", SHOWN) as bar:
 """
 
 
-def seen(after: tuple[float, float], show: bool = True, on_terminal: bool = True) -> str:
+def seen(after: tuple[float, float], silent: bool = False, on_terminal: bool = True) -> str:
     """Return what is on standard error; after: seconds to the bar on a terminal, and between lines elsewhere."""
-    words = [sys.executable, "-c", BAR.replace("SECONDS", str(after)).replace("SHOWN", str(show))]
+    words = [sys.executable, "-c", BAR.replace("SECONDS", str(after)).replace("SILENT", str(silent))]
     if not on_terminal:
         return subprocess.run(words, cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=PATIENCE, check=True).stderr
     termios = pytest.importorskip("termios")
@@ -63,7 +63,7 @@ def test_lines_elsewhere() -> None:
     assert 1 <= len(lines) < 40  # updates
     line = r"pictures: [\d.]+k? of 4\.00k img, \d\S+img/s, 00:00 left, loss 1\.25"
     assert all(re.fullmatch(line, each) for each in lines), lines
-    assert seen((0, 0), show=False, on_terminal=False) == ""
+    assert seen((0, 0), silent=True, on_terminal=False) == ""
 
 
 def test_streams_that_cannot_take_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,11 +139,11 @@ def to_images(array: Array, name: str, notes: list[str]) -> Tensor:
     return torch.from_numpy(images.reshape(pixels.shape[:3]))
 
 
-def read_pictures(path: Path, wanted: Collection[str], side: int | None, show: bool) -> Source | None:
+def read_pictures(path: Path, wanted: Collection[str], side: int | None) -> Source | None:
     """Read the wanted parts of the pictures below a folder; None where there is no folder, or no picture in it.
 
     Folders `train`, `test` and `val` are the parts of the set; without the first two of them the set is not divided.
-    side: height and width that all are scaled to; None: they have to be of one size. show: as in `load_train`.
+    side: height and width that all are scaled to; None: they have to be of one size.
     """
     names, others = pictures_below(path) if path.is_dir() else ([], 0)
     parts: dict[str | None, list[str]] = defaultdict(list)
@@ -158,7 +158,7 @@ def read_pictures(path: Path, wanted: Collection[str], side: int | None, show: b
     source = Source("pictures below", str(path), {}, [f"{others} other files passed over"] if others else [])
     for part in (part for part in parts if part in (*wanted, "all")):
         images: list[Array] = []
-        with Bar("pictures", len(parts[part]), "img", show) as bar:
+        with Bar("pictures", len(parts[part]), "img") as bar:
             for name in parts[part]:
                 picture = read_picture(path / name)
                 images.append(picture if side is None else resized(picture, side))

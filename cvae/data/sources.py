@@ -54,25 +54,25 @@ class TestImages(NamedTuple):
     record: dict[str, Any]
 
 
-def load_train(s: Settings = DEFAULTS, show: bool = False) -> TrainImages:
+def load_train(s: Settings = DEFAULTS) -> TrainImages:
     """Load the training and validation images that the settings name, MNIST where they name none.
 
     The last 10,000 of the 60,000 images of MNIST are for validation. Other training images are permuted by `s.seed`,
     and the last sixth of them, 10,000 at most, is for validation, unless the source has validation images. From a
     source that is not divided, a sixth is taken for the test first, the same one for every seed. Test images are hashed
-    for the record, and not used. show: Whether the user sees a progress bar.
+    for the record, and not used.
 
     Raises:
         DataError: For images that are not there, damaged or too few; UsageError: for too little memory.
     """
-    images, about = _load(s, tuple(WORDS), show)
+    images, about = _load(s, tuple(WORDS))
     entries = record(**{part: images.get(part) for part in WORDS})
     return TrainImages(images["train"], images["validation"], about, entries)
 
 
-def load_test(s: Settings = DEFAULTS, show: bool = False) -> TestImages:
+def load_test(s: Settings = DEFAULTS) -> TestImages:
     """Load the test images: `eval.py` alone measures on them. Arguments and errors as of `load_train`."""
-    images, about = _load(s, ("test",), show)
+    images, about = _load(s, ("test",))
     return TestImages(images["test"], about, record(test=images["test"]))
 
 
@@ -84,9 +84,9 @@ def load_labels(s: Settings, part: str) -> Tensor:
     return labels[part]
 
 
-def _load(s: Settings, wanted: tuple[str, ...], show: bool) -> tuple[dict[str, Tensor], str]:
+def _load(s: Settings, wanted: tuple[str, ...]) -> tuple[dict[str, Tensor], str]:
     """Return the images of the wanted parts, of which the first has to be there, and the line about them."""
-    form, place, _, notes = source = _read(s, wanted, "images", show)
+    form, place, _, notes = source = _read(s, wanted, "images")
     images = {part: pixels for part, pixels in _divided(source, s.seed).items() if part in wanted}
     if wanted[0] not in images:
         raise DataError(f"{place}: has no {WORDS[wanted[0]]} images")
@@ -111,7 +111,7 @@ def _load(s: Settings, wanted: tuple[str, ...], show: bool) -> tuple[dict[str, T
     return images, printable("; ".join(dict.fromkeys([about, *notes])))
 
 
-def _read(s: Settings, wanted: Collection[str], kind: str, show: bool = False) -> Source:
+def _read(s: Settings, wanted: Collection[str], kind: str) -> Source:
     """Read the wanted parts of what the settings name, `images` or `labels`, which IDX files alone have."""
     word = s.data or MNIST
     if word in TORCHVISION:
@@ -121,7 +121,7 @@ def _read(s: Settings, wanted: Collection[str], kind: str, show: bool = False) -
         source = read_idx_set(path, wanted, kind)
         if source is None and kind == "labels":
             source = Source("", word, {}, [])
-        source = source or read_arrays(path, wanted) or read_pictures(path, wanted, s.size, show)
+        source = source or read_arrays(path, wanted) or read_pictures(path, wanted, s.size)
     if source is None:
         problem = "holds no images" if path.exists() else "there is no such folder or file"
         what = f"a folder of IDX files or of pictures, an .npz or .npy file, or one of {', '.join(NAMES)}"

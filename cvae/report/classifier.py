@@ -80,7 +80,7 @@ def open_judges(folder: Path, s: Settings, device: torch.device) -> list[Classif
     judges = {path: find(path, observed, source) for path, observed in masks.items()}
     if missing := [path for path, judge in judges.items() if judge is None]:
         labels, held_out_labels = (load_labels(s, part) for part in ("train", "validation"))
-        images, held_out, _, record = load_train(s, show=True)
+        images, held_out, _, record = load_train(s)
         if (other := difference(run.record, record)) is not None:
             raise DataError(f"{folder}: was begun on {other}; --data says where its own are")
         num_classes = 1 + int(max(labels.max(), held_out_labels.max()))

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from cvae import context
-from cvae.console import command, complain, program, say
+from cvae.console import command, complain, say
 from cvae.data.digits import as_digit
 from cvae.data.pictures import as_images, pictures_below
 from cvae.errors import DataError, UsageError
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             try:
                 picture = as_images(path, task)[0] if options.as_is else as_digit(path, task.height, task.width)
             except (DataError, ValueError) as error:  # the second one for a picture of another size
-                complain(f"{program('complete.py')}: {path}: {str(error).removeprefix(f'{path}: ')}")
+                complain(f"{path}: {str(error).removeprefix(f'{path}: ')}", "complete.py")
                 code = DataError.exit_code
                 continue
             completions = model.complete(picture, options.samples, options.seed, options.temperature)[:, 0].cpu()

@@ -92,7 +92,7 @@ def short_names(folders: Sequence[Path]) -> list[str]:
 def evaluate_run(name: str, run: Subject, samples: tuple[int, ...], seed: int, context: Context) -> Evaluation:
     """Evaluate a run, under this name; each process computes the estimates of its share of the images."""
     images, processes, portions = ImageSet(run.test.images, run.model.task, context.device), context.processes, []
-    with Bar(name, len(images) // processes.count, "img", processes.is_main) as bar:
+    with Bar(name, len(images) // processes.count, "img") as bar:
         for portion in processes.in_step(evaluate(run.model, images, samples, seed, context)):
             portions.append(portion)
             bar.update(len(portion.nn_nll))

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from cvae import context
-from cvae.console import called, command, complain, program, say
+from cvae.console import called, command, complain, say
 from cvae.data.digits import as_digit
 from cvae.data.sources import load_test
 from cvae.errors import DataError, UsageError
@@ -73,7 +73,7 @@ def read(named: Sequence[Path], runs: Path, device: torch.device) -> dict[str, T
         try:
             models[name] = load_trained(folder, device)
         except DataError as error:
-            complain(f"{program('page.py')}: left out: {error}")
+            complain(f"left out: {error}", "page.py")
     if not models:
         raise DataError(f"{runs}: has no run to be shown; {called('train.py')} trains one")
     return models

@@ -79,7 +79,7 @@ def open_cases(runs: Mapping[str, Subject], limit: int | None, context: Context)
 def judge(name: str, case: Case, seed: int, context: Context) -> Judged:
     """Measure the completions of a run's images; each process computes its share. Noise comes from seed and place."""
     processes, portions = context.processes, []
-    with Bar(f"{name}: realism", len(case.images) // processes.count, "img", processes.is_main) as bar:
+    with Bar(f"{name}: realism", len(case.images) // processes.count, "img") as bar:
         for start in processes.in_step(processes.portions(len(case.images), NOISE_IMAGES)):
             rows = slice(start, start + NOISE_IMAGES)
             images, classes = (part[rows].to(context.device) for part in (case.images, case.classes))

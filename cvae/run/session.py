@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cvae.console import called, complain, program, say
+from cvae.console import called, complain, say
 from cvae.context import Context, Interruption
 from cvae.data.masks import is_picture, make_task, mask_png
 from cvae.data.sources import TrainImages, difference, load_train
@@ -59,7 +59,7 @@ class Run(AbstractContextManager["Run"]):
 
     def warn(self, line: str) -> None:
         """Print a warning."""
-        complain(f"{program('train.py')}: {line}")
+        complain(line, "train.py")
 
     def leave_if_interrupted(self) -> None:
         """Raise Interrupted, in all processes at once, if a signal came to one of them."""
@@ -70,7 +70,7 @@ class Run(AbstractContextManager["Run"]):
     def load_images(self) -> TrainImages:
         """Return the images. Raises Interrupted, DataError, UsageError."""
         processes, s = self.context.processes, self.settings
-        images = processes.on_all(partial(load_train, s, processes.is_main))
+        images = processes.on_all(partial(load_train, s))
         self.leave_if_interrupted()
         say(images.about)
         processes.share_of_batch(min(s.batch_size, len(images.train[: s.train_limit])))  # before a folder is made

@@ -148,7 +148,7 @@ def test_against(place: Path, copied: Callable[..., Path], tmp_path: Path, table
 def test_runs_by_name_and_folder(place: Path, table: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     """Each once, in the order in which they are named first; the images that runs share are read once."""
     read: list[Settings] = []
-    monkeypatch.setattr(evaluation, "load_test", lambda s, **more: read.append(s) or load_test(s, **more))
+    monkeypatch.setattr(evaluation, "load_test", lambda s: read.append(s) or load_test(s))
     for words, expected in {
         "": "q1 q2 q3",
         "q3 runs/q1": "q3 q1",
