@@ -27,8 +27,6 @@ from cvae.report import figures
 from cvae.run.load import load
 from cvae.run.plan import user_path
 
-IN_A_ROW = 10  # samples of a grid
-
 
 def plan(path: Path, output: Path, separate: int) -> dict[Path, list[Path]]:
     """Return the pictures, each with the files to write: one for the grid, or one for each image.
@@ -88,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 images = [figures.as_picture(image) for image in (*first, *completions)]
             else:
                 labels = ["picture", "samples", *[""] * len(completions)]
-                images = [figures.draw_rows([*zip(labels, [first, *completions.split(IN_A_ROW)], strict=False)])]
+                images = [figures.draw_rows([*zip(labels, [first, *completions.split(10)], strict=False)])]
             for file, image in zip(files, images, strict=True):
                 figures.write_picture(file, image)
             where = f"{files[0].parent} ({len(files)} files)" if options.separate else files[0]

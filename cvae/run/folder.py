@@ -1,9 +1,6 @@
 """Run folders: where they are, what they say, how one comes into being, and the lock that a training holds on it.
 
-A run folder holds `config.json` (settings, images, machine, when it was resumed where), `metrics.jsonl` (a line per
-epoch and phase), TensorBoard's events, `last.pt` (everything to go on from), `best.pt` (the best weights) and, once it
-is finished, `summary.json` and figures; `observed.png` if the mask was a picture; `init.pt`, the weights that it began
-with, if they are another run's. A run that is passed on has `model.safetensors` in the place of the checkpoints.
+docs/reliability.md says what each file holds. A run that is passed on has `model.safetensors` in place of checkpoints.
 """
 
 import json
@@ -66,7 +63,7 @@ class RunFolder:
             self.settings = known_settings(self.config["settings"], file)
             self.record = dict(self.config["images"])  # what identifies them, as `data.sources.record` gives it
             height, width = int(self.record["height"]), int(self.record["width"])
-        self.task = make_task(self.settings, height, width, picture=self.path / OBSERVED)
+            self.task = make_task(self.settings, height, width, picture=self.path / OBSERVED)
         self.precision: str = self.config.get("precision", self.settings.precision)  # that it was begun in
         self.summary = read_json(self.path / SUMMARY) if os.path.isfile(self.path / SUMMARY) else None  # if finished
         # Published weights in the place of checkpoints can be evaluated, and cannot go on.
@@ -104,9 +101,8 @@ def find_run(run: str | Path, runs: str | Path) -> Path:
     Where there is none, a plain name is meant below the folder of runs, and a path as it is.
     """
     path, below = Path(run), Path(runs) / run
-    known = [place / path for place in COME_WITH] if path.parts[:1] == (REFERENCE,) else []
-    places = (place for place in (path, below, *known) if os.path.isdir(place))
-    return next(places, below if len(path.parts) <= 1 else path)
+    places = [path, below, *(place / path for place in COME_WITH if path.parts[:1] == (REFERENCE,))]
+    return next(filter(os.path.isdir, places), below if len(path.parts) <= 1 else path)
 
 
 def quoted(path: Path) -> str:
@@ -159,8 +155,7 @@ def create(path: Path, files: Mapping[str, Callable[[Path], None]], overwrite: b
     """Make a run folder, or with `overwrite` begin the one that is there anew, and hold it as `hold` does.
 
     Nothing of an old run is removed before the new files are on the disk beside it; what is not a run's stays. files:
-    what writes the first ones, by name, `config.json` among them. Raises UsageError if the folder is not to be had,
-    DiskError.
+    what writes the first ones, by name, `config.json` among them. Raises UsageError, DiskError.
     """
     with telling_of_disk(f"{path}: cannot be made"):
         path.mkdir(parents=True, exist_ok=True)

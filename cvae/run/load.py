@@ -1,8 +1,4 @@
-"""A trained model, ready to use: of a run, of a `.safetensors` file, of Pyro's example; or to begin another one with.
-
-Metadata of the file, each a text: `settings` (JSON), `observed` (the mask, a line of 0 and 1 for each row, 1 = given),
-`images` (JSON: their size, and what identifies them as far as it is known), `version` of the program, and `format`: pt.
-"""
+"""A trained model, ready to use: of a run, of a `.safetensors` file, of Pyro's example; or to begin another with."""
 
 import hashlib
 import json
@@ -65,7 +61,7 @@ def load_trained(run: str | Path, device: torch.device | str = "cpu", runs: str 
     if path.suffix == SUFFIX:
         with taken_for_damage(f"{path}: holds no CVAE of this program, by its metadata", *MISFITS):
             settings, images = known_settings(json.loads(content["settings"]), path), json.loads(content["images"])
-            rows = [[{"0": False, "1": True}[letter] for letter in row] for row in content["observed"].split("\n")]
+            rows = [[pixel == "1" for pixel in row] for row in content["observed"].split("\n")]
             task = FixedMask(torch.tensor(rows), mask_name(settings))
     else:
         settings, images, task = folder.settings, folder.record, folder.task
@@ -108,7 +104,7 @@ def as_safetensors(trained: Trained, half: bool = False) -> bytes:
 
 
 def description(trained: Trained) -> dict[str, str]:
-    """Return the metadata of a trained model."""
+    """Return the metadata of a trained model's file, each a text; docs/export.md says what they are."""
     assert isinstance(trained.model.task, FixedMask)
     return {
         "settings": json.dumps(passed_on(trained.settings).to_dict()),

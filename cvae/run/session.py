@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from cvae.console import called, complain, say
 from cvae.context import Context, Interruption
@@ -30,11 +29,9 @@ from cvae.training.phase import Phase
 
 def processor() -> str:
     """Return the processor's name, where Linux tells it."""
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
 @dataclass
@@ -213,7 +210,7 @@ class Run(AbstractContextManager["Run"]):
             best = {"phase": last["phase"], "epoch": progress["epoch"], "loss": progress["best_loss"]}
             checkpoint.save(self.folder / BEST, {**best, "model": last["average"]})
 
-    def load_best(self, phase: str, progress: Progress, model: nn.Module) -> None:
+    def load_best(self, phase: str, progress: Progress, model: torch.nn.Module) -> None:
         """Put the best weights of the phase trained last into a model. Raises NonFiniteError if no epoch had any."""
         if progress.best_epoch == 0:
             problem = f"the validation loss was NaN or infinite after each of {progress.epoch} epochs"
