@@ -1,6 +1,7 @@
 """Images turned, scaled, sheared and bent a little: pictures that might as well be in the training set."""
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,15 +22,12 @@ def bent(images: Tensor, share: float, *key: object) -> Tensor:
     comes from outside of an image is black. key: of the random numbers, as in `context.derive_seed`.
     """
     random = context.generator(images.device, *key, "bent")
-
-    def uniform(most: float) -> Tensor:
-        return (2 * torch.rand(len(images), generator=random, device=images.device) - 1) * most
-
-    chosen = torch.rand(len(images), generator=random, device=images.device) < share
-    angle, shear = uniform(math.radians(DEGREES)), uniform(SHEAR)
-    height, width = 1 + uniform(STRETCH), 1 + uniform(STRETCH)
-    across = torch.stack([angle.cos() * width, shear - angle.sin() * height], dim=-1)
-    down = torch.stack([angle.sin() * width, angle.cos() * height], dim=-1)
+    draw = partial(torch.rand, len(images), generator=random, device=images.device)
+    chosen = draw() < share
+    limits = (math.radians(DEGREES), SHEAR, STRETCH, STRETCH)
+    angle, shear, taller, wider = ((2 * draw() - 1) * limit for limit in limits)
+    across = torch.stack([angle.cos() * (1 + wider), shear - angle.sin() * (1 + taller)], dim=-1)
+    down = torch.stack([angle.sin() * (1 + wider), angle.cos() * (1 + taller)], dim=-1)
     pushed = 2 * PUSH * torch.randn(len(images), 2, KNOTS, KNOTS, generator=random, device=images.device)
     matrices = torch.stack([across, down], dim=1)
     portions = zip(*(tensor.split(AT_ONCE) for tensor in (images, matrices, pushed)), strict=True)

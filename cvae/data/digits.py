@@ -8,7 +8,7 @@ import os
 
 import numpy as np
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 from torch.nn.functional import max_pool2d
 
@@ -56,7 +56,7 @@ def as_digit(picture: Picture, height: int = 28, width: int = 28) -> Tensor:
     kept = _largest_parts(ink > INK * strongest)
     near = np.asarray(Image.fromarray(kept).convert("L").filter(ImageFilter.MaxFilter(3))) > 0  # its soft edges too
     digit = Image.fromarray((np.where(near, ink / np.quantile(ink[kept], 0.75), 0).clip(0, 1) * 255).astype(np.uint8))
-    return torch.from_numpy(_centred(_thickened(digit.crop(digit.getbbox())), height, width))
+    return torch.tensor(np.asarray(_centred(_thickened(digit.crop(digit.getbbox())), height, width)))
 
 
 def _ink(levels: Array) -> Array:
@@ -112,20 +112,17 @@ def _thickened(digit: Image.Image) -> Image.Image:
     if thickness >= THIN * side:
         return digit
     more = round((THICK * side - thickness) / 2)
-    larger = Image.new("L", (digit.width + 2 * more, digit.height + 2 * more))
-    larger.paste(digit, (more, more))
-    return larger.filter(ImageFilter.MaxFilter(2 * more + 1))
+    return ImageOps.expand(digit, more).filter(ImageFilter.MaxFilter(2 * more + 1))
 
 
-def _centred(digit: Image.Image, height: int, width: int) -> Array:
+def _centred(digit: Image.Image, height: int, width: int) -> Image.Image:
     """Return a digit cropped to its box, scaled and placed as MNIST's are."""
     scale = min(BOX * height / digit.height, BOX * width / digit.width)
     size = max(1, round(digit.width * scale)), max(1, round(digit.height * scale))
-    pixels = np.asarray(digit.resize(size, Image.Resampling.BICUBIC))
-    result, slices = np.zeros((height, width), np.uint8), []
-    for axis, (side, room) in enumerate(zip(pixels.shape, (height, width), strict=True)):
-        centre = np.average(np.arange(side), weights=pixels.sum(1 - axis, dtype=float))  # MNIST: at index 14 of 28
-        first = min(max(round(room / 2 - centre), 0), room - side)
-        slices.append(slice(first, first + side))
-    result[tuple(slices)] = pixels
+    digit = digit.resize(size, Image.Resampling.BICUBIC)
+    result, corner = Image.new("L", (width, height)), []
+    for axis, (side, room) in enumerate(zip(digit.size, result.size, strict=True)):
+        centre = np.average(np.arange(side), weights=np.asarray(digit).sum(axis, dtype=float))  # MNIST: 14 of 28
+        corner.append(min(max(round(room / 2 - centre), 0), room - side))
+    result.paste(digit, (corner[0], corner[1]))
     return result

@@ -101,8 +101,7 @@ def as_tensor(picture: Picture) -> Tensor:
         return picture.detach()
     if isinstance(picture, np.ndarray):
         return torch.from_numpy(np.array(picture, picture.dtype.newbyteorder("=")))
-    kind = type(picture).__name__
-    raise ValueError(f"a picture is a tensor, a numpy array, a Pillow image or the path of a file, not: {kind}")
+    raise ValueError(f"a picture is a tensor, an array, a Pillow image or a file's path, not: {type(picture).__name__}")
 
 
 def in_range(pixels: Tensor) -> bool:

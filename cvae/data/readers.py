@@ -24,12 +24,8 @@ PARTS |= {"test": "test", "testing": "test", "t10k": "test"}
 """The words in the names of files, folders and arrays that say to which part of a set they belong."""
 
 LABELS = {"y", "label", "labels", "target", "targets"}  # words in the names of arrays that are no images
-
-IDX_NAME = re.compile(
-    r"(?:(.+)[-_.])?(train|test|t10k)[-_.](image|label)s?[-_.]idx\d[-_.]\w+(?:\.gz|\.xz)?", re.IGNORECASE
-)
-"""`train-images-idx3-ubyte`, `emnist-letters-test-labels-idx1-ubyte.gz`, `t10k-images.idx3-ubyte`, …"""
-
+# train-images-idx3-ubyte, emnist-letters-test-labels-idx1-ubyte.gz, t10k-images.idx3-ubyte, …
+IDX_NAME = re.compile(r"(?i)(?:(.+)[-_.])?(train|test|t10k)[-_.](image|label)s?[-_.]idx\d[-_.]\w+(?:\.[gx]z)?")
 IDX_TYPES = {8: "u1", 9: "i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
 UNPACKERS: dict[bytes, Callable[[bytes], bytes]] = {b"\x1f\x8b": gzip.decompress, b"\xfd7": lzma.decompress}
 
@@ -68,18 +64,19 @@ def read_idx_set(path: Path, wanted: Collection[str], kind: str = "images") -> S
     if len(sets) > 1:
         choices = ", ".join(shlex.quote(str(place)) for place in sets)
         raise DataError(f"{path}: holds several sets of images; say which: --data with {choices}")
-    for place, files in sets.items():
-        source = Source("IDX files in", str(place), {}, [])
-        for part in (part for part in wanted if {(part, "images"), (part, kind)} <= files.keys()):
-            array, name = read_idx(files[part, kind]), str(files[part, kind])
-            if kind == "images":
-                source.parts[part] = to_images(array, name, source.notes)
-            elif len(array) != (count := len(read_idx(files[part, "images"]))):
-                raise DataError(f"{name}: has {len(array)} labels for {count} images")
-            else:  # QMNIST's first column is the class
-                source.parts[part] = torch.tensor(array.reshape(count, -1)[:, 0].astype(np.int64))
-        return source
-    return None
+    if not sets:
+        return None
+    ((place, files),) = sets.items()
+    source = Source("IDX files in", str(place), {}, [])
+    for part in (part for part in wanted if {(part, "images"), (part, kind)} <= files.keys()):
+        array, name = read_idx(files[part, kind]), str(files[part, kind])
+        if kind == "images":
+            source.parts[part] = to_images(array, name, source.notes)
+        elif len(array) != (count := len(read_idx(files[part, "images"]))):
+            raise DataError(f"{name}: has {len(array)} labels for {count} images")
+        else:  # QMNIST's first column is the class
+            source.parts[part] = torch.tensor(array.reshape(count, -1)[:, 0].astype(np.int64))
+    return source
 
 
 def read_idx(path: Path) -> Array:

@@ -22,18 +22,14 @@ from cvae.errors import DataError, printable, taken_for_damage
 from cvae.settings import Settings
 
 MNIST = "mnist"
-TORCHVISION = {"fashion-mnist": ("FashionMNIST", ""), "kmnist": ("KMNIST", ""), "qmnist": ("QMNIST", "qmnist")} | {
-    f"emnist-{split}": ("EMNIST", f"emnist-{split}")
-    for split in ("byclass", "bymerge", "balanced", "letters", "digits", "mnist")
-}
-"""torchvision's data sets, by the names that `--data` takes: class, and the prefix of the files' names."""
-
+TORCHVISION = {"fashion-mnist": "FashionMNIST", "kmnist": "KMNIST", "qmnist": "QMNIST"}  # its classes, by --data
+EMNIST_SPLITS = ("byclass", "bymerge", "balanced", "letters", "digits", "mnist")
+TORCHVISION |= {f"emnist-{split}": "EMNIST" for split in EMNIST_SPLITS}
 NAMES = (MNIST, *TORCHVISION)
 ROOTS = ("~/.cache/torchvision", "data")  # where torchvision's data sets are looked for without --data-root
 WORDS = {"train": "training", "validation": "validation", "test": "test"}
+# The parts of the images that are black or white from the start, by the setting `targets`
 DRAWN_ONCE = {"grey": (), "binary": ("validation", "test"), "binary-fixed": tuple(WORDS)}
-"""The parts of the images that are black or white from the start, by the setting `targets`."""
-
 DEFAULTS = Settings()
 
 
@@ -131,10 +127,10 @@ def _read(s: Settings, wanted: Collection[str], kind: str) -> Source:
 
 def _read_torchvision(name: str, s: Settings, wanted: Collection[str], kind: str) -> Source:
     """Read one of torchvision's data sets. Raise DataError with the command that downloads it."""
-    cls, prefix = TORCHVISION[name]
+    cls = TORCHVISION[name]
     roots = [os.path.expanduser(root) for root in ([s.data_root] if s.data_root is not None else ROOTS)]
-    for path in (Path(root, cls, "raw", prefix) for root in roots):
-        if source := read_idx_set(path, wanted, kind):
+    for root in roots:
+        if source := read_idx_set(Path(root, cls, "raw", name if cls == "EMNIST" else ""), wanted, kind):
             return source._replace(form=f"{name}, as torchvision has it in")
     more = f", split={name.removeprefix('emnist-')!r}" if cls == "EMNIST" else ""
     calls = f"[{cls}({roots[0]!r}, train=part, download=True{more}) for part in (True, False)]"

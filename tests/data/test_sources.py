@@ -129,7 +129,8 @@ def test_what_is_too_little_or_not_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", TORCHVISION)
 def test_torchvision_data_sets(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are taken as torchvision leaves them below a root; else the message has a command that downloads them."""
-    cls, prefix = TORCHVISION[name]
+    cls = TORCHVISION[name]
+    prefix = name if cls in ("EMNIST", "QMNIST") else ""
     arguments = {"split": name.removeprefix("emnist-")} if cls == "EMNIST" else {}
     raw = write_idx(tmp_path / "it's here" / cls / "raw", IMAGES, TEST, start=prefix and f"{prefix}-")
     if cls == "QMNIST":  # its labels have eight columns, of which the first is the class
