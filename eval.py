@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 
 from cvae.console import command, complain, say, silence
-from cvae.context import Context, opened
+from cvae.context import Context, generator, opened
 from cvae.data.sources import TestImages, difference, load_test, named
 from cvae.errors import DataError, UsageError
 from cvae.report import figures, realism
@@ -142,7 +142,7 @@ def draw_all(runs: dict[str, Subject], options: argparse.Namespace, context: Con
         pieces = [folder / f"{name}-image{digit}-{part}.png" for part in parts for digit in digits] if folder else []
         figures.refuse_to_replace(pieces)
         images = images[digits]
-        random = [context.generator(options.seed, "figure", digit) for digit in digits]  # whatever is drawn beside it
+        random = [generator(context.device, options.seed, "figure", digit) for digit in digits]  # for each digit alone
         samples = torch.cat(list(map(model.complete, images, [NUM_SAMPLES] * len(digits), random)), dim=1)
         guess = model.guess(model.task.batch(model.task.rows(images.to(context.device)))).sigmoid()
         rows = figures.completion_rows(images, model.task, guess, model.task.asked(samples))

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from cvae.console import Bar, called, command, say, silence
-from cvae.context import Context, Interruption, opened, permutation, seed_dropout
+from cvae.context import Context, Interruption, generator, opened, permutation, seed_dropout
 from cvae.data.tasks import ImageSet
 from cvae.model.cvae import noise
 from cvae.model.likelihood import active_units
@@ -140,7 +140,7 @@ def train_epoch(phase: Phase, run: Run, step: Step, take_step: Callable[..., Non
     s, context, optimizer, size = run.settings, run.context, step.optimizer, step.batch_size
     steps, share = step.count, context.processes.share_of_batch(size)
     where = phase.where(epoch)
-    random = context.generator(s.seed, phase.name, epoch)
+    random = generator(context.device, s.seed, phase.name, epoch)
     order = permutation(len(step.images), s.seed, phase.name, epoch).to(context.device)
     seed_dropout(s.seed, phase.name, epoch, context.processes.rank)
     step.model.train()
@@ -193,7 +193,7 @@ def train_run(run: Run) -> None:
     for image_set in (train, validation):  # its guesses are computed once: it is frozen now
         image_set.set_guesses(baseline, context.half)
 
-    eps = noise(NUM_SAMPLES, len(digits), cvae, context.generator(s.seed, "picture"))
+    eps = noise(NUM_SAMPLES, len(digits), cvae, generator(context.device, s.seed, "picture"))
     phase = Phase(
         "cvae", cvae, objective(s), s.epochs, train, validation, samples=s.particles,
         noise=lambda count, random: (noise(s.particles, count, cvae, random),),

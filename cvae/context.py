@@ -66,10 +66,6 @@ class Context:
         """Compute matrix products within the block in this precision; the parameters stay in float32."""
         return nullcontext() if self.half is None else torch.autocast(self.device.type, self.half)
 
-    def generator(self, *key: object) -> torch.Generator:
-        """Return a generator of random numbers on the device, seeded by the key: see `derive_seed`."""
-        return generator(self.device, *key)
-
     def with_precision(self, name: str) -> "Context":
         """Return this context in another precision: `auto`, as the main process resolves it, or a precision's name."""
         return replace(self, precision=self.processes.on_main(partial(resolve_precision, name, self.device)))
@@ -136,26 +132,22 @@ def seed_dropout(*key: object) -> None:
     torch.manual_seed(derive_seed(*key, "dropout"))
 
 
-class Interruption:
+class Interruption(ExitStack):
     """A block of the main thread in which the first Ctrl-C and SIGTERM are only remembered, in `signal_number`.
 
     A second Ctrl-C does what it did before: it ends a script at once, and raises KeyboardInterrupt in a notebook.
     """
 
-    def __init__(self) -> None:
-        self.signal_number = 0
-        self._previous: dict[int, Any] = {}
+    signal_number = 0
 
     def __enter__(self) -> "Interruption":
         if threading.current_thread() is threading.main_thread():
-            self._previous = {n: signal.signal(n, self._remember) for n in (signal.SIGINT, signal.SIGTERM)}
+            for number in (signal.SIGINT, signal.SIGTERM):
+                handler = partial(self._remember, signal.getsignal(number))
+                self.callback(signal.signal, number, signal.signal(number, handler))
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _remember(self, number: int, frame: FrameType | None) -> None:
+    def _remember(self, previous: Any, number: int, frame: FrameType | None) -> None:
         self.signal_number = self.signal_number or number
         if number == signal.SIGINT:
-            signal.signal(number, self._previous[number])
+            signal.signal(number, previous)

@@ -89,11 +89,9 @@ class Processes:
     def in_step(self, parts: Iterable[T]) -> Iterator[T]:
         """Yield this process's parts of a long work, in step with the others: they wait for each other part by part."""
         rest = iter(parts)
-        part = next(rest, None)
-        while self.maximum(part is not None):
+        while self.maximum((part := next(rest, None)) is not None):
             if part is not None:
                 yield part
-            part = next(rest, None)
 
     def on_all(self, action: Callable[[], T]) -> T:
         """Return the result of `action` in each process, its own. An expected failure in one is raised in all."""

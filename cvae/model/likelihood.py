@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cvae.context import Context
+from cvae.context import Context, generator
 from cvae.data.tasks import ImageSet
 from cvae.model.cvae import CVAE, NOISE_IMAGES, log_weights, noise
 from cvae.model.densities import bernoulli_entropy, bernoulli_log_prob, log_mean_exp, widen
@@ -71,7 +71,7 @@ def evaluate(
     for start in context.processes.portions(len(images), size):
         batch = images.batch(slice(start, start + size))
         places = range(start, start + max(1, len(batch.x)), NOISE_IMAGES)
-        random = [context.generator(seed, "evaluation", place) for place in places]
+        random = [generator(context.device, seed, "evaluation", place) for place in places]
         with context.autocast():
             batch = batch._replace(guess=model.guess(batch))
             terms = elbo(model, batch, noise(ELBO_SAMPLES, len(batch.x), model, *random))
@@ -104,7 +104,7 @@ def active_units(model: CVAE, images: ImageSet, seed: int, context: Context) -> 
     count, portions = min(len(images), ACTIVITY_IMAGES), []
     for start in range(0, count, ACTIVITY_AT_ONCE):
         batch = images.batch(slice(start, min(start + ACTIVITY_AT_ONCE, count)))
-        eps = noise(ACTIVITY_SAMPLES, len(batch.x), model, context.generator(seed, "activity", start))
+        eps = noise(ACTIVITY_SAMPLES, len(batch.x), model, generator(context.device, seed, "activity", start))
         with context.autocast():
             latents = model.from_posterior(batch, eps[:1]).latents
             if len(latents) > 1:  # the levels below the first depend on what was drawn above

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from cvae.console import Bar
-from cvae.context import Context
+from cvae.context import Context, generator
 from cvae.data.sources import load_labels
 from cvae.errors import DataError, DiskError
 from cvae.model.cvae import CVAE, NOISE_IMAGES
@@ -83,7 +83,7 @@ def judge(name: str, case: Case, seed: int, context: Context) -> Judged:
         for start in processes.in_step(processes.portions(len(case.images), NOISE_IMAGES)):
             rows = slice(start, start + NOISE_IMAGES)
             images, classes = (part[rows].to(context.device) for part in (case.images, case.classes))
-            portions.append(_measured(case, images, classes, context.generator(seed, "realism", start)))
+            portions.append(_measured(case, images, classes, generator(context.device, seed, "realism", start)))
             bar.update(len(images))
     return {key: processes.gather(torch.cat([portion[key] for portion in portions], dim=-1)) for key in portions[0]}
 
@@ -166,7 +166,7 @@ def draw(case: Case, ambiguity: Tensor, seed: int, context: Context) -> Image.Im
     numbers, model, task = chosen(ambiguity), case.model, case.model.task
     images, classes = case.images[numbers], case.classes[numbers].tolist()
     x, y, *_ = task.batch(task.rows(images.to(context.device)))
-    random = [context.generator(seed, "realism figure", number) for number in numbers]
+    random = [generator(context.device, seed, "realism figure", number) for number in numbers]
     made = torch.cat(list(map(model.complete, images, [COMPLETIONS] * len(numbers), random)), dim=1)
     rows = completion_rows(images, task, model.baseline_net(x).sigmoid(), task.asked(made[:COMPLETIONS_SHOWN]))
     known = case.x_only(task.compose(x, y)).softmax(-1)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cvae.context import Context
+from cvae.context import Context, generator
 from cvae.data.tasks import ImageSet
 from cvae.model.objectives import Objective, Totals
 from cvae.settings import Settings
@@ -47,7 +47,7 @@ class Phase(NamedTuple):
         size = max(1, min(VALIDATION_IMAGES, VALIDATION_ROWS // max(1, self.samples)))
         for start in context.processes.portions(len(images), size):
             batch = images.batch(slice(start, start + size))
-            eps = self.noise(len(batch.x), context.generator(seed, "validation", start))
+            eps = self.noise(len(batch.x), generator(context.device, seed, "validation", start))
             with context.autocast():
                 totals.add(self.objective(model, batch, *eps))
             done(len(batch.x))

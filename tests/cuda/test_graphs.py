@@ -9,6 +9,7 @@ import torch
 from support.steps import BATCH, Training, assert_equal, cases, make_training, state
 from torch import Tensor
 
+from cvae.context import generator
 from cvae.training.graphed import GraphedStep
 from train import train_epoch
 
@@ -47,7 +48,7 @@ def test_bad_steps_are_skipped_in_the_graph(device, precision):
     """Nothing but their count stays of them; float16's overflows are among the steps of the test above."""
     training = make_training("tutorial", "elbo", precision, device=device)
     take_step, rows = graphed(training), torch.arange(BATCH, device=device)
-    eps = training.phase.noise(BATCH, training.run.context.generator(0))[0]
+    eps = training.phase.noise(BATCH, generator(training.run.context.device, 0))[0]
     for _ in range(20):
         take_step(rows, eps)
     before, skipped = state(training), training.step.optimizer.skipped()

@@ -14,7 +14,7 @@ from support.trainings import fork_two
 from torch.nn.functional import cross_entropy
 from torchvision.transforms.functional import pil_to_tensor
 
-from cvae.context import Context
+from cvae.context import Context, generator
 from cvae.report import realism
 
 HERE = Context(torch.device("cpu"))
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("place")
 def test_measures_computed_another_way(record: dict[str, Any], case: realism.Case) -> None:
     """From the public functions, with the noise of each ten images, which comes from the seed and their place."""
     model, classes, images = case.model, case.classes, case.images / 255
-    parts = [(part, HERE.generator(0, "realism", 10 * i)) for i, part in enumerate(images.split(10))]
+    parts = [(part, generator(HERE.device, 0, "realism", 10 * i)) for i, part in enumerate(images.split(10))]
     made = torch.cat([model.complete(part, 50, random) for part, random in parts], dim=1)
     y, means = (model.task.asked(pictures).double() for pictures in (images, made))
     guess = model.guess(model.task.batch(model.task.rows(images))).sigmoid().double()
@@ -113,7 +113,7 @@ def test_charts(case: realism.Case) -> None:
         image, true, random = (
             case.images[number],
             int(case.classes[number]),
-            HERE.generator(0, "realism figure", number),
+            generator(HERE.device, 0, "realism figure", number),
         )
         came = case.whole(case.model.complete(image, 50, random)[:, 0]).argmax(1).bincount(minlength=10) / 50
         known = case.x_only(image[None] / 255)[0].softmax(0)
