@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 from cvae.settings import VERSION as __version__
 
 if TYPE_CHECKING:
-    from cvae.data.digits import as_digit
+    from cvae.data.pictures import as_digit
     from cvae.report.figures import show
     from cvae.run.load import load, load_tutorial
 
 __all__ = ["__version__", "as_digit", "load", "load_tutorial", "show"]
 
-_ROOMS = {"as_digit": "data.digits", "load": "run.load", "load_tutorial": "run.load", "show": "report.figures"}
+_ROOMS = {"as_digit": "data.pictures", "load": "run.load", "load_tutorial": "run.load", "show": "report.figures"}
 
 
 def __getattr__(name: str) -> Any:

@@ -20,8 +20,7 @@ import torch
 
 from cvae import context
 from cvae.console import command, complain, say
-from cvae.data.digits import as_digit
-from cvae.data.pictures import as_images, pictures_below
+from cvae.data.pictures import as_digit, as_images, pictures_below
 from cvae.errors import DataError, UsageError
 from cvae.report import figures
 from cvae.run.load import load

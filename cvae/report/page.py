@@ -30,7 +30,7 @@ from torch import Tensor
 
 from cvae import context
 from cvae.console import called, command, complain, say
-from cvae.data.digits import as_digit
+from cvae.data.pictures import as_digit
 from cvae.data.sources import load_test
 from cvae.errors import DataError, UsageError
 from cvae.model.cvae import CVAE

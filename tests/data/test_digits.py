@@ -9,7 +9,7 @@ from PIL import Image, ImageFilter
 from support.images import mnist
 from torch import Tensor
 
-from cvae.data.digits import as_digit
+from cvae.data.pictures import as_digit
 from cvae.errors import DataError
 
 PAPER, INK = 225, 40
