@@ -37,14 +37,13 @@ def before_torch() -> None:
 
 def others_want_the_processors() -> bool:
     """Return True if other programs leave fewer processors idle than this one may use (Linux only, else False)."""
-    try:
-        usable, running = len(os.sched_getaffinity(0)), []
+    running = []
+    with suppress(OSError, AttributeError, ValueError, IndexError):
         for _ in range(5):
             running.append(int(Path("/proc/loadavg").read_text().split()[3].split("/")[0]) - 1)  # without this one
             time.sleep(0.01)
-    except (OSError, AttributeError, ValueError, IndexError):
-        return False
-    return (os.cpu_count() or usable) - sorted(running)[2] < usable
+        return (os.cpu_count() or 1) - sorted(running)[2] < len(os.sched_getaffinity(0))
+    return False
 
 
 def _main_of(module: str) -> int:
@@ -134,8 +133,8 @@ class Bar(tqdm):  # type: ignore[misc]
         kind: dict[str, Any] = {"delay": BAR_AFTER_S}
         if not (sys.stderr and sys.stderr.isatty()):
             kind = {"delay": LINE_EVERY_S, "mininterval": LINE_EVERY_S, "bar_format": line, "file": StringIO()}
-        options = {"unit_scale": True, "miniters": 1, "leave": False, "disable": self.is_silent, **kind}
-        super().__init__(desc=title, total=total, unit=unit, **options)
+        kind |= {"unit": unit, "unit_scale": True, "miniters": 1, "leave": False, "disable": self.is_silent}
+        super().__init__(desc=title, total=total, **kind)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
         """Show the state, called by tqdm when it is time; returns True if there is something to be wiped away."""

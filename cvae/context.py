@@ -84,10 +84,7 @@ def opened(device: str = "auto", precision: str = "auto") -> Iterator[Context]:
 
 
 def prepare(device: torch.device) -> ExitStack:
-    """Prepare the process, before the first tensor of any size; leaving the returned stack puts all back as it was.
-
-    TF32 is off and cuDNN deterministic; random generators are put back.
-    """
+    """Prepare the process: TF32 off, cuDNN deterministic. The returned stack puts all back, random generators too."""
     backends: Any = torch.backends
     cudnn, mkldnn = backends.cudnn, backends.mkldnn
     products = (backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn)

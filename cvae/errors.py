@@ -84,6 +84,5 @@ def taken_for_damage(problem: str, *kinds: type[Exception]) -> Iterator[None]:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error, as Python and PyTorch raise it, says that memory does not suffice."""
-    signs = ("out of memory", "can't allocate memory", "Cannot allocate memory", "bad_alloc", "STATUS_ALLOC_FAILED")
-    is_kind = type(error).__name__ in ("MemoryError", "OutOfMemoryError")  # PyTorch's, which is not imported here
-    return not isinstance(error, CvaeError) and (is_kind or any(sign in str(error) for sign in signs))
+    signs = ("MemoryError", "out of memory", "t allocate memory", "bad_alloc", "STATUS_ALLOC_FAILED")  # can't, cannot
+    return not isinstance(error, CvaeError) and any(sign in f"{type(error).__name__}: {error}" for sign in signs)

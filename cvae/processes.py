@@ -20,10 +20,8 @@ class Processes:
     """The processes of this job: this one's `rank`, and how many there are, `count`; on this machine, with `local_`."""
 
     def __init__(self) -> None:
-        names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-        self.rank, self.count, self.local_rank, self.local_count = (
-            int(os.environ.get(name) or default) for name, default in names.items()
-        )
+        self.rank, self.local_rank = (int(os.environ.get(name) or 0) for name in ("RANK", "LOCAL_RANK"))
+        self.count, self.local_count = (int(os.environ.get(name) or 1) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
         self.is_main = self.rank == 0  # the one that writes and prints
 
     @contextmanager
@@ -74,7 +72,7 @@ class Processes:
 
     def average_(self, *tensors: Tensor) -> None:
         """Replace each tensor of floats by its mean over all processes, as for running statistics."""
-        for tensor in filter(torch.is_floating_point, tensors if self.count > 1 else ()):
+        for tensor in filter(torch.is_floating_point, tensors):
             self.sum_on_host_(tensor)
             tensor /= self.count
 
