@@ -20,9 +20,9 @@ if __name__ == "__main__":
 
     before_torch()
 
-import argparse
 import sys
-from collections.abc import Callable, Sequence
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -44,9 +44,9 @@ RUNS = Path("runs")
 NUM_DIGITS, NUM_SAMPLES = 10, 10  # of the figure
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None) -> Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add, path = parser.add_argument, user_path
     add("named", nargs="*", type=path, metavar="RUN", help="run or folder of runs, as above (default: all below runs/)")
     add("--runs", nargs="+", action="extend", type=path, default=[], metavar="RUN", help="the same; may be repeated")
@@ -84,9 +84,7 @@ def numbers(word: str) -> list[int]:
     return list(dict.fromkeys(map(int, word.split(","))))
 
 
-def open_run(
-    folder: Path, options: argparse.Namespace, device: torch.device, load: Callable[..., TestImages]
-) -> Subject:
+def open_run(folder: Path, options: Namespace, device: torch.device, load: Callable[..., TestImages]) -> Subject:
     """Read what the evaluation of a run, or of published weights, needs; `load` reads images that runs share once."""
     run = RunFolder(folder)
     moved = {name: place for name in ("data", "data_root") if (place := getattr(options, name))}
@@ -101,7 +99,7 @@ def open_run(
     return Subject(folder, settings, model, test, epochs[-1] if epochs else None)
 
 
-def open_runs(options: argparse.Namespace, context: Context) -> tuple[dict[str, Subject], list[str]]:
+def open_runs(options: Namespace, context: Context) -> tuple[dict[str, Subject], list[str]]:
     """Return the runs by name, none if the one to compare with cannot be evaluated, and a line about each problem."""
     processes, against, found = context.processes, options.against and find_run(options.against, RUNS), []
     folders, problems = processes.on_main(partial(find_runs, options.named + options.runs, RUNS))
@@ -127,14 +125,17 @@ def open_runs(options: argparse.Namespace, context: Context) -> tuple[dict[str, 
     return runs, problems
 
 
-def draw_all(runs: dict[str, Subject], options: argparse.Namespace, context: Context) -> list[str]:
+def path_of(figure: Path, name: str, runs: Collection[str]) -> Path:
+    """Return where the figure of a run is written: of several runs each has a file with its name."""
+    return figure.with_stem(f"{figure.stem}-{name.replace('/', '-')}") if len(runs) > 1 else figure
+
+
+def draw_all(runs: dict[str, Subject], options: Namespace, context: Context) -> list[str]:
     """Write the figures and samples that are asked for, and return a line about each."""
     lines = []
     for name, run in runs.items() if options.figure or options.samples_to else ():
         model, images, name = run.model, run.test.images, name.replace("/", "-")
-        figure, folder = options.figure, options.samples_to
-        if len(runs) > 1:
-            figure, folder = figure and figure.with_stem(f"{figure.stem}-{name}"), folder and folder / name
+        folder = options.samples_to and options.samples_to / (name if len(runs) > 1 else "")
         digits = options.digits or list(range(min(NUM_DIGITS, len(images))))
         if not 0 <= min(digits) <= max(digits) < len(images):
             raise UsageError(f"--digits: the test images of {run.folder} are numbered 0 to {len(images) - 1}")
@@ -146,7 +147,8 @@ def draw_all(runs: dict[str, Subject], options: argparse.Namespace, context: Con
         samples = torch.cat(list(map(model.complete, images, [NUM_SAMPLES] * len(digits), random)), dim=1)
         guess = model.guess(model.task.batch(model.task.rows(images.to(context.device)))).sigmoid()
         rows = figures.completion_rows(images, model.task, guess, model.task.asked(samples))
-        if figure:
+        if options.figure:
+            figure = path_of(options.figure, name, runs)
             figures.write_picture(figure, figures.draw_rows(rows))
             lines.append(f"figure: {figure}")
         if folder:
@@ -180,8 +182,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if judged and options.format in ("text", "markdown"):
                 table += realism.render(beside, runs, options.format)
             say("\n".join(["", table, *drawn, ""] if drawn else ["", table]) if is_text else table, end="")
-            if options.realism_figure:
-                realism.draw_all(cases, judged, options.realism_figure, options.seed, context)
+            for name, case in cases.items() if options.realism_figure else ():
+                ambiguity, path = judged[name]["x_only", "entropy"].cpu(), path_of(options.realism_figure, name, cases)
+                figures.write_picture(path, realism.draw(case, ambiguity, options.seed, context))
     return DataError.exit_code if problems or more else 0
 
 

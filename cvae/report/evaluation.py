@@ -29,7 +29,6 @@ from cvae.settings import Settings
 
 Cells = list[list[str]]
 Record = dict[str, Any]
-
 OF_THE_IMAGES = ("data", "data_root", "size", "transpose", "targets")  # settings that the test images depend on
 LABELS = {
     "nn_nll": "NN (baseline)", "cvae_neg_elbo": "CVAE (−ELBO)", "cvae_mc_nll": "CVAE (Monte Carlo, S = {:,})",
@@ -72,10 +71,9 @@ def find_runs(words: Sequence[Path], runs: Path) -> tuple[list[Path], list[str]]
     """
     folders, problems = dict[Path, Path](), []
     for place in [find_run(word, runs) for word in words] or [runs]:
-        is_run = os.path.isfile(place / CONFIG)
-        below = [place] if is_run else sorted(file.parent for file in place.glob(f"[!.]*/{CONFIG}"))
-        for folder in below:
-            folders.setdefault(folder.resolve(), folder)
+        below = [place / CONFIG] if os.path.isfile(place / CONFIG) else sorted(place.glob(f"[!.]*/{CONFIG}"))
+        for file in below:
+            folders.setdefault(file.parent.resolve(), file.parent)
         if not below:
             problem = "has no run in it" if os.path.isdir(place) else "there is no such folder"
             problems.append(f"{place}: {problem}; {called('train.py')} trains a run")
@@ -99,8 +97,7 @@ def evaluate_run(name: str, run: Subject, samples: tuple[int, ...], seed: int, c
     found = Likelihoods(*(processes.gather(torch.cat(parts, dim=-1)) for parts in zip(*portions, strict=True)))
     values = found._asdict() | {"gap": found.nn_nll - found.cvae_is_nll[-1]}
     if not trains_recognition(run.settings):  # from which all the others take z
-        for key in values.keys() - {"nn_nll", "cvae_mc_nll", "floor"}:
-            values[key] = torch.full_like(values[key], math.nan)
+        values |= {key: values[key] * math.nan for key in values.keys() - {"nn_nll", "cvae_mc_nll", "floor"}}
     return Evaluation(name, run, samples, values, active_units(run.model, images, seed, context), context.precision)
 
 
@@ -142,9 +139,9 @@ def render(runs: Sequence[Evaluation], form: str, seeds: bool = False, beside: M
         return buffer.getvalue()
     for each, (column, group) in zip(records, columns, strict=True):
         each |= {"seeds": list(map(record, group)), "sha256": column.run.test.record["test"]["sha256"]}
-    samples, compared = runs[0].samples, [each for each in records if each["against"]]
+    samples = runs[0].samples
     blocks = [[["nats per image, lower is better", *map(_heading, records)], *rows(records, samples)]]
-    if compared:
+    if compared := [each for each in records if each["against"]]:
         header = f"minus {printable(compared[0]['against']['run'])}, below zero is better"
         differences = rows([each["against"] for each in compared], samples, COMPARED, "+.3f")
         blocks.append([[header, *map(_heading, compared)], *differences])
@@ -228,9 +225,8 @@ def _cell(record: Record, key: str, s: str, form: str) -> str:
 
 def number(entry: Record, form: str = ".2f") -> str:
     """Return mean and standard error in this form; a dash where there is no mean."""
-    if entry["mean"] is None:
-        return "–"
-    return f"{entry['mean']:{form}}" + ("" if entry["stderr"] is None else f" ± {entry['stderr']:{form.lstrip('+')}}")
+    parts = (entry["mean"], form), (entry.get("stderr"), form.lstrip("+"))
+    return " ± ".join(f"{value:{shape}}" for value, shape in parts if value is not None) or "–"
 
 
 def _notes(records: Sequence[Record]) -> list[str]:

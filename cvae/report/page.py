@@ -9,7 +9,6 @@ ends it. It needs gradio, the extra `page`. It asks nothing of the network, and 
 it shows. Exit codes: 2 usage, a port that is taken, or gradio is missing; 3 no such run; 130 Ctrl-C, 143 SIGTERM.
 """
 
-import argparse
 import base64
 import io
 import os
@@ -17,6 +16,7 @@ import signal
 import socket
 import sys
 import webbrowser
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache, lru_cache
@@ -55,7 +55,6 @@ ABOUT = """The spread is the standard deviation of each pixel: 0.5, the highest 
 are of the hidden pixels, given what the model sees; higher is more likely. Grey levels count as probabilities of white:
 no prediction gets above minus their entropy, the highest possible value, which is lower for a blurred completion than
 for a sharp picture. What can be compared is the distance to it."""
-HEAD = "| nats | log-likelihood | highest possible | distance |\n|---|---:|---:|---:|\n"
 _read_test = cache(load_test)  # to be seen, and not measured with
 _read_digit = lru_cache(maxsize=8)(as_digit)  # the page names a file by the digest of its content
 
@@ -63,8 +62,7 @@ _read_digit = lru_cache(maxsize=8)(as_digit)  # the page names a file by the dig
 def read(named: Sequence[Path], runs: Path, device: torch.device) -> dict[str, Trained]:
     """Return the runs that are named, or all below a folder and all that come with the program, by their names.
 
-    A run that cannot be read is left out with one line, unless it is named. Raises DataError for one that is, and where
-    there is none at all.
+    A run that cannot be read is left out with one line; DataError is raised if it is named, or if no run is left.
     """
     if named:
         return {str(word): load_trained(word, device, runs) for word in named}
@@ -124,7 +122,8 @@ def likelihoods(model: CVAE, picture: Tensor, completions: Tensor) -> str:
         f"{len(completions)} completions, mean": (estimates[1:].mean(), highest[1:].mean()),
     }
     lines = [f"| {name} | {p:.1f} | {most:.1f} | {most - p:.1f} |" for name, (p, most) in rows.items()]
-    return HEAD + "\n".join(lines).replace(" -", " −")
+    head = ["| nats | log-likelihood | highest possible | distance |", "|---|---:|---:|---:|"]
+    return "\n".join(head + lines).replace(" -", " −")
 
 
 def as_html(pictures: dict[str, Tensor]) -> str:
@@ -234,7 +233,7 @@ def guarded(application: Callable[..., Any]) -> Callable[..., Any]:
 @command("page.py")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     words = "run, as a path or a name below the folder of runs, or a .safetensors file (default: all runs)"
     add("named", nargs="*", type=user_path, metavar="RUN", help=words)

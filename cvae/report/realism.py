@@ -6,7 +6,6 @@ or white. The same of the baseline's ŷ, which has no z. Two classifiers judge t
 
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -24,12 +23,11 @@ from cvae.model.likelihood import estimate
 from cvae.report import measures
 from cvae.report.classifier import Classifier, open_judges
 from cvae.report.evaluation import Record, Subject, laid_out, number
-from cvae.report.figures import INK, PAPER, completion_rows, draw_rows, write_picture
+from cvae.report.figures import INK, PAPER, completion_rows, draw_rows
 
 COMPLETIONS = 50  # of each image, S
 SHOWN, COMPLETIONS_SHOWN, SIDE = 10, 6, 84  # images and completions of each in the picture; their size, screen pixels
 OTHER, TRUE = (150, 165, 190), (200, 60, 40)  # the colours of a class's bar, and of the true one's
-
 # Whose completions, and what is measured of them: see docs/realism.md
 COLUMNS = {"nn": "NN", "nn_drawn": "NN, drawn", "cvae": "CVAE", "cvae_drawn": "CVAE, drawn", "truth": "truth"}
 COLUMNS["x_only"] = "x only"  # the class probabilities of the classifier that sees x alone
@@ -141,13 +139,6 @@ def render(records: Mapping[str, Record], runs: Mapping[str, Subject], form: str
             cells.append([label, *(number(entry, ".4f" if "mse" in row else ".3f") for entry in entries)])
         blocks.append(laid_out(cells, form) + "\n")
     return "\n".join(["", *blocks, NOTE, ""])
-
-
-def draw_all(cases: Mapping[str, Case], judged: Mapping[str, Judged], path: Path, seed: int, context: Context) -> None:
-    """Write the picture of each run, of several one file each. Raises UsageError and DiskError."""
-    for name, case in cases.items():
-        file = path.with_stem(f"{path.stem}-{name.replace('/', '-')}") if len(cases) > 1 else path
-        write_picture(file, draw(case, judged[name]["x_only", "entropy"].cpu(), seed, context))
 
 
 def chosen(ambiguity: Tensor) -> list[int]:

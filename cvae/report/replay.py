@@ -3,10 +3,10 @@
 python -m cvae.report.replay q1     # anew, or as far as an unfinished run has come; RUN: a path or a name below runs/
 """
 
-import argparse
 import io
 import math
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -79,8 +79,7 @@ def frames(losses: Mapping[Epoch, tuple[str, float]], pictures: Mapping[Epoch, I
 @command("cvae.report.replay")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m cvae.report.replay", description=__doc__, formatter_class=raw)
+    parser = ArgumentParser("python -m cvae.report.replay", None, __doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=user_path, metavar="RUN")
     for folder in (find_run(word, "runs") for word in parser.parse_args(argv).runs):
         draw_all(folder)
