@@ -45,7 +45,6 @@ NUM_DIGITS, NUM_SAMPLES = 10, 10  # of the figure
 
 
 def parse(argv: Sequence[str] | None) -> Namespace:
-    """Read the command line."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add, path = parser.add_argument, user_path
     add("named", nargs="*", type=path, metavar="RUN", help="run or folder of runs, as above (default: all below runs/)")
@@ -168,11 +167,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         is_main, is_text = context.processes.is_main, options.format == "text"
         runs, problems = open_runs(options, context)
         cases, more = realism.open_cases(runs if options.realism else {}, options.realism_images, context)
-        if is_main:
-            for line in problems + more:
-                complain(line, "eval.py")
-            for line in dict.fromkeys(run.test.about for run in runs.values() if is_text):
-                say(line)
+        for line in problems + more if is_main else ():
+            complain(line, "eval.py")
+        for line in dict.fromkeys(run.test.about for run in runs.values() if is_text):
+            say(line)
         drawn = context.processes.on_main(partial(draw_all, runs, options, context))
         found = [evaluate_run(name, run, options.samples, options.seed, context) for name, run in runs.items()]
         judged = {name: realism.judge(name, case, options.seed, context) for name, case in cases.items()}

@@ -69,10 +69,10 @@ def find(path: Path, observed: Tensor, source: Mapping[str, str]) -> Classifier 
 
 
 def open_judges(folder: Path, s: Settings, device: torch.device) -> list[Classifier]:
-    """Return the classifiers of a run, of whole images and of x, on the CPU; those that are missing are trained.
+    """Return the classifiers of a run, of whole images and of x, on the CPU; missing ones are trained on `device`.
 
-    s: The settings of the run, with the place of the images as it is now. device: Where to train. Raises
-    DataError where the training images cannot be read, have no labels, or are others now, and DiskError.
+    s: The settings of the run, with the place of the images as it is now. Raises DataError where the training images
+    cannot be read, have no labels, or are others now, and DiskError.
     """
     run = RunFolder(folder)
     masks = {folder / WHOLE: torch.ones_like(run.task.observed), folder / X_ONLY: run.task.observed}

@@ -196,7 +196,6 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _heading(record: Record) -> str:
-    """Return a run's name, and what its numbers depend on."""
     epoch, seeds = record["unfinished_at_epoch"], len(record["seeds"])
     marks = [record["observed"], "binarized" * (record["targets"] != "grey")]
     marks += [f"epoch {epoch} so far" * (epoch is not None), f"{seeds} seeds" * (seeds > 1)]
@@ -230,7 +229,6 @@ def number(entry: Record, form: str = ".2f") -> str:
 
 
 def _notes(records: Sequence[Record]) -> list[str]:
-    """Return what has to be known beside the numbers."""
     counts = " or ".join(map(str, sorted({each["images"] for each in records})))
     half = " Matrix products are in bfloat16 (--precision)." * any(each["precision"] == "bf16" for each in records)
     notes = [f"± is the standard error over the {counts} test images.{half} docs/table.md explains the rows."]

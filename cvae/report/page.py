@@ -32,6 +32,7 @@ from cvae import context
 from cvae.console import called, command, complain, say
 from cvae.data.pictures import as_digit
 from cvae.data.sources import load_test
+from cvae.data.tasks import Batch
 from cvae.errors import DataError, UsageError
 from cvae.model.cvae import CVAE
 from cvae.model.densities import bernoulli_entropy, bernoulli_log_prob
@@ -97,29 +98,26 @@ def chosen(run: Trained, source: str, number: int, drawing: Any, photograph: str
 
 
 @torch.no_grad()
-def views(model: CVAE, picture: Tensor, completions: Tensor) -> dict[str, Tensor]:
-    """Return the picture and what is made of it, by caption: grey or colours, in [0, 1]."""
-    image, spread = picture[None] / 255, completions.std(0, correction=0)
-    batch = model.task.batch(model.task.rows(image.to(next(model.parameters()).device)))
+def views(model: CVAE, images: Tensor, batch: Batch) -> dict[str, Tensor]:
+    """Return the picture, the first of the images, and what is made of it, by caption: grey or colours, in [0, 1]."""
+    spread = images[1:].std(0, correction=0)
     return {
-        "The picture": image[0],
-        "What the model sees": figures.as_given(image, model.task)[0],
+        "The picture": images[0],
+        "What the model sees": figures.as_given(images[:1], model.task)[0],
         "Guess of the baseline": model.task.compose(batch.x, model.guess(batch).sigmoid())[0].cpu(),
-        "Mean": completions.mean(0),
+        "Mean": images[1:].mean(0),
         f"Spread, up to {spread.max():.2f}": 2 * spread,
     }
 
 
 @torch.no_grad()
-def likelihoods(model: CVAE, picture: Tensor, completions: Tensor) -> str:
+def likelihoods(model: CVAE, images: Tensor, batch: Batch) -> str:
     """Return a Markdown table of log-likelihoods and the highest possible ones, in nats: higher is more likely."""
-    images = torch.cat([picture[None] / 255, completions])
-    batch = model.task.batch(model.task.rows(images.to(next(model.parameters()).device)))
     estimates, highest = model.log_likelihood(images, ESTIMATE_SAMPLES, seed=0), -bernoulli_entropy(batch.y).double()
     rows = {
         "The picture, CVAE": (estimates[0], highest[0]),
         "The picture, baseline": (bernoulli_log_prob(batch.y, model.guess(batch))[0], highest[0]),
-        f"{len(completions)} completions, mean": (estimates[1:].mean(), highest[1:].mean()),
+        f"{len(images) - 1} completions, mean": (estimates[1:].mean(), highest[1:].mean()),
     }
     lines = [f"| {name} | {p:.1f} | {most:.1f} | {most - p:.1f} |" for name, (p, most) in rows.items()]
     head = ["| nats | log-likelihood | highest possible | distance |", "|---|---:|---:|---:|"]
@@ -143,18 +141,19 @@ def build(models: dict[str, Trained]) -> Any:
     import uvicorn
     from fastapi import FastAPI
 
-    def completed(run: str, samples: int, seed: int, temperature: float, *choice: Any) -> tuple[CVAE, Tensor, Tensor]:
+    def completed(run: str, samples: int, seed: int, temperature: float, *choice: Any) -> tuple[CVAE, Tensor, Batch]:
         model, picture = models[run].model, chosen(models[run], *choice)
         completions = model.complete(picture, MOST_SAMPLES, seed, temperature)  # of which the first ones always stay
-        return model, picture, completions[:samples, 0].cpu()
+        images = torch.cat([picture[None].to(completions.device) / 255, completions[:samples, 0]])
+        return model, images.cpu(), model.task.batch(model.task.rows(images))
 
     def show(*choice: Any) -> tuple[str, str, str]:
         try:
-            model, picture, completions = completed(*choice)
+            model, images, batch = completed(*choice)
         except (DataError, ValueError) as error:  # the second one for test images of another size than the model's
             return str(error), "", ""
-        numbered = {f"completion {i}": completion for i, completion in enumerate(completions, start=1)}
-        return "", as_html(views(model, picture, completions)), as_html(numbered)
+        numbered = {f"completion {i}": completion for i, completion in enumerate(images[1:], start=1)}
+        return "", as_html(views(model, images, batch)), as_html(numbered)
 
     def weigh(*choice: Any) -> str:
         with suppress(DataError, ValueError):
@@ -232,7 +231,6 @@ def guarded(application: Callable[..., Any]) -> Callable[..., Any]:
 
 @command("page.py")
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     words = "run, as a path or a name below the folder of runs, or a .safetensors file (default: all runs)"

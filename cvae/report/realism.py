@@ -66,10 +66,9 @@ def open_cases(runs: Mapping[str, Subject], limit: int | None, context: Context)
                 raise DataError(f"{run.folder}: {len(classes)} test images are too few; density and coverage need 6")
             if (most := int(classes.max())) >= whole.last.out_features:
                 raise DataError(f"{run.folder}: the test images have a class {most}, unlike the training images")
+            cases[name] = Case(run.model, run.test.images[:limit], classes, whole, x_only)
         except (DataError, DiskError) as error:
             problems.append(f"{error}; its realism is not measured")
-        else:
-            cases[name] = Case(run.model, run.test.images[:limit], classes, whole, x_only)
     return cases, problems
 
 
@@ -87,7 +86,6 @@ def judge(name: str, case: Case, seed: int, context: Context) -> Judged:
 
 
 def _measured(case: Case, images: Tensor, classes: Tensor, random: torch.Generator) -> Judged:
-    """Return the measures of some images."""
     task, judged = case.model.task, Judged()
     x, y, *_ = task.batch(task.rows(images))
     guess = case.model.baseline_net(x).sigmoid()[None]

@@ -78,7 +78,6 @@ def frames(losses: Mapping[Epoch, tuple[str, float]], pictures: Mapping[Epoch, I
 
 @command("cvae.report.replay")
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
     parser = ArgumentParser("python -m cvae.report.replay", None, __doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=user_path, metavar="RUN")
     for folder in (find_run(word, "runs") for word in parser.parse_args(argv).runs):
