@@ -24,12 +24,10 @@ def resolve_device(name: str, local_rank: int = 0, local_count: int = 1) -> torc
 
     Raises UsageError if there is no such device, or there are not enough of them; in all processes alike.
     """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cpu":
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     kind, _, number = name.partition(":")
-    if kind != "cuda" or not (name == "cuda" or number.isdecimal()):
+    if name not in ("auto", "cuda") and not (kind == "cuda" and number.isdecimal()):
         raise UsageError(f"there is no device {name!r}; choose auto, cpu, cuda or cuda:n")
     if number and local_count > 1:
         raise UsageError(f"{local_count} processes cannot share {name}; say --device cuda, and each takes its own")
