@@ -79,6 +79,9 @@ def test_thin_lines_become_as_thick_as_those_of_mnist() -> None:
     rings = [np.where(abs(radius - 0.6) < width, 0, 255).astype(np.uint8) for width in (0.006, 0.06)]
     thin, thick = (as_digit(Image.fromarray(ring)).float() for ring in rings)
     assert thick.sum() * 0.7 < thin.sum() < thick.sum() * 1.3
+    line = torch.full((200, 300), 240, dtype=torch.uint8)
+    line[20:120, 150:152] = 10
+    assert (as_digit(line) > 127).any(0).sum() == 2
 
 
 def test_proportions_and_place_of_other_sizes() -> None:

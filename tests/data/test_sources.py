@@ -133,6 +133,8 @@ def test_torchvision_data_sets(tmp_path: Path, name: str, monkeypatch: pytest.Mo
     prefix = name if cls in ("EMNIST", "QMNIST") else ""
     arguments = {"split": name.removeprefix("emnist-")} if cls == "EMNIST" else {}
     raw = write_idx(tmp_path / "it's here" / cls / "raw", IMAGES, TEST, start=prefix and f"{prefix}-")
+    if cls == "EMNIST":  # all its sets are unpacked to one folder
+        write_idx(raw, TEST, IMAGES, start="emnist-other-")
     if cls == "QMNIST":  # its labels have eight columns, of which the first is the class
         for part, count in (("train", 12), ("test", 6)):
             columns = b"".join((i % 7).to_bytes(4) + bytes(28) for i in range(count))
