@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cvae.errors import UsageError
+from cvae.errors import Interrupted, UsageError
 from cvae.processes import Processes
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -130,10 +130,11 @@ def seed_dropout(*key: object) -> None:
 class Interruption(ExitStack):
     """A block of the main thread in which the first Ctrl-C and SIGTERM are only remembered, in `signal_number`.
 
+    While `at_once` is True they raise Interrupted wherever the program is: there is nothing to be lost yet.
     A second Ctrl-C does what it did before: it ends a script at once, and raises KeyboardInterrupt in a notebook.
     """
 
-    signal_number = 0
+    signal_number, at_once = 0, False
 
     def __enter__(self) -> "Interruption":
         if threading.current_thread() is threading.main_thread():
@@ -146,3 +147,5 @@ class Interruption(ExitStack):
         self.signal_number = self.signal_number or number
         if number == signal.SIGINT:
             signal.signal(number, previous)
+        if self.at_once:
+            raise Interrupted("interrupted before the training began", number)

@@ -37,7 +37,7 @@ COUNT, SIZE = whole(1), whole(1, LARGEST_LAYER)
 SHARE = Kind(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 POSITIVE = Kind(float, lambda value: 0 < value < 1e300, "a number above 0")
 EPOCHS = Kind(float, lambda value: 0 <= value < 1e300, "a number of at least 0")
-NAME = Kind(str, lambda value: len(value) < 10_000 and is_text(value), "a name in UTF-8")
+NAME = Kind(str, lambda value: 0 < len(value) < 10_000 and is_text(value), "a name in UTF-8")
 SWITCH = Kind(bool, lambda value: True, "true or false")
 SIZES = Kind(
     tuple, lambda value: 1 <= len(value) <= 64 and all(type(each) is int and SIZE.is_good(each) for each in value),

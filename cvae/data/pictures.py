@@ -40,10 +40,13 @@ def pictures_below(folder: str | Path) -> tuple[list[str], int]:
         raise DataError(f"{error.filename}: cannot be read ({error.strerror})")
 
     suffixes = {suffix for suffix, form in Image.registered_extensions().items() if form in FORMATS}
-    files: list[str] = []
+    files, seen = list[str](), {os.path.realpath(folder)}  # a link may lead back
     for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        folders[:] = [name for name in folders if name[0] != "."]
-        files += [os.path.relpath(os.path.join(place, name), folder) for name in names if name[0] != "."]
+        places = {name: os.path.realpath(os.path.join(place, name)) for name in folders if name[0] != "."}
+        folders[:] = [name for name, there in places.items() if there not in seen]
+        seen.update(places.values())
+        paths = [os.path.join(place, name) for name in names if name[0] != "."]
+        files += [os.path.relpath(path, folder) for path in paths if os.path.isfile(path)]
     pictures = [file for file in files if os.path.splitext(file)[1].lower() in suffixes]
     return sorted(pictures, key=lambda file: file.split(os.sep)), len(files) - len(pictures)
 
@@ -61,6 +64,8 @@ def grey_levels(image: Image.Image, name: str = "the picture") -> Array:
     It is turned as its EXIF orientation says; transparent pixels are black; of several frames the first is taken.
     """
     image = ImageOps.exif_transpose(image)
+    if image.mode[0] == "I" and 0 < np.asarray(image).max() < 256:
+        raise DataError(f"{name}: is a 16-bit picture with no level above 255 of 65535; store it with 8 bits")
     if image.mode[0] in "IF":
         image = Image.fromarray(to_bytes(np.asarray(image), 65535 if image.mode[0] == "I" else 1, name))
     if image.has_transparency_data:

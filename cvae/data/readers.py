@@ -59,6 +59,8 @@ def read_idx_set(path: Path, wanted: Collection[str], kind: str = "images") -> S
             if (match := IDX_NAME.fullmatch(file.name)) and file.is_file():
                 name, part, what = match.groups()
                 sets[file.parent / (name or "")].setdefault((PARTS[part.lower()], f"{what.lower()}s"), file)
+        for place in [place for place, files in sets.items() if not any(what == "images" for _, what in files)]:
+            del sets[place]
         if sets:
             break
     if len(sets) > 1:
@@ -127,6 +129,8 @@ def to_images(array: Array, name: str, notes: list[str]) -> Tensor:
     if pixels.ndim != 4 or pixels.shape[3] not in (1, 3) or not pixels.size:
         wanted = "images are [N, height, width], or with 1 or 3 channels; images.reshape(-1, height, width) helps"
         raise DataError(f"{name}: has the shape {list(array.shape)}; {wanted}")
+    if pixels.dtype.kind not in "buif":
+        raise TypeError(f"{pixels.dtype.name} is no type of grey levels")
     most = 1 if pixels.dtype.kind in "bf" else 255 if pixels.dtype == np.uint8 or pixels.max() < 256 else 65535
     if pixels.dtype not in (np.uint8, np.bool_):
         notes.append(f"{pixels.dtype.name} taken as levels from 0 to {most}")

@@ -35,8 +35,9 @@ def draw_all(folder: Path) -> None:
     `learning.gif`: the same validation images with the same noise after each epoch. `completions.png`: the images after
     the best epoch of the last phase. Raises DataError if a picture is missing, once the others are drawn; DiskError.
     """
-    losses, pictures, logged = {}, {}, read_pictures(folder)
-    for record in RunFolder(folder).metrics():
+    losses, pictures, records = {}, {}, RunFolder(folder).metrics()
+    logged = read_pictures(folder)
+    for record in records:
         epoch = record["phase"], record["epoch"]
         name, value = next(item for item in record.items() if item[0].startswith("validation_"))  # the objective
         losses[epoch] = name.removeprefix("validation_").replace("_", " "), math.inf if value is None else -value

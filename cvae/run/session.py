@@ -67,7 +67,9 @@ class Run(AbstractContextManager["Run"]):
     def load_images(self) -> TrainImages:
         """Return the images. Raises Interrupted, DataError, UsageError."""
         processes, s = self.context.processes, self.settings
+        self.interruption.at_once = processes.count == 1
         images = processes.on_all(partial(load_train, s))
+        self.interruption.at_once = False
         self.leave_if_interrupted()
         say(images.about)
         processes.share_of_batch(min(s.batch_size, len(images.train[: s.train_limit])))  # before a folder is made
