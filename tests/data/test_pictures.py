@@ -102,8 +102,12 @@ def test_order_is_that_of_the_names(tmp_path: Path) -> None:
     (tmp_path / "y").mkdir()
     for place in (tmp_path / "x").iterdir():
         (tmp_path / "y" / place.name).symlink_to(place)
-    assert pictures_below(tmp_path / "x") == (["a/3.png", "a.png", "b/1.png", "b/2.png"], 0)
+    expected = ["a/3.png", "a.png", "b/1.png", "b/2.png"], 0
+    assert pictures_below(tmp_path / "x") == expected
     assert pictures_below(tmp_path / "y") == pictures_below(tmp_path / "x")
+    (tmp_path / "x" / "a" / "back").symlink_to("..")  # a link that leads back, and one that leads nowhere
+    (tmp_path / "x" / "4.png").symlink_to("nothing.png")
+    assert pictures_below(tmp_path / "x") == expected
 
 
 def test_scaled_alike_in_every_form(tmp_path: Path) -> None:
@@ -125,6 +129,7 @@ def test_scaled_alike_in_every_form(tmp_path: Path) -> None:
         (b"", "cannot be read as a picture ("),
         (b"\x89PNG\r\n\x1a\n", "cannot be read as a picture ("),
         (Image.fromarray(GREY.astype(np.float32)), "holds numbers from "),
+        (Image.fromarray(GREY.astype(np.uint16)), "is a 16-bit picture with no level above 255 of 65535"),
     ],
 )
 def test_picture_that_is_refused(tmp_path: Path, content: Any, words: str) -> None:
@@ -137,15 +142,18 @@ def test_picture_that_is_refused(tmp_path: Path, content: Any, words: str) -> No
 def test_signal_while_pictures_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The training ends when they are read, and there is no folder of a run."""
+    """The training ends at once, and there is no folder of a run."""
     write_pictures(tmp_path / "images" / "train", IMAGES)
+    names: list[str] = []
 
     def watched(path: str, *more: Any) -> Any:
-        if Path(path).name == "0007.png":
+        names.append(Path(path).name)
+        if names[-1] == "0007.png":
             os.kill(os.getpid(), signal.SIGTERM)
         return read_picture(path, *more)
 
     monkeypatch.setattr(readers, "read_picture", watched)
     assert train.main(["--data", str(tmp_path / "images"), "--runs", str(tmp_path / "runs")]) == 143
     assert capsys.readouterr().err.startswith("train.py: interrupted before the training began")
+    assert names[-1] == "0007.png"
     assert not (tmp_path / "runs").exists()

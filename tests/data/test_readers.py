@@ -12,7 +12,7 @@ import torch
 from support.images import PACKERS, about, idx, in_order, mnist, random_images, refusal, training, write_idx
 from torchvision import datasets
 
-from cvae.data.readers import read_arrays, read_idx
+from cvae.data.readers import read_arrays, read_idx, read_idx_set
 from cvae.data.sources import load_test, load_train
 from cvae.errors import DataError
 from cvae.settings import Settings
@@ -53,6 +53,11 @@ def test_names_as_people_have_them(tmp_path: Path) -> None:
     (tmp_path / "test-labels-idx1-ubyte").write_bytes(b"no labels")
     assert training(tmp_path) == in_order(TRAIN)
     assert torch.equal(load_test(Settings(data=str(tmp_path))).images, TEST)
+
+
+def test_labels_without_images_are_no_set(tmp_path: Path) -> None:
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(b"labels of pictures that lie beside")
+    assert read_idx_set(tmp_path, ("train",)) is None
 
 
 def test_plain_file_beside_its_packed_copy(tmp_path: Path) -> None:
@@ -153,6 +158,7 @@ def with_value(value: float, dtype: Any = np.float64) -> Any:
         ({"x_train": ARRAY[..., None].repeat(2, 3)}, "x_train: has the shape [20, 4, 5, 2]"),
         ({"x_train": ARRAY[:0]}, "x_train: has the shape [0, 4, 5]"),
         ({"x_train": ARRAY.astype("S1")}, "a.npz: is damaged, or no .npz file of numbers"),
+        ({"x_train": ARRAY.astype(complex)}, "a.npz: is damaged, or no .npz file of numbers"),
         ({"x_train": ARRAY.astype(object)}, "a.npz: is damaged, or no .npz file of numbers (ValueError)"),
         ({"x_train": ARRAY, "x_test": ARRAY[:, :3]}, "has images of 4×5 and 3×5 and 4×5 pixels; --size"),
         ({"x_train": with_value(np.nan)}, "x_train: holds numbers from nan to nan"),

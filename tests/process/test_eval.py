@@ -172,6 +172,8 @@ def test_runs_that_cannot_be_evaluated_are_left_out(
     for name, file in (("no-weights", "best.pt"), ("no-run", "config.json"), ("begun", "summary.json")):
         (copied(name) / file).unlink()
     change(copied("later"), shades=2)
+    config = copied("no-size") / "config.json"
+    config.write_text(config.read_text().replace('"height": ', '"height": "high", "was": '))
     change(copied("no-data"), data=str(tmp_path / "gone"))
     flipped = images_of(place).flip(0)
     change(copied("other-data"), data=str(write_data(tmp_path / "flipped", flipped.repeat(2, 1, 1), flipped)))
@@ -180,6 +182,7 @@ def test_runs_that_cannot_be_evaluated_are_left_out(
         "damaged": "/best.pt: ",
         "later": "/config.json: this version knows no setting 'shades'",
         "no-data": f": {tmp_path}/gone: ",
+        "no-size": "/config.json: does not describe a run",
         "no-weights": "/best.pt: cannot be read",
         "other-data": ": was begun on other test images of the same number and size",
     }

@@ -112,9 +112,11 @@ def test_command_draws_anew_and_as_far_as_a_run_has_come(
     assert torch.equal(pixels(run / "completions.png"), logged(run)["baseline", best])
     (run / "metrics.jsonl").write_text("")
     assert replay.main([str(run)]) == 3
+    assert replay.main([str(run / "typo")]) == 3
     out, err = capsys.readouterr()
     assert out == 2 * f"{run}: drawn\n"
-    assert err.endswith("has no epoch yet, of which there would be something to draw\n")
+    assert err.splitlines()[0].endswith("has no epoch yet, of which there would be something to draw")
+    assert err.splitlines()[1:] == [f"cvae.report.replay: {run}/typo is no run folder: it has no config.json"]
 
 
 def test_events_that_are_cut(done: Path, tmp_path: Path) -> None:
