@@ -138,14 +138,15 @@ class Run(AbstractContextManager["Run"]):
         with self._left_as_it_is():
             last = run.last()
             is_cvae, progress = last.get("phase") == "cvae", Progress(**last.get("progress", {}))
-            if is_cvae or "init" in run.config:
-                model.load_state_dict((last if is_cvae else checkpoint.load(self.folder / INIT))["model"])
         if is_cvae and progress.epoch > s.epochs:
             raise UsageError(f"{self.folder} has had {progress.epoch} epochs; --epochs cannot be less")
         is_finished = is_cvae and progress.is_over(s.epochs, s.patience, s.unbent_epochs)
         if is_finished and run.summary is not None and (self.folder / BEST).is_file():
             say(f"{self.folder} is finished: nothing is left to do")
             return None
+        with self._left_as_it_is():
+            if is_cvae or "init" in run.config:
+                model.load_state_dict((last if is_cvae else checkpoint.load(self.folder / INIT))["model"])
         before, now = run.settings.to_dict(), s.to_dict()
         machine, history = self._machine(), run.config.get("resumed", [])
         changed = {name: [before[name], value] for name, value in now.items() if value != before[name]}

@@ -122,10 +122,24 @@ def test_what_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert (ended.code, ended.out, ended.err.count("\n"), sorted(os.listdir())) == (code, "", 1, before)
         assert ended.err.startswith(f"complete.py: {reason}")
     for words, reason in (
-        ([], "required: -o/--output"),
+        ([], "-o says where the completions are written, and --ascii shows them"),
         (["-o", "out.png", "--samples", "0"], "--samples has to be at least 1"),
         (["-o", "out.png", "--temperature", "nan"], "--temperature a number from 0 on"),
     ):
         with pytest.raises(SystemExit, match="2"):
             complete.main(["q1", "seven.jpg", *words])
         assert reason in capsys.readouterr().err
+
+
+def test_the_terminal(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A character stands for two pixels, one above the other; rows of images are as wide as the terminal."""
+    image = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0], [0, 0, 0, 1]])[None].float()
+    assert complete.in_blocks(image, 80) == "█▀▄\n   ▄"
+    assert complete.in_blocks(image.expand(3, 4, 4), 10) == "█▀▄  █▀▄\n   ▄    ▄\n\n█▀▄\n   ▄"
+    assert len(complete.in_blocks(torch.ones(1, 100, 200), 80).splitlines()) == 8
+    monkeypatch.setenv("COLUMNS", "80")
+    before = contents(here)
+    ended = run("prepared.png", "--as-is", "--ascii", "--samples", "1", "--seed", "3")
+    images = [PREPARED[None] / 255, cvae.load("model.safetensors").complete("prepared.png", 1, seed=3)[:, 0]]
+    assert ended == (0, f"prepared.png, then completions:\n{complete.in_blocks(torch.cat(images), 80)}\n", "")
+    assert contents(here) == before
