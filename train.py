@@ -68,7 +68,8 @@ class Step:
     def __call__(self, rows: Tensor, *eps: Tensor) -> None:
         """Take the step; rows: this process's images of the batch, int64 `[B]`; eps: the noise for them."""
         batch = self.images.batch(rows)
-        self.model.zero_grad()
+        for parameter in self.optimizer.parameters:
+            parameter.grad = None
         with self.context.autocast():
             terms = self.objective(self.model, batch, *eps)  # draws z; nats per image, by name
         loss = with_free_nats(terms, self.free_nats).sum() / -self.batch_size

@@ -64,7 +64,7 @@ class GuardedAdam:
         Returns:
             Whether the step was skipped, a bool scalar.
         """
-        norm = nn.utils.get_total_norm(gradients)
+        norm = torch.stack([g.flatten().dot(g.flatten()) for g in gradients]).sum().sqrt()  # faster than by the library
         skipped = ~torch.isfinite(loss + norm)
         skip = skipped.float()
         divisor = self.scale
