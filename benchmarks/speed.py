@@ -110,7 +110,7 @@ def start_sides(options: Any) -> dict[str, Callable[[str, str, int], float]]:
 
 def can(side: str, phase: str) -> bool:
     """Return whether a side has a phase."""
-    return phase != "evaluation" or side in ("ours", "tutorial") or side.startswith("without")
+    return phase != "evaluation" or side in ("ours", "tutorial", "plain Bernoulli")
 
 
 def measure(options: Any, precision: str) -> dict[str, Any]:
