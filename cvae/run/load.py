@@ -61,7 +61,7 @@ def load_trained(run: str | Path, device: torch.device | str = "cpu", runs: str 
     if path.suffix == SUFFIX:
         with taken_for_damage(f"{path}: holds no CVAE of this program, by its metadata", *MISFITS):
             settings, images = known_settings(json.loads(content["settings"]), path), json.loads(content["images"])
-            rows = [[pixel == "1" for pixel in row] for row in content["observed"].split("\n")]
+            rows = [[{"0": False, "1": True}[letter] for letter in row] for row in content["observed"].split("\n")]
             task = FixedMask(torch.tensor(rows), mask_name(settings))
     else:
         settings, images, task = folder.settings, folder.record, folder.task

@@ -108,7 +108,7 @@ def test_log_likelihood_matches_quadrature(make_toy):
         (torch.full((6, 5), 0.5), "are [6, 6] or [B, 6, 6], uint8 or floats in [0, 1], not float32 [6, 5] from 0.5"),
         (NUMBERS.numpy(), "not int64 [6, 6] from 0 to 35"),
         (NUMBERS.float(), "the observed part of a picture has to be uint8, or floats in [0, 1], not float32 [1, 9]"),
-        ([[0.5]], "a picture is a tensor, a numpy array, a Pillow image or the path of a file, not: list"),
+        ([[0.5]], "a picture is a tensor, an array, a Pillow image or a file's path, not: list"),
         (Image.new("L", (5, 6)), "not uint8 [6, 5] from 0 to 0; cvae.as_digit finds the digit in a photograph"),
     ],
 )  # fmt: skip
