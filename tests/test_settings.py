@@ -37,7 +37,7 @@ CASES: dict[str, tuple[str, Any, list[Any]]] = {
     "unbent_epochs": ("3", 3, [-1, 1.0, True]),
     "average": ("0", 0, [-1, 1.0, None]),
     "seed": ("-8", -8, [1 << 64, 0.5, "0", None]),
-    "data": ("somewhere", "somewhere", [3, True, "s\udcff"]),
+    "data": ("somewhere", "somewhere", ["", 3, True, "s\udcff"]),
     "data_root": ("elsewhere", "elsewhere", [3, True]),
     "size": ("32", 32, [1, (1 << 12) + 1, 28.0, True]),
     "transpose": ("", True, [0, None]),
