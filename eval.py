@@ -31,7 +31,7 @@ import torch
 
 from cvae.console import command, complain, say, silence
 from cvae.context import Context, generator, opened
-from cvae.data.sources import TestImages, difference, load_test, named
+from cvae.data.sources import TestImages, load_test, named, refuse_others
 from cvae.errors import DataError, UsageError
 from cvae.report import figures, realism
 from cvae.report.evaluation import OF_THE_IMAGES, Subject, evaluate_run, find_runs, render, short_names
@@ -93,8 +93,7 @@ def open_run(folder: Path, options: Namespace, device: torch.device, load: Calla
     model = load_trained(folder, device).model
     epochs = [] if is_finished else [line.get("epoch") for line in run.metrics() if line.get("phase") == "cvae"]
     test = load(Settings(**{name: getattr(settings, name) for name in OF_THE_IMAGES}))
-    if (other := difference(run.record, test.record)) is not None:
-        raise DataError(f"{folder}: was begun on {other}; --data says where its own are")
+    refuse_others(folder, run.record, test.record)
     return Subject(folder, settings, model, test, epochs[-1] if epochs else None)
 
 

@@ -23,7 +23,7 @@ if __name__ == "__main__":
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -31,13 +31,14 @@ from torch import Tensor
 
 from cvae.console import Bar, called, command, say, silence
 from cvae.context import Context, Interruption, generator, opened, permutation, seed_dropout
+from cvae.data.sources import TrainImages, load_train
 from cvae.data.tasks import ImageSet
 from cvae.model.cvae import noise
 from cvae.model.likelihood import active_units
 from cvae.model.objectives import Totals, by_level, log_likelihood, maximised, objective, with_free_nats
 from cvae.report.figures import completions
 from cvae.report.replay import draw_all
-from cvae.run.folder import Progress, RunFolder, find_run, quoted, refuse_existing
+from cvae.run.folder import Progress, find_run, quoted, refuse_existing
 from cvae.run.plan import parse, plan
 from cvae.run.session import Run
 from cvae.settings import Settings
@@ -169,10 +170,10 @@ def train_epoch(phase: Phase, run: Run, step: Step, take_step: Callable[..., Non
     optimizer.check(where)
 
 
-def train_run(run: Run) -> None:
+def train_run(run: Run, load: Callable[[], TrainImages]) -> None:
     """Train the baseline, then the CVAE on top of it, from wherever the run has come to."""
     s, context = run.settings, run.context
-    images, held_out, _, record = run.load_images()
+    images, held_out, _, record = run.load_images(load)
     cvae, last = run.open(record)
     if last is None:
         return
@@ -213,12 +214,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     with Interruption() as interruption:
         runs = plan(options, given)
         with opened(runs[0][1].device) as context, silence(options.quiet or not context.processes.is_main):
-            for folder, _ in () if resume else runs:  # before the first one is begun
+            for folder, *_ in () if resume else runs:  # before the first one is begun
                 context.processes.on_main(partial(refuse_existing, folder, options.overwrite))
-            for folder, s in runs:
-                here = context.with_precision(RunFolder(folder).precision if resume else s.precision)
+            read = partial(load_train, runs[0][1])
+            load = cache(read) if len(runs) > 1 else read  # several runs differ in what is observed alone
+            for folder, s, precision in runs:
+                here = context.with_precision(precision)
                 with Run(folder, s, here, interruption, resume, options.overwrite, init, options.words) as run:
-                    train_run(run)
+                    train_run(run, load)
     return 0
 
 

@@ -179,6 +179,12 @@ def record(**parts: Tensor | None) -> dict[str, Any]:
     return entries
 
 
+def refuse_others(run: Path, recorded: dict[str, Any], here: dict[str, Any]) -> None:
+    """Raise DataError unless the images that are here are the recorded ones of a run, in the parts that both have."""
+    if (other := difference(recorded, here)) is not None:
+        raise DataError(f"{run}: was begun on {other}; --data says where its own are")
+
+
 def difference(recorded: dict[str, Any], here: dict[str, Any]) -> str | None:
     """Return in what the images that are here differ from the recorded ones, in the parts that both have; or None."""
     size, size_here = (f"{entry['height']}×{entry['width']}" for entry in (recorded, here))

@@ -18,9 +18,8 @@ from torch.optim.lr_scheduler import OneCycleLR
 from cvae import context
 from cvae.console import Bar, complain
 from cvae.data.bending import bent
-from cvae.data.sources import difference, load_labels, load_train
+from cvae.data.sources import load_labels, load_train, refuse_others
 from cvae.data.tasks import binarized
-from cvae.errors import DataError
 from cvae.run.checkpoint import write_atomically
 from cvae.run.folder import RunFolder
 from cvae.settings import Settings
@@ -81,8 +80,7 @@ def open_judges(folder: Path, s: Settings, device: torch.device) -> list[Classif
     if missing := [path for path, judge in judges.items() if judge is None]:
         labels, held_out_labels = (load_labels(s, part) for part in ("train", "validation"))
         images, held_out, _, record = load_train(s)
-        if (other := difference(run.record, record)) is not None:
-            raise DataError(f"{folder}: was begun on {other}; --data says where its own are")
+        refuse_others(folder, run.record, record)
         num_classes = 1 + int(max(labels.max(), held_out_labels.max()))
         for path in missing:
             judge = _fit(images.to(device), labels.to(device), num_classes, masks[path], s.targets == "binary")

@@ -231,6 +231,7 @@ def guarded(application: Callable[..., Any]) -> Callable[..., Any]:
 
 @command("page.py")
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     words = "run, as a path or a name below the folder of runs, or a .safetensors file (default: all runs)"

@@ -59,9 +59,7 @@ class RunFolder:
         if not os.path.isfile(file):
             raise DataError(f"{path} is no run folder: it has no {CONFIG}")
         self.config = read_json(file)
-        with taken_for_damage(
-            f"{file}: does not describe a run; train anew with this version", KeyError, TypeError, ValueError
-        ):
+        with taken_for_damage(f"{file}: does not describe a run; train anew with this version", Exception):
             self.settings = known_settings(self.config["settings"], file)
             self.record = dict(self.config["images"])  # what identifies them, as `data.sources.record` gives it
             height, width = int(self.record["height"]), int(self.record["width"])

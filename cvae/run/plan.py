@@ -63,8 +63,8 @@ def absolute(path: str) -> str:
     return os.path.realpath(user_path(path))
 
 
-def plan(options: argparse.Namespace, given: dict[str, Any]) -> list[tuple[Path, Settings]]:
-    """Return the folders and the settings of the runs to make or to go on with. Raises UsageError or DataError."""
+def plan(options: argparse.Namespace, given: dict[str, Any]) -> list[tuple[Path, Settings, str]]:
+    """Return folder, settings and precision of the runs to make or to go on with. Raises UsageError or DataError."""
     quadrants = dict.fromkeys(given.pop("quadrants", ()))  # each number once
     if options.resume is not None:
         run = RunFolder(find_run(options.resume, options.runs))
@@ -75,7 +75,8 @@ def plan(options: argparse.Namespace, given: dict[str, Any]) -> list[tuple[Path,
             if name not in MOVABLE and value != (begun := getattr(settings, name)):
                 words = f"{run.path} was begun with {flag(name)} {begun}"
                 raise UsageError(f"{words}, which cannot change now; leave the flag out")
-        return [(run.path, replace(settings, **{name: given[name] for name in MOVABLE if name in given}))]
+        moved = {name: given[name] for name in MOVABLE if name in given}
+        return [(run.path, replace(settings, **moved), run.precision)]
     name, mask = options.name, given.get("observed")
     if name is not None and (not name or name.startswith(".") or Path(name).name != name):
         raise UsageError(f"--name {name!r} is not the plain name of a folder; --runs says where it is to be")
@@ -83,5 +84,5 @@ def plan(options: argparse.Namespace, given: dict[str, Any]) -> list[tuple[Path,
     for k in quadrants or [Settings.quadrants]:
         default = f"q{k}" if mask is None else Path(mask).stem.lstrip(".") or "mask"
         chosen = default if name is None else f"{name}-q{k}" if len(quadrants) > 1 else name
-        runs.append((options.runs / chosen, Settings(quadrants=k, **given)))
+        runs.append((options.runs / chosen, s := Settings(quadrants=k, **given), s.precision))
     return runs

@@ -14,7 +14,7 @@ import torch
 from cvae.console import called, complain, say
 from cvae.context import Context, Interruption
 from cvae.data.masks import is_picture, make_task, mask_png
-from cvae.data.sources import TrainImages, difference, load_train
+from cvae.data.sources import TrainImages, refuse_others
 from cvae.data.tasks import FixedMask
 from cvae.errors import DataError, Interrupted, NonFiniteError, UsageError, first_line, taken_for_damage
 from cvae.model.cvae import CVAE
@@ -66,11 +66,11 @@ class Run(AbstractContextManager["Run"]):
             way = f"; to go on: {called('train.py')} --resume {quoted(self.folder)}"
             raise Interrupted(f"interrupted{way if self._is_begun else ' before the training began'}", number)
 
-    def load_images(self) -> TrainImages:
-        """Return the images. Raises Interrupted, DataError, UsageError."""
+    def load_images(self, load: Callable[[], TrainImages]) -> TrainImages:
+        """Return the images that `load` reads. Raises Interrupted, DataError, UsageError."""
         processes, s = self.context.processes, self.settings
         self.interruption.at_once = processes.count == 1
-        images = processes.on_all(partial(load_train, s))
+        images = processes.on_all(load)
         self.interruption.at_once = False
         self.leave_if_interrupted()
         say(images.about)
@@ -87,7 +87,7 @@ class Run(AbstractContextManager["Run"]):
         run = processes.on_main(self._held_folder) if self.resume else None
         # Other machines may see neither the folder nor the picture of a mask, and need the same images.
         recorded = run.record if run else processes.on_main(lambda: images)
-        processes.on_all(partial(self._refuse_others, recorded, images))
+        processes.on_all(partial(refuse_others, self.folder, recorded, images))
         task = run.task if run else processes.on_main(partial(make_task, s, images["height"], images["width"]))
         model = build(task, s)
         if task.about:
@@ -116,10 +116,6 @@ class Run(AbstractContextManager["Run"]):
     def _held_folder(self) -> RunFolder:
         self._held.enter_context(folder.hold(self.folder))
         return RunFolder(self.folder)
-
-    def _refuse_others(self, recorded: dict[str, Any], images: dict[str, Any]) -> None:
-        if differs := difference(recorded, images):
-            raise DataError(f"{self.folder}: was begun on {differs}; --data says where its own are")
 
     def _begin(self, model: CVAE, images: dict[str, Any]) -> dict[str, Any]:
         """Make the folder, and give the model another run's weights if it begins with these; return no checkpoint."""

@@ -45,6 +45,16 @@ def trained(folder: Path) -> subprocess.CompletedProcess[str]:
     return run_script("train.py", "--data", "data", "--quadrants", "1", "2", "3", *TINY, cwd=folder)
 
 
+def test_several_runs_read_their_images_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, load_train = [], train.load_train
+    monkeypatch.setattr(train, "load_train", lambda s: seen.append(s) or load_train(s))
+    words = ["--data", folder / "data", "--quadrants", "1", "2", *TINY, "--runs", tmp_path]
+    assert call_train(*words).code == 0
+    assert len(seen) == 1
+    tasks = [RunFolder(tmp_path / name).task for name in ("q1", "q2")]
+    assert [task.x_dim for task in tasks] == [20, 40]  # of 10×9 pixels
+
+
 def test_several_runs_by_one_command(folder: Path, trained: subprocess.CompletedProcess[str]) -> None:
     """Each with its settings, metrics in nats, a summary, and weights that are finite."""
     assert (trained.returncode, trained.stderr) == (0, "")
